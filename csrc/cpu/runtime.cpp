@@ -1,0 +1,131 @@
+#include "cpu/runtime.h"
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace sait::cpu {
+
+Isa best_isa() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const Isa best = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Bf16;
+    if (avx512) return Isa::kAvx512;
+    return avx2 ? Isa::kAvx2 : Isa::kPortable;
+  }();
+  return best;
+#else
+  return Isa::kPortable;
+#endif
+}
+
+static std::atomic<int> forced_isa{-1};
+
+Isa isa() {
+  const int forced = forced_isa.load(std::memory_order_relaxed);
+  return forced < 0 ? best_isa() : static_cast<Isa>(forced);
+}
+
+static constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+const char* isa_name(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
+
+Isa isa_from_name(const char* name) {
+  for (int i = 0; i < 4; ++i) {
+    if (std::strcmp(name, kIsaNames[i]) == 0) return static_cast<Isa>(i);
+  }
+  throw std::invalid_argument("set_isa: expected 'portable', 'avx2', 'avx512' or 'avx512_bf16', got '" +
+                              std::string(name) + "'");
+}
+
+void set_isa(Isa isa) {
+  if (isa > best_isa()) {
+    throw std::invalid_argument(std::string("set_isa: this machine has no ") + isa_name(isa) + "; its best is " +
+                                isa_name(best_isa()));
+  }
+  forced_isa.store(static_cast<int>(isa), std::memory_order_relaxed);
+}
+
+namespace {
+
+// oneDNN decides for itself what it can run, and throws where it cannot: ask it once with the smallest product.
+template <typename Product>
+bool probe(Product product) {
+  try {
+    product();
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+}  // namespace
+
+bool has_brgemm_f32() {
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+  static const bool works = probe([] {
+    float a[16] = {}, b[256] = {}, c[16];
+    at::native::cpublas::brgemm(1, 16, 16, 16, 16, 16, false, a, b, c);
+    at::native::cpublas::brgemm_release(false);
+  });
+  return works && isa() >= Isa::kAvx512 && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
+bool has_brgemm_bf16() {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  static const bool works = probe([] {
+    at::BFloat16 a[16] = {}, b[256] = {};
+    float c[16];
+    at::native::cpublas::brgemm(1, 16, 16, 16, 16, 16, false, a, b, c);
+    at::native::cpublas::brgemm_release(true);
+  });
+  return works && isa() >= Isa::kAvx512Bf16 && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
+void brgemm_f32(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C,
+                int64_t ldc, bool accumulate) {
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, accumulate, A, B, C);
+#else
+  throw std::logic_error("brgemm_f32: this torch has none");
+#endif
+}
+
+void brgemm_bf16(int64_t M, int64_t N, int64_t K, const uint16_t* A, int64_t lda, const uint16_t* B, int64_t ldb,
+                 float* C, int64_t ldc, bool accumulate) {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, accumulate, reinterpret_cast<const at::BFloat16*>(A),
+                              reinterpret_cast<const at::BFloat16*>(B), C);
+#else
+  throw std::logic_error("brgemm_bf16: this torch has none");
+#endif
+}
+
+void brgemm_release() {
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32) || defined(CPUBLAS_BRGEMM_F32F32F32)
+  at::native::cpublas::brgemm_release();
+#endif
+}
+
+int num_threads() { return at::get_num_threads(); }
+
+void parallel_ranges(int64_t size, int64_t grain, void* context, RangeFn fn) {
+  at::parallel_for(0, size, grain, [=](int64_t begin, int64_t end) { fn(context, begin, end); });
+}
+
+}  // namespace sait::cpu

@@ -1,0 +1,32 @@
+// compact_attention: attention of the kept query rows over all rows of their image, written compacted.
+#pragma once
+
+#include "sait/types.h"
+
+namespace sait {
+
+struct CompactAttentionParams {
+  HeadView q, k, v;
+  Batch batch;
+  Kept kept;
+  int64_t total, heads, head_dim;
+  DType dtype;
+  float scale;
+  void* out;  // (kept.rows, heads * head_dim), contiguous
+};
+
+struct CompactAttentionBackwardParams {
+  CompactAttentionParams forward;  // forward.out holds the forward result
+  HeadView grad_out;               // (kept.rows, heads, head_dim)
+  // Contiguous (total, heads, head_dim) of forward.dtype, every element written.
+  void* dq;
+  void* dk;
+  void* dv;
+};
+
+namespace cpu {
+void compact_attention(const CompactAttentionParams& params);
+void compact_attention_backward(const CompactAttentionBackwardParams& params);
+}  // namespace cpu
+
+}  // namespace sait

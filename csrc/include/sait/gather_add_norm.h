@@ -1,0 +1,44 @@
+// gather_add_norm: residual[t] = x[indices[t]] + gamma * y[t];  normed[t] = LayerNorm(residual[t]) * weight + bias.
+#pragma once
+
+#include "sait/types.h"
+
+namespace sait {
+
+struct GatherAddNormParams {
+  RowView x;  // (total, channels)
+  RowView y;  // (rows, channels)
+  const int32_t* indices;
+  const float* weight;  // (channels,)
+  const float* bias;    // (channels,)
+  const float* gamma;   // (channels,) or nullptr
+  int64_t rows, total, channels;
+  float eps;
+  DType dtype;
+  void* residual;  // (rows, channels), contiguous
+  void* normed;    // (rows, channels), contiguous
+};
+
+struct GatherAddNormBackwardParams {
+  RowView residual;       // (rows, channels), the forward result
+  RowView y;              // (rows, channels), read only with gamma
+  RowView grad_residual;  // (rows, channels)
+  RowView grad_normed;    // (rows, channels)
+  const float* weight;
+  const float* gamma;
+  int64_t rows, channels;
+  float eps;
+  DType dtype;
+  void* dresidual;  // (rows, channels), contiguous: the gradient of the kept rows of x
+  void* dy;         // (rows, channels), contiguous; may be nullptr without gamma, since it equals dresidual
+  float* dweight;   // (channels,)
+  float* dbias;     // (channels,)
+  float* dgamma;    // (channels,) or nullptr
+};
+
+namespace cpu {
+void gather_add_norm(const GatherAddNormParams& params);
+void gather_add_norm_backward(const GatherAddNormBackwardParams& params);
+}  // namespace cpu
+
+}  // namespace sait

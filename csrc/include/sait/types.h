@@ -1,0 +1,45 @@
+// Plain types that every kernel shares, on the CPU and on CUDA. No torch header here.
+#pragma once
+
+#include <cstdint>
+
+namespace sait {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// A (T, H, D) view, last dimension contiguous. Strides are in elements.
+struct HeadView {
+  const void* data;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+struct MutableHeadView {
+  void* data;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+// A (T, C) matrix, rows contiguous. The stride is in elements.
+struct RowView {
+  const void* data;
+  int64_t row_stride;
+};
+
+// The packed batch: image b owns rows [cu_seqlens[b], cu_seqlens[b + 1]).
+struct Batch {
+  const int32_t* cu_seqlens;  // (images + 1,)
+  int64_t images;
+  int64_t max_seqlen;
+};
+
+// Rows that stay. indices == nullptr: all rows stay and cu_seqlens is the batch's own.
+struct Kept {
+  const int32_t* indices;     // (rows,), ascending
+  const int32_t* cu_seqlens;  // (images + 1,)
+  int64_t rows;
+};
+
+enum class ScoreKind : int32_t { kCls, kColumn, kClsValue };
+
+}  // namespace sait

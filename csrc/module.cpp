@@ -1,0 +1,26 @@
+// The pybind11 module sait_kernels._C: build facts and CPU features. Importing it registers the torch ops of this library.
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include "cpu/runtime.h"
+
+#ifndef SAIT_CUDA_VERSION
+#define SAIT_CUDA_VERSION ""
+#endif
+#ifndef SAIT_CUDA_ARCHS
+#define SAIT_CUDA_ARCHS ""
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  using namespace sait::cpu;
+  m.doc() = "Build facts and CPU features of sait_kernels; the ops are torch.ops.sait.*";
+  m.attr("torch_version") = TORCH_VERSION;
+  m.attr("cuda_version") = SAIT_CUDA_VERSION;
+  m.attr("cuda_archs") = SAIT_CUDA_ARCHS;
+  m.attr("compiler") = __VERSION__;
+  m.def("best_isa", [] { return isa_name(best_isa()); }, "The widest instruction set of this CPU that kernels use.");
+  m.def("isa", [] { return isa_name(isa()); }, "The instruction set in force.");
+  m.def("set_isa", [](const char* name) { set_isa(isa_from_name(name)); }, "Lowers the instruction set (tests).");
+  m.def("has_brgemm_f32", &has_brgemm_f32);
+  m.def("has_brgemm_bf16", &has_brgemm_bf16);
+}

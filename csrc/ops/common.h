@@ -1,0 +1,144 @@
+// What the op files share: argument checks with one form of message, and views of tensors for the kernels.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+
+#include "sait/types.h"
+
+namespace sait {
+
+// "compact_attention: k: expected shape (197, 6, 64), got (196, 6, 64). Take q, k and v from one QKV projection."
+#define SAIT_MESSAGE(op, argument, expected, got, cure) \
+  op, ": ", argument, ": expected ", expected, ", got ", got, ". ", cure
+#define SAIT_CHECK_VALUE(condition, ...) TORCH_CHECK_VALUE(condition, SAIT_MESSAGE(__VA_ARGS__))
+#define SAIT_CHECK_TYPE(condition, ...) TORCH_CHECK_TYPE(condition, SAIT_MESSAGE(__VA_ARGS__))
+
+inline std::string shape_of(const at::Tensor& t) {
+  std::ostringstream s;
+  s << "shape (";
+  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
+  s << (t.dim() == 1 ? ",)" : ")");
+  return s.str();
+}
+
+inline DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kBFloat16: return DType::kBFloat16;
+    default: return DType::kFloat16;
+  }
+}
+
+inline void check_dtype(const char* op, const char* name, const at::Tensor& t) {
+  const auto type = t.scalar_type();
+  SAIT_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, op, name,
+                  "float32, bfloat16 or float16", type,
+                  "Convert it, or use `with sait_kernels.backend(\"reference\")`, which runs any floating-point type.");
+}
+
+// Same device and dtype as `like`, the op's first tensor.
+inline void check_same(const char* op, const char* name, const at::Tensor& t, const char* like_name,
+                       const at::Tensor& like) {
+  SAIT_CHECK_VALUE(t.device() == like.device(), op, name, "device " << like.device() << " as " << like_name,
+                   t.device(), "Move all arguments to one device.");
+  SAIT_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, name,
+                  "dtype " << like.scalar_type() << " as " << like_name, t.scalar_type(),
+                  "Convert the arguments to one dtype.");
+}
+
+inline void check_last_contiguous(const char* op, const char* name, const at::Tensor& t) {
+  SAIT_CHECK_VALUE(t.size(-1) <= 1 || t.stride(-1) == 1 || t.numel() == 0, op, name, "a contiguous last dimension",
+                   "stride " << t.stride(-1) << " there", "Call .contiguous() on it.");
+}
+
+// (T, H, D) tensors: q, k, v.
+inline void check_heads(const char* op, const char* name, const at::Tensor& t) {
+  SAIT_CHECK_VALUE(t.dim() == 3, op, name, "a packed (T, H, D) tensor", shape_of(t),
+                   "A batch (B, N, H, D) becomes packed by .flatten(0, 1).");
+  check_dtype(op, name, t);
+  SAIT_CHECK_VALUE(t.size(1) >= 1, op, name, "at least one head", shape_of(t), "");
+  SAIT_CHECK_VALUE(t.size(2) >= 8 && t.size(2) % 8 == 0 && t.size(2) <= 256, op, name,
+                   "a head dimension that is a multiple of 8, from 8 to 256", t.size(2),
+                   "Pad q, k and v with zeros and pass the original scale.");
+  check_last_contiguous(op, name, t);
+}
+
+inline void check_qkv_like(const char* op, const char* name, const at::Tensor& t, const at::Tensor& q) {
+  check_same(op, name, t, "q", q);
+  SAIT_CHECK_VALUE(t.sizes() == q.sizes(), op, name, shape_of(q) << " as q", shape_of(t),
+                   "Take q, k and v from one QKV projection.");
+  check_last_contiguous(op, name, t);
+}
+
+// (rows, C) tensors.
+inline void check_rows(const char* op, const char* name, const at::Tensor& t) {
+  SAIT_CHECK_VALUE(t.dim() == 2, op, name, "a packed (T, C) tensor", shape_of(t),
+                   "A batch (B, N, C) becomes packed by .flatten(0, 1).");
+  check_dtype(op, name, t);
+  check_last_contiguous(op, name, t);
+}
+
+// int32, 1-D, contiguous, on the device of `like`.
+inline void check_int32_vector(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like) {
+  SAIT_CHECK_VALUE(t.dim() == 1, op, name, "a 1-D tensor", shape_of(t), "");
+  SAIT_CHECK_TYPE(t.scalar_type() == at::kInt, op, name, "dtype Int (int32)", t.scalar_type(), "Convert with .int().");
+  SAIT_CHECK_VALUE(t.device() == like.device(), op, name, "device " << like.device() << " as the other arguments",
+                   t.device(), "Move all arguments to one device.");
+  SAIT_CHECK_VALUE(t.is_contiguous(), op, name, "a contiguous tensor", "stride " << t.stride(0),
+                   "Call .contiguous() on it.");
+}
+
+// Reads the values, so only where that costs no synchronisation: on the CPU.
+inline void check_cu_seqlens(const char* op, const char* name, const at::Tensor& cu, const at::Tensor& like,
+                             int64_t total, int64_t max_seqlen, int64_t num_prefix) {
+  check_int32_vector(op, name, cu, like);
+  SAIT_CHECK_VALUE(cu.size(0) >= 1, op, name, "(B + 1,) offsets", shape_of(cu), "An empty batch is tensor([0]).");
+  SAIT_CHECK_VALUE(max_seqlen >= 0, op, "max_seqlen", "a bound >= 0", max_seqlen, "Pass the longest image's length.");
+  SAIT_CHECK_VALUE(num_prefix >= 0, op, "num_prefix", "a number >= 0", num_prefix, "");
+  if (!cu.is_cpu()) return;
+  const int32_t* offsets = cu.const_data_ptr<int32_t>();
+  const int64_t images = cu.size(0) - 1;
+  SAIT_CHECK_VALUE(offsets[0] == 0, op, name, "a first value of 0", offsets[0], "Offsets count from the first row.");
+  for (int64_t b = 0; b < images; ++b) {
+    const int64_t n = static_cast<int64_t>(offsets[b + 1]) - offsets[b];
+    SAIT_CHECK_VALUE(n >= 0, op, name, "ascending offsets", "a step of " << n << " at image " << b, "");
+    SAIT_CHECK_VALUE(n <= max_seqlen, op, "max_seqlen", "at least " << n << ", the length of image " << b, max_seqlen,
+                     "Pass the longest image's length.");
+    SAIT_CHECK_VALUE(n == 0 || n >= num_prefix, op, "num_prefix", "at most " << n << ", the length of image " << b,
+                     num_prefix, "An image has no rows at all, or all its prefix rows.");
+  }
+  SAIT_CHECK_VALUE(offsets[images] == total, op, name, "a last value of " << total << ", the number of rows",
+                   offsets[images], "");
+}
+
+// Ascending rows in [0, total).
+inline void check_indices(const char* op, const char* name, const at::Tensor& indices, const at::Tensor& like,
+                          int64_t total) {
+  check_int32_vector(op, name, indices, like);
+  if (!indices.is_cpu()) return;
+  const int32_t* rows = indices.const_data_ptr<int32_t>();
+  int64_t last = -1;
+  for (int64_t i = 0; i < indices.size(0); ++i) {
+    SAIT_CHECK_VALUE(rows[i] >= 0 && rows[i] < total, op, name, "rows in [0, " << total << ")",
+                     rows[i] << " at position " << i, "Take them from select_topk or select_mass on the same batch.");
+    SAIT_CHECK_VALUE(rows[i] > last, op, name, "ascending rows without repetition",
+                     rows[i] << " after " << last << " at position " << i, "Sort them.");
+    last = rows[i];
+  }
+}
+
+inline HeadView head_view(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+inline RowView row_view(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
+inline Batch batch_view(const at::Tensor& cu_seqlens, int64_t max_seqlen) {
+  return {cu_seqlens.const_data_ptr<int32_t>(), cu_seqlens.size(0) - 1, max_seqlen};
+}
+
+}  // namespace sait

@@ -1,0 +1,73 @@
+// gather_tokens and scatter_tokens: schema, checks, dispatch.
+#include "sait/gather_tokens.h"
+
+#include "ops/common.h"
+
+#ifdef SAIT_WITH_CUDA
+#include "ops/cuda.h"
+#endif
+
+namespace sait {
+namespace {
+
+at::Tensor gather_tokens(const at::Tensor& x, const at::Tensor& indices) {
+  constexpr const char* op = "gather_tokens";
+  check_rows(op, "x", x);
+  check_indices(op, "selection.indices", indices, x, x.size(0));
+  at::Tensor out = at::empty({indices.size(0), x.size(1)}, x.options());
+  const int64_t size = x.element_size();
+  const GatherTokensParams params{x.const_data_ptr(),
+                                  out.mutable_data_ptr(),
+                                  indices.const_data_ptr<int32_t>(),
+                                  indices.size(0),
+                                  x.size(0),
+                                  x.size(1) * size,
+                                  x.stride(0) * size};
+#ifdef SAIT_WITH_CUDA
+  if (x.is_cuda()) {
+    launch(op, x, [&](void* stream) { return cuda::gather_tokens(params, stream); });
+    return out;
+  }
+#endif
+  cpu::gather_tokens(params);
+  return out;
+}
+
+at::Tensor scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_t total,
+                          const std::optional<at::Tensor>& base) {
+  constexpr const char* op = "scatter_tokens";
+  check_rows(op, "y", y);
+  SAIT_CHECK_VALUE(total >= 0, op, "total", "a number of rows >= 0", total, "");
+  check_indices(op, "selection.indices", indices, y, total);
+  SAIT_CHECK_VALUE(indices.size(0) == y.size(0), op, "selection.indices", "one row per row of y, " << y.size(0),
+                   indices.size(0), "Scatter what was gathered with the same selection.");
+  if (base) {
+    check_rows(op, "base", *base);
+    check_same(op, "base", *base, "y", y);
+    SAIT_CHECK_VALUE(base->size(0) == total && base->size(1) == y.size(1), op, "base",
+                     "shape (" << total << ", " << y.size(1) << ")", shape_of(*base), "");
+  }
+  at::Tensor out = at::empty({total, y.size(1)}, y.options());
+  const int64_t size = y.element_size();
+  cpu::scatter_tokens({y.const_data_ptr(), base ? base->const_data_ptr() : nullptr, out.mutable_data_ptr(),
+                       indices.const_data_ptr<int32_t>(), indices.size(0), total, y.size(1) * size,
+                       y.stride(0) * size, base ? base->stride(0) * size : 0});
+  return out;
+}
+
+}  // namespace
+}  // namespace sait
+
+TORCH_LIBRARY_FRAGMENT(sait, m) {
+  m.def("gather_tokens(Tensor x, Tensor indices) -> Tensor");
+  m.def("scatter_tokens(Tensor y, Tensor indices, SymInt total, Tensor? base=None) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(sait, CPU, m) {
+  m.impl("gather_tokens", sait::gather_tokens);
+  m.impl("scatter_tokens", sait::scatter_tokens);
+}
+
+#ifdef SAIT_WITH_CUDA
+TORCH_LIBRARY_IMPL(sait, CUDA, m) { m.impl("gather_tokens", sait::gather_tokens); }
+#endif

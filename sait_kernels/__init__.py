@@ -1,0 +1,33 @@
+"""Kernels for Vision Transformers that drop tokens: score, select, gather and attend, as torch ops.
+
+Everything is packed: ``x (T, C)`` holds the tokens of all images of a batch, ``cu_seqlens (B + 1,) int32`` the row where
+each image starts. See ``docs`` and the docstring of each op; ``python -m sait_kernels.info`` tells what serves a call.
+"""
+
+from sait_kernels import reference
+from sait_kernels.backend import backend, can_run
+from sait_kernels.library import __version__
+from sait_kernels.ops.compact_attention import compact_attention
+from sait_kernels.ops.gather_add_norm import gather_add_norm
+from sait_kernels.ops.gather_tokens import gather_tokens, scatter_tokens
+from sait_kernels.ops.prune_attention import prune_attention
+from sait_kernels.ops.score_tokens import score_tokens
+from sait_kernels.ops.select import select_mass, select_topk
+from sait_kernels.selection import Selection, uniform_cu_seqlens
+
+__all__ = [
+    "Selection",
+    "__version__",
+    "backend",
+    "can_run",
+    "compact_attention",
+    "gather_add_norm",
+    "gather_tokens",
+    "prune_attention",
+    "reference",
+    "scatter_tokens",
+    "score_tokens",
+    "select_mass",
+    "select_topk",
+    "uniform_cu_seqlens",
+]

@@ -1,0 +1,118 @@
+"""Which backend serves a call, and why not another."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sait_kernels import library
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+DISPATCH_KEY = {"cpu": "CPU", "cuda": "CUDA"}
+
+# op -> the backends that have a kernel for it; filled by register(), from what is really there.
+_kernels: dict[str, tuple[str, ...]] = {}
+
+_forced: ContextVar[str | None] = ContextVar("sait_kernels_backend", default=None)
+# torch.compile guards on globals but not on context variables: the same choice again, for compiled code only. Where
+# threads force different backends at once, compiled code follows the last one to enter.
+_forced_for_compiled: str | None = None
+
+
+def register(op: str) -> None:
+    """Called once by each op's file: notes which backends have a kernel for it."""
+    found = []
+    if library.module is not None:
+        found += [
+            name for name, key in DISPATCH_KEY.items() if torch._C._dispatch_has_kernel_for_dispatch_key(f"sait::{op}", key)
+        ]
+    if importlib.util.find_spec("sait_kernels.triton") and importlib.util.find_spec(f"sait_kernels.triton.{op}"):
+        found.append("triton")
+    _kernels[op] = tuple(found)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces one backend in this block: "reference", "cpu", "triton" or "cuda".
+
+    A call that it cannot serve raises RuntimeError with the reason.
+
+    >>> with backend("reference"):
+    ...     pass
+    """
+    global _forced_for_compiled
+    if name not in BACKENDS:
+        raise ValueError(f"backend: name: expected one of {', '.join(BACKENDS)}, got {name!r}.")
+    token = _forced.set(name)
+    before, _forced_for_compiled = _forced_for_compiled, name
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+        _forced_for_compiled = before
+
+
+def forced_backend() -> str | None:
+    """The backend that the enclosing ``with backend(...)`` asks for, or None."""
+    return _forced_for_compiled if torch.compiler.is_compiling() else _forced.get()
+
+
+def can_run(op: str, name: str, *tensors: Any, **options: Any) -> tuple[bool, str]:
+    """Whether backend ``name`` serves ``op`` for these arguments: (answer, reason).
+
+    Takes the op's own arguments; those that are no tensors are ignored. ValueError for an unknown op or backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"can_run: backend: expected one of {', '.join(BACKENDS)}, got {name!r}.")
+    if op not in _kernels:
+        raise ValueError(f"can_run: op: expected one of {', '.join(sorted(_kernels))}, got {op!r}.")
+    if name == "reference":
+        return True, "plain torch runs anywhere"
+    if name not in _kernels[op]:
+        if name in DISPATCH_KEY and library.problem:
+            return False, library.problem
+        return False, f"{op} has no {name} kernel in this build; see `python -m sait_kernels.info`"
+    first = next((t for t in (*tensors, *options.values()) if isinstance(t, Tensor)), None)
+    if first is None:
+        return True, f"{op} has a {name} kernel"
+    if first.device.type != DEVICE_OF[name]:
+        return False, f"the {name} backend serves {DEVICE_OF[name]} tensors, these are on {first.device.type}"
+    if first.dtype not in KERNEL_DTYPES:
+        return False, f"the {name} backend serves float32, bfloat16 and float16, these are {first.dtype}"
+    return True, f"{op} has a {name} kernel for {first.dtype} on {first.device.type}"
+
+
+def choose(op: str, first: Any) -> str:
+    """The backend for a call whose first tensor is ``first``: the forced one, else the fastest there is."""
+    name = forced_backend()
+    if name is not None:
+        ok, reason = can_run(op, name, first)
+        if not ok:
+            raise RuntimeError(f"{op}: the forced backend {name!r} cannot serve this call: {reason}.")
+        return name
+    device = first.device.type if isinstance(first, Tensor) else "cpu"
+    for name in ("cuda", "triton", "cpu"):
+        if DEVICE_OF[name] == device and name in _kernels[op]:
+            return name
+    why = library.problem or f"it has no kernel for tensors on {device!r}"
+    raise RuntimeError(
+        f'{op}: {why}. Move the arguments to a served device, or use `with sait_kernels.backend("reference")`, which is '
+        "plain torch and slow."
+    )
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the dtype that autocast asks of a matrix product; unchanged outside autocast."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -1,0 +1,42 @@
+"""``python -m sait_kernels.info``: what was built, what this machine has, and which backend serves which op."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from sait_kernels import backend, library
+
+
+def describe() -> list[tuple[str, str]]:
+    """(name, value) pairs, versions first."""
+    facts = [
+        ("sait_kernels", library.__version__),
+        ("python", platform.python_version()),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+    ]
+    if library.module is None:
+        facts.append(("library", library.problem))
+    else:
+        built = library.module
+        cuda = f"CUDA {built.cuda_version} for {built.cuda_archs}" if built.cuda_version else "no CUDA"
+        facts.append(("library", f"built for torch {built.torch_version}, {cuda}, compiler {built.compiler}"))
+        products = [name for name in ("f32", "bf16") if getattr(built, f"has_brgemm_{name}")()]
+        facts.append(("cpu", f"{built.isa()}, brgemm: {', '.join(products) or 'none (own micro-kernel)'}"))
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts.append(("gpu", ", ".join(devices) or "none"))
+    return facts
+
+
+def main() -> None:
+    for name, value in describe():
+        print(f"{name:>14}  {value}")
+    print()
+    for op in sorted(backend._kernels):
+        served = [f"{name}: {'yes' if backend.can_run(op, name)[0] else 'no'}" for name in backend.BACKENDS[1:]]
+        print(f"{op:>18}  {'   '.join(served)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""compact_attention: attention for the rows that stay, over all rows of their image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sait_kernels import backend, library
+from sait_kernels.selection import Selection, image_bounds
+
+
+def compact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    selection: Selection | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale * q_i k^T) v for each kept row i, over all rows of its image, written compacted.
+
+    Everything after the softmax is row-wise, so for the tokens that stay this equals attention for all rows and dropping
+    some afterwards; the dropped rows are never computed.
+
+    Args:
+        q, k, v: (T, H, D) float32, bfloat16 or float16, last dimension contiguous; views of one QKV projection are fine.
+            D a multiple of 8, at most 256.
+        cu_seqlens: (B + 1,) int32, the row where each image starts.
+        max_seqlen: a bound on the tokens of an image.
+        selection: the rows that stay; None keeps all: plain variable-length attention.
+        scale: of q . k; D ** -0.5 by default.
+
+    Returns:
+        (S, H * D) of q's dtype. Differentiable in q, k and v.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device; on the CPU also offsets or indices that do not fit.
+    """
+    q, k, v = backend.autocast(q, k, v)
+    if backend.choose("compact_attention", q) == "reference":
+        return compact_attention_reference(q, k, v, cu_seqlens, max_seqlen, selection=selection, scale=scale)
+    indices, kept = (None, None) if selection is None else (selection.indices, selection.cu_seqlens)
+    return torch.ops.sait.compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept, scale)
+
+
+def compact_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    selection: Selection | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    bounds = image_bounds(cu_seqlens)
+    kept_bounds = bounds if selection is None else image_bounds(selection.cu_seqlens)
+    queries = q if selection is None else q.index_select(0, selection.indices)
+    parts = [q.new_empty(0, *q.shape[1:])]
+    for (begin, end), (first, last) in zip(bounds, kept_bounds, strict=True):
+        logits = scale * torch.einsum("ihd,jhd->hij", queries[first:last].to(compute), k[begin:end].to(compute))
+        parts.append(torch.einsum("hij,jhd->ihd", logits.softmax(-1), v[begin:end].to(compute)).to(q.dtype))
+    return torch.cat(parts).flatten(1)
+
+
+backend.register("compact_attention")
+
+if library.module is not None:
+
+    @torch.library.register_fake("sait::compact_attention")
+    def _fake(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: Tensor,
+        max_seqlen: int,
+        indices: Tensor | None,
+        kept: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        return q.new_empty(q.shape[0] if indices is None else indices.shape[0], q.shape[1] * q.shape[2])
+
+    @torch.library.register_fake("sait::compact_attention_backward")
+    def _backward_fake(
+        grad: Tensor,
+        out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: Tensor,
+        max_seqlen: int,
+        indices: Tensor | None,
+        kept: Tensor | None,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale = inputs
+        ctx.save_for_backward(output, q, k, v, cu_seqlens, indices, kept)
+
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        out, q, k, v, cu_seqlens, indices, kept = ctx.saved_tensors
+        dq, dk, dv = torch.ops.sait.compact_attention_backward(
+            grad.contiguous(), out, q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
+        )
+        return dq, dk, dv, None, None, None, None, None
+
+    torch.library.register_autograd("sait::compact_attention", _backward, setup_context=_context)

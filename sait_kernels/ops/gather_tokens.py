@@ -1,0 +1,97 @@
+"""gather_tokens and scatter_tokens: move the kept rows out of a packed batch, and home again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sait_kernels import backend, library
+from sait_kernels.selection import Selection
+
+
+def gather_tokens(x: Tensor, selection: Selection) -> Tensor:
+    """The kept rows: out[i] = x[indices[i]].
+
+    Args:
+        x: (T, C) float32, bfloat16 or float16, rows contiguous.
+        selection: which rows stay.
+
+    Returns:
+        (S, C) of x's dtype. Differentiable in x.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device; on the CPU also an index out of range.
+    """
+    if backend.choose("gather_tokens", x) == "reference":
+        return gather_tokens_reference(x, selection)
+    return torch.ops.sait.gather_tokens(x, selection.indices)
+
+
+def scatter_tokens(y: Tensor, selection: Selection, total: int, *, base: Tensor | None = None) -> Tensor:
+    """The inverse of gather_tokens: kept rows go home, the others are zero or those of ``base``.
+
+    Args:
+        y: (S, C) float32, bfloat16 or float16, rows contiguous.
+        selection: which rows these are.
+        total: T, the number of rows of the result.
+        base: (T, C) of y's dtype: what stands in the rows that were dropped.
+
+    Returns:
+        (T, C) of y's dtype. Differentiable in y and base.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device; on the CPU also an index out of range.
+    """
+    if backend.choose("scatter_tokens", y) == "reference":
+        return scatter_tokens_reference(y, selection, total, base=base)
+    return torch.ops.sait.scatter_tokens(y, selection.indices, total, base)
+
+
+def gather_tokens_reference(x: Tensor, selection: Selection) -> Tensor:
+    return x.index_select(0, selection.indices)
+
+
+def scatter_tokens_reference(y: Tensor, selection: Selection, total: int, *, base: Tensor | None = None) -> Tensor:
+    out = y.new_zeros(total, y.shape[1]) if base is None else base
+    return out.index_copy(0, selection.indices.long(), y)
+
+
+backend.register("gather_tokens")
+backend.register("scatter_tokens")
+
+if library.module is not None:
+
+    @torch.library.register_fake("sait::gather_tokens")
+    def _gather_fake(x: Tensor, indices: Tensor) -> Tensor:
+        return x.new_empty(indices.shape[0], x.shape[1])
+
+    @torch.library.register_fake("sait::scatter_tokens")
+    def _scatter_fake(y: Tensor, indices: Tensor, total: int, base: Tensor | None = None) -> Tensor:
+        return y.new_empty(total, y.shape[1])
+
+    def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, indices = inputs
+        ctx.save_for_backward(indices)
+        ctx.total = x.shape[0]
+
+    def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        return torch.ops.sait.scatter_tokens(grad.contiguous(), indices, ctx.total), None
+
+    def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.has_base = inputs[3] is not None
+
+    def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
+        (indices,) = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_y = torch.ops.sait.gather_tokens(grad, indices)
+        grad_base = None
+        if ctx.has_base and ctx.needs_input_grad[3]:  # base's kept rows were overwritten
+            grad_base = torch.ops.sait.scatter_tokens(torch.zeros_like(grad_y), indices, grad.shape[0], grad)
+        return grad_y, None, None, grad_base
+
+    torch.library.register_autograd("sait::gather_tokens", _gather_backward, setup_context=_gather_context)
+    torch.library.register_autograd("sait::scatter_tokens", _scatter_backward, setup_context=_scatter_context)

@@ -1,0 +1,131 @@
+"""prune_attention: score, select and attend as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from sait_kernels import backend, library
+from sait_kernels.ops.compact_attention import compact_attention_reference
+from sait_kernels.ops.score_tokens import score_tokens_reference
+from sait_kernels.ops.select import check_mass, kept_bound, select_mass_reference, select_topk_reference, split_keep
+from sait_kernels.selection import Selection
+
+
+def prune_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    keep: float | int | None = None,
+    mass: float | None = None,
+    kind: str = "cls",
+    num_prefix: int = 1,
+    scale: float | None = None,
+) -> tuple[Tensor, Selection]:
+    """Scores the tokens, selects, and computes attention for the rows that stay; a dropped row is never written.
+
+    The same as score_tokens, select_topk or select_mass, and compact_attention one after the other.
+
+    Args:
+        q, k, v: (T, H, D) float32, bfloat16 or float16, last dimension contiguous.
+        cu_seqlens: (B + 1,) int32, the row where each image starts.
+        max_seqlen: a bound on the tokens of an image.
+        keep, mass: exactly one of them, as in select_topk and select_mass.
+        kind: the score, as in score_tokens.
+        num_prefix: prefix rows at the start of each image, never dropped.
+        scale: of q . k; D ** -0.5 by default.
+
+    Returns:
+        (out (S, H * D) of q's dtype, Selection). out is differentiable in q, k and v; the choice of rows is not.
+
+    Raises:
+        ValueError, TypeError: as the three ops; also when both or neither of keep and mass are given.
+    """
+    if (keep is None) == (mass is None):
+        raise ValueError(f"prune_attention: expected exactly one of keep and mass, got keep={keep!r}, mass={mass!r}.")
+    rate, count = (None, None) if keep is None else split_keep("prune_attention", keep)
+    if mass is not None:
+        mass, _ = check_mass("prune_attention", mass)
+    q, k, v = backend.autocast(q, k, v)
+    if backend.choose("prune_attention", q) == "reference":
+        return prune_attention_reference(
+            q, k, v, cu_seqlens, max_seqlen, keep=keep, mass=mass, kind=kind, num_prefix=num_prefix, scale=scale
+        )
+    out, indices, kept = torch.ops.sait.prune_attention(
+        q, k, v, cu_seqlens, max_seqlen, rate, count, mass, kind, num_prefix, scale
+    )
+    bound = max_seqlen if mass is not None else kept_bound(max_seqlen, num_prefix, rate, count)
+    return out, Selection(indices, kept, bound)
+
+
+def prune_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    keep: float | int | None = None,
+    mass: float | None = None,
+    kind: str = "cls",
+    num_prefix: int = 1,
+    scale: float | None = None,
+) -> tuple[Tensor, Selection]:
+    with torch.no_grad():
+        scores = score_tokens_reference(
+            q, k, cu_seqlens, max_seqlen, kind=kind, num_prefix=num_prefix, v=v, scale=scale
+        )
+    if keep is not None:
+        selection = select_topk_reference(scores, cu_seqlens, max_seqlen, keep=keep, num_prefix=num_prefix)
+    else:
+        assert mass is not None
+        selection = select_mass_reference(scores, cu_seqlens, max_seqlen, mass=mass, num_prefix=num_prefix)
+    return compact_attention_reference(q, k, v, cu_seqlens, max_seqlen, selection=selection, scale=scale), selection
+
+
+backend.register("prune_attention")
+
+if library.module is not None:
+
+    @torch.library.register_fake("sait::prune_attention")
+    def _fake(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: Tensor,
+        max_seqlen: int,
+        rate: float | None,
+        count: int | None,
+        mass: float | None,
+        kind: str,
+        num_prefix: int,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        images = cu.shape[0] - 1
+        if mass is None and guard_or_false(q.shape[0] == images * max_seqlen):  # equal lengths: the size is known
+            rows = images * kept_bound(max_seqlen, num_prefix, rate, count)
+        else:
+            rows = torch.library.get_ctx().new_dynamic_size()
+        out = q.new_empty(rows, q.shape[1] * q.shape[2])
+        return out, cu.new_empty(rows), cu.new_empty(images + 1)
+
+    def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        q, k, v, cu_seqlens, ctx.max_seqlen, *_, ctx.scale = inputs
+        out, indices, kept = output
+        ctx.mark_non_differentiable(indices, kept)
+        ctx.save_for_backward(out, q, k, v, cu_seqlens, indices, kept)
+
+    def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        out, q, k, v, cu_seqlens, indices, kept = ctx.saved_tensors
+        dq, dk, dv = torch.ops.sait.compact_attention_backward(
+            grad.contiguous(), out, q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
+        )
+        return (dq, dk, dv, *[None] * 8)
+
+    torch.library.register_autograd("sait::prune_attention", _backward, setup_context=_context)

@@ -1,0 +1,219 @@
+"""select_topk and select_mass: from scores to the rows that stay.
+
+The order, on every backend: the higher score first, ties to the lower index, NaN lowest of all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from sait_kernels import backend, library
+from sait_kernels.selection import Selection, image_bounds, rate_to_count
+
+
+def select_topk(
+    scores: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, keep: float | int, num_prefix: int = 1
+) -> Selection:
+    """Keeps the highest-scoring patches of each image, and all prefix rows.
+
+    Args:
+        scores: (T,) float32; the values of prefix rows are ignored.
+        cu_seqlens: (B + 1,) int32, the row where each image starts.
+        max_seqlen: a bound on the tokens of an image.
+        keep: a float in (0, 1]: max(1, ceil(keep * patches)) patches of each image; an int >= 1: that many of each image
+            that has patches at all.
+        num_prefix: prefix rows at the start of each image.
+
+    Returns:
+        A Selection; with images of equal length its size is known without reading data, so nothing synchronises.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device, keep outside its range, or an image with fewer patches.
+    """
+    rate, count = split_keep("select_topk", keep)
+    if backend.choose("select_topk", scores) == "reference":
+        return select_topk_reference(scores, cu_seqlens, max_seqlen, keep=keep, num_prefix=num_prefix)
+    indices, kept = torch.ops.sait.select_topk(scores, cu_seqlens, max_seqlen, rate, count, num_prefix)
+    return Selection(indices, kept, kept_bound(max_seqlen, num_prefix, rate, count))
+
+
+def select_mass(
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    mass: float,
+    num_prefix: int = 1,
+    min_keep: int = 1,
+    max_keep: int | None = None,
+) -> Selection:
+    """Keeps, per image, the fewest patches that carry a given share of the score, and all prefix rows.
+
+    A patch weighs max(score, 0); a NaN weighs 0. Patches are taken from the highest down until their weights, summed in
+    float64, reach ``mass`` times the image's total; the one that crosses stays. Infinite scores share the whole mass
+    equally; where all weights are zero, all patches weigh the same.
+
+    Args:
+        scores: (T,) float32; the values of prefix rows are ignored.
+        cu_seqlens: (B + 1,) int32, the row where each image starts.
+        max_seqlen: a bound on the tokens of an image.
+        mass: in (0, 1]; 1 keeps every patch of positive weight.
+        num_prefix: prefix rows at the start of each image.
+        min_keep, max_keep: the number of patches is clamped to these, then to what the image has.
+
+    Returns:
+        A Selection whose size depends on the data: on a GPU one device-to-host synchronisation.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device, or a limit outside its range.
+    """
+    mass, max_keep = check_mass("select_mass", mass, min_keep, max_keep)
+    if backend.choose("select_mass", scores) == "reference":
+        return select_mass_reference(
+            scores,
+            cu_seqlens,
+            max_seqlen,
+            mass=mass,
+            num_prefix=num_prefix,
+            min_keep=min_keep,
+            max_keep=max_keep,
+        )
+    indices, kept = torch.ops.sait.select_mass(scores, cu_seqlens, max_seqlen, mass, num_prefix, min_keep, max_keep)
+    return Selection(indices, kept, max_seqlen if max_keep is None else min(max_seqlen, num_prefix + max_keep))
+
+
+def split_keep(op: str, keep: Any) -> tuple[float | None, int | None]:
+    """keep as (rate, None) or (None, count), checked."""
+    cure = "Pass a share such as 0.45, or a whole number of patches."
+    if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
+        raise TypeError(f"{op}: keep: expected a float in (0, 1] or an int >= 1, got {keep!r}. {cure}")
+    if isinstance(keep, float):
+        if not 0.0 < keep <= 1.0:
+            raise ValueError(f"{op}: keep: expected a float in (0, 1] or an int >= 1, got {keep!r}. {cure}")
+        return keep, None
+    if keep < 1:
+        raise ValueError(f"{op}: keep: expected a float in (0, 1] or an int >= 1, got {keep!r}. {cure}")
+    return None, keep
+
+
+def check_mass(op: str, mass: Any, min_keep: Any = 1, max_keep: Any = None) -> tuple[float, int | None]:
+    if isinstance(mass, bool) or not isinstance(mass, (int, float)):
+        raise TypeError(f"{op}: mass: expected a number in (0, 1], got {mass!r}. Pass a share such as 0.9.")
+    if not 0.0 < mass <= 1.0:
+        raise ValueError(f"{op}: mass: expected a number in (0, 1], got {mass!r}. Pass a share such as 0.9.")
+    if min_keep < 1:
+        raise ValueError(f"{op}: min_keep: expected a whole number >= 1, got {min_keep!r}.")
+    if max_keep is not None and max_keep < min_keep:
+        raise ValueError(f"{op}: max_keep: expected at least min_keep = {min_keep}, got {max_keep!r}.")
+    return float(mass), max_keep
+
+
+def kept_patches(patches: int, rate: float | None, count: int | None) -> int:
+    if count is not None:
+        return count
+    assert rate is not None
+    return rate_to_count(rate, patches)
+
+
+def kept_bound(max_seqlen: int, num_prefix: int, rate: float | None, count: int | None) -> int:
+    """The kept rows of an image of max_seqlen tokens."""
+    if max_seqlen <= num_prefix:
+        return max_seqlen
+    return num_prefix + kept_patches(max_seqlen - num_prefix, rate, count)
+
+
+def _select(scores: Tensor, cu_seqlens: Tensor, num_prefix: int, how_many: Callable[[Tensor], int]) -> Selection:
+    """how_many(patch scores, best first) -> patches to keep."""
+    rows = [scores.new_empty(0, dtype=torch.long)]
+    lengths = [0]
+    for begin, end in image_bounds(cu_seqlens):
+        prefix = min(num_prefix, end - begin)
+        patches = scores[begin + prefix : end]
+        patches = torch.where(patches.isnan(), -math.inf, patches)
+        # A stable sort leaves ties in index order. NaN and -inf tie here, and so they do in the kernels.
+        order = patches.sort(descending=True, stable=True)
+        kept = order.indices[: how_many(order.values)] if len(patches) else order.indices
+        image = torch.cat([torch.arange(prefix, device=scores.device), kept.sort().values + prefix]) + begin
+        rows.append(image)
+        lengths.append(len(image))
+    offsets = torch.tensor(lengths, dtype=torch.int32, device=scores.device).cumsum(0, dtype=torch.int32)
+    return Selection(torch.cat(rows).int(), offsets, max(lengths))
+
+
+@torch.no_grad()
+def select_topk_reference(
+    scores: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, keep: float | int, num_prefix: int = 1
+) -> Selection:
+    rate, count = split_keep("select_topk", keep)
+
+    def how_many(patches: Tensor) -> int:
+        k = kept_patches(len(patches), rate, count)
+        if k > len(patches):
+            raise ValueError(f"select_topk: keep: expected at most {len(patches)}, the patches of an image, got {k}.")
+        return k
+
+    return _select(scores, cu_seqlens, num_prefix, how_many)
+
+
+@torch.no_grad()
+def select_mass_reference(
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    mass: float,
+    num_prefix: int = 1,
+    min_keep: int = 1,
+    max_keep: int | None = None,
+) -> Selection:
+    def how_many(patches: Tensor) -> int:
+        weights = patches.double().clamp_min(0)
+        if weights.isinf().any():
+            weights = weights.isinf().double()
+        if not weights.any():
+            weights = torch.ones_like(weights)
+        cumulative = weights.cumsum(0)
+        if mass == 1.0:  # small weights vanish in the sum, but they are there
+            k = int((weights > 0).sum())
+        else:
+            k = int((cumulative < mass * cumulative[-1]).sum()) + 1
+        k = max(k, min_keep)
+        return min(k if max_keep is None else min(k, max_keep), len(patches))
+
+    return _select(scores, cu_seqlens, num_prefix, how_many)
+
+
+backend.register("select_topk")
+backend.register("select_mass")
+
+if library.module is not None:
+
+    @torch.library.register_fake("sait::select_topk")
+    def _topk_fake(
+        scores: Tensor, cu: Tensor, max_seqlen: int, rate: float | None, count: int | None, num_prefix: int
+    ) -> tuple[Tensor, Tensor]:
+        images = cu.shape[0] - 1
+        if guard_or_false(scores.shape[0] == images * max_seqlen):  # equal lengths: the size is known
+            rows = images * kept_bound(max_seqlen, num_prefix, rate, count)
+        else:
+            rows = torch.library.get_ctx().new_dynamic_size()
+        return scores.new_empty(rows, dtype=torch.int32), cu.new_empty(images + 1)
+
+    @torch.library.register_fake("sait::select_mass")
+    def _mass_fake(
+        scores: Tensor,
+        cu: Tensor,
+        max_seqlen: int,
+        mass: float,
+        num_prefix: int,
+        min_keep: int,
+        max_keep: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        rows = torch.library.get_ctx().new_dynamic_size()
+        return scores.new_empty(rows, dtype=torch.int32), cu.new_empty(cu.shape[0])

@@ -1,0 +1,21 @@
+"""The plain-torch twin of every op, same signature: the specification. Any floating-point type, float64 included."""
+
+from sait_kernels.ops.compact_attention import compact_attention_reference as compact_attention
+from sait_kernels.ops.gather_add_norm import gather_add_norm_reference as gather_add_norm
+from sait_kernels.ops.gather_tokens import gather_tokens_reference as gather_tokens
+from sait_kernels.ops.gather_tokens import scatter_tokens_reference as scatter_tokens
+from sait_kernels.ops.prune_attention import prune_attention_reference as prune_attention
+from sait_kernels.ops.score_tokens import score_tokens_reference as score_tokens
+from sait_kernels.ops.select import select_mass_reference as select_mass
+from sait_kernels.ops.select import select_topk_reference as select_topk
+
+__all__ = [
+    "compact_attention",
+    "gather_add_norm",
+    "gather_tokens",
+    "prune_attention",
+    "scatter_tokens",
+    "score_tokens",
+    "select_mass",
+    "select_topk",
+]

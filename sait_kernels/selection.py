@@ -1,0 +1,47 @@
+"""The packed layout, and the Selection that every way of choosing tokens ends in."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Selection(NamedTuple):
+    """Which rows of a packed batch stay.
+
+    Attributes:
+        indices: (S,) int32, rows of the T axis, ascending and unique, prefix rows included.
+        cu_seqlens: (B + 1,) int32, where each image starts among the kept rows.
+        max_seqlen: a bound on the kept rows of an image; exact for images of equal length.
+    """
+
+    indices: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+def uniform_cu_seqlens(B: int, N: int, device: torch.device | str | None = None) -> Tensor:
+    """The offsets of B images of N tokens each: (B + 1,) int32.
+
+    >>> uniform_cu_seqlens(2, 197, "cpu")
+    tensor([  0, 197, 394], dtype=torch.int32)
+    """
+    return torch.arange(B + 1, dtype=torch.int32, device=device) * N
+
+
+def image_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """[(first row, row past the last)] of each image; reads the values."""
+    offsets = cu_seqlens.tolist()
+    return list(zip(offsets[:-1], offsets[1:], strict=True))
+
+
+def rate_to_count(rate: float, patches: int) -> int:
+    """max(1, ceil(rate * patches)), with the product's rounding error taken off first: 0.55 of 100 is 55, not 56.
+
+    The product of two doubles is off by at most patches * 2**-53, far below 1e-6 for any image; a rate given to six
+    digits never lands that close above a whole number by intent.
+    """
+    return max(1, math.ceil(rate * patches - 1e-6))
