@@ -83,7 +83,8 @@ cpp_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.
 cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
 include_dirs = [str(ROOT / "csrc"), str(ROOT / "csrc" / "include")]
 # -ffp-contract=off: an FMA where the source says a * b + c would differ between instruction sets.
-cxx_flags = ["-O3", "-std=c++20", "-Wall", "-fvisibility=hidden", "-ffp-contract=off", "-DAT_PER_OPERATOR_HEADERS"]
+# -Wno-maybe-uninitialized: GCC's own AVX-512 headers start from an undefined register on purpose.
+cxx_flags = ["-O3", "-std=c++20", "-Wall", "-Wno-maybe-uninitialized", "-fvisibility=hidden", "-ffp-contract=off"]
 if cuda_home is not None:
     macros = [
         ("SAIT_WITH_CUDA", None),
@@ -109,14 +110,15 @@ else:
 class Build(BuildExtension):
     """Says what is built, and leaves the versions beside the library, readable even where it cannot be loaded."""
 
-    def build_extension(self, ext) -> None:
+    def run(self) -> None:
         print(f"sait_kernels: building {built}; torch {torch.__version__}, {os.environ['MAX_JOBS']} jobs", flush=True)
-        super().build_extension(ext)
-        facts = Path(self.get_ext_fullpath(ext.name)).with_name("_build_info.py")
-        facts.write_text(
-            f'"""Written by setup.py."""\n\nTORCH = "{torch.__version__}"\nCUDA = "{torch.version.cuda or ""}"\n'
-            f'BUILT = """{built}"""\n'
-        )
+        super().run()
+        packages = [Path(self.build_lib) / "sait_kernels"] + [ROOT / "sait_kernels"] * bool(self.inplace)
+        for package in packages:
+            (package / "_build_info.py").write_text(
+                f'"""Written by setup.py."""\n\nTORCH = "{torch.__version__}"\nCUDA = "{torch.version.cuda or ""}"\n'
+                f'BUILT = """{built}"""\n'
+            )
 
 
 setup(ext_modules=[extension], cmdclass={"build_ext": Build})

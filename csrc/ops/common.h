@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -15,9 +16,14 @@
 
 namespace sait {
 
-// "compact_attention: k: expected shape (197, 6, 64), got (196, 6, 64). Take q, k and v from one QKV projection."
-#define SAIT_MESSAGE(op, argument, expected, got, cure) \
-  op, ": ", argument, ": expected ", expected, ", got ", got, ". ", cure
+// "compact_attention: k: expected shape (197, 6, 64), got shape (196, 6, 64). Take q, k and v from one QKV projection."
+// `expected` and `got` may be chains of <<; they are evaluated only when the check fails.
+#define SAIT_MESSAGE(op, argument, expected, got, cure)                            \
+  ([&] {                                                                           \
+    std::ostringstream message;                                                    \
+    message << op << ": " << argument << ": expected " << expected << ", got " << got << ". " << cure; \
+    return message.str();                                                          \
+  }())
 #define SAIT_CHECK_VALUE(condition, ...) TORCH_CHECK_VALUE(condition, SAIT_MESSAGE(__VA_ARGS__))
 #define SAIT_CHECK_TYPE(condition, ...) TORCH_CHECK_TYPE(condition, SAIT_MESSAGE(__VA_ARGS__))
 
@@ -133,6 +139,13 @@ inline void check_indices(const char* op, const char* name, const at::Tensor& in
                      rows[i] << " after " << last << " at position " << i, "Sort them.");
     last = rows[i];
   }
+}
+
+// The factor of q . k: D ** -0.5 by default.
+inline double check_scale(const char* op, std::optional<double> scale, int64_t head_dim) {
+  SAIT_CHECK_VALUE(!scale || std::isfinite(*scale), op, "scale", "a finite number", *scale,
+                   "None means head_dim ** -0.5.");
+  return scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
 }
 
 inline HeadView head_view(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }

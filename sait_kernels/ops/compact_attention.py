@@ -62,7 +62,7 @@ def compact_attention_reference(
     bounds = image_bounds(cu_seqlens)
     kept_bounds = bounds if selection is None else image_bounds(selection.cu_seqlens)
     queries = q if selection is None else q.index_select(0, selection.indices)
-    parts = [q.new_empty(0, *q.shape[1:])]
+    parts = [q[:0]]  # no new tensor: the result of an empty batch is differentiable, too
     for (begin, end), (first, last) in zip(bounds, kept_bounds, strict=True):
         logits = scale * torch.einsum("ihd,jhd->hij", queries[first:last].to(compute), k[begin:end].to(compute))
         parts.append(torch.einsum("hij,jhd->ihd", logits.softmax(-1), v[begin:end].to(compute)).to(q.dtype))
@@ -89,7 +89,6 @@ if library.module is not None:
     @torch.library.register_fake("sait::compact_attention_backward")
     def _backward_fake(
         grad: Tensor,
-        out: Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -103,12 +102,12 @@ if library.module is not None:
 
     def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale = inputs
-        ctx.save_for_backward(output, q, k, v, cu_seqlens, indices, kept)
+        ctx.save_for_backward(q, k, v, cu_seqlens, indices, kept)
 
     def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        out, q, k, v, cu_seqlens, indices, kept = ctx.saved_tensors
+        q, k, v, cu_seqlens, indices, kept = ctx.saved_tensors
         dq, dk, dv = torch.ops.sait.compact_attention_backward(
-            grad.contiguous(), out, q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
+            grad.contiguous(), q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
         )
         return dq, dk, dv, None, None, None, None, None
 

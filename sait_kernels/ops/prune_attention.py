@@ -117,14 +117,14 @@ if library.module is not None:
 
     def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         q, k, v, cu_seqlens, ctx.max_seqlen, *_, ctx.scale = inputs
-        out, indices, kept = output
+        _, indices, kept = output
         ctx.mark_non_differentiable(indices, kept)
-        ctx.save_for_backward(out, q, k, v, cu_seqlens, indices, kept)
+        ctx.save_for_backward(q, k, v, cu_seqlens, indices, kept)
 
     def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        out, q, k, v, cu_seqlens, indices, kept = ctx.saved_tensors
+        q, k, v, cu_seqlens, indices, kept = ctx.saved_tensors
         dq, dk, dv = torch.ops.sait.compact_attention_backward(
-            grad.contiguous(), out, q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
+            grad.contiguous(), q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
         )
         return (dq, dk, dv, *[None] * 8)
 

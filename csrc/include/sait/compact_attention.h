@@ -16,7 +16,7 @@ struct CompactAttentionParams {
 };
 
 struct CompactAttentionBackwardParams {
-  CompactAttentionParams forward;  // forward.out holds the forward result
+  CompactAttentionParams forward;  // forward.out is not read: P is computed again
   HeadView grad_out;               // (kept.rows, heads, head_dim)
   // Contiguous (total, heads, head_dim) of forward.dtype, every element written.
   void* dq;

@@ -1,0 +1,55 @@
+# make demo     set up, build, and run `sait bench` and `sait show` into demo/
+# make install  set up and build
+# make test     the test suite                    make check   lint, format, types
+# make bench    every op and model against torch  make report  README tables from the newest results
+# make clean    remove what was built (not .venv)
+#
+# PYTHON and VENV may be set: `make demo PYTHON=python3.12 VENV=/somewhere/venv`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+RESULTS := benchmarks/results
+
+.PHONY: demo install test check bench report clean
+
+# A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
+$(VENV)/.requirements: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -r requirements.txt
+	touch $@
+
+$(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
+	$(PIP) install -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.build: setup.py pyproject.toml $(CSRC) $(VENV)/.requirements
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m sait_kernels.info
+	touch $@
+
+install: $(VENV)/.build
+
+demo: install
+	mkdir -p demo
+	$(BIN)/sait bench --json demo/bench.json
+	$(BIN)/sait show --out demo
+
+test: install $(VENV)/.requirements-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.requirements-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/mypy
+
+bench: install $(VENV)/.requirements-dev
+	$(BIN)/python -m pytest benchmarks --save-results $(RESULTS)
+
+report: $(VENV)/.requirements
+	$(BIN)/python benchmarks/report.py
+
+clean:
+	rm -rf build dist demo *.egg-info python/*.egg-info sait_kernels/*.so sait_kernels/_build_info.py $(VENV)/.build

@@ -1,0 +1,377 @@
+// compact_attention on the CPU: per image and head, K^T and V are packed once, then blocks of kept query rows run
+//   S = Q K^T,  P = exp(S - max S),  O = P V / sum P
+// as two matrix products around a one-pass softmax, all in cache: never N x N. Threads share images x heads.
+//
+// bfloat16 uses bfloat16 products where the machine has them; everything else computes in float32.
+#include "sait/compact_attention.h"
+
+#define SAIT_KERNEL_FILE "cpu/compact_attention.cpp"
+#include "cpu/foreach_isa.h"
+#include "cpu/vec.h"
+#include "cpu/gemm.h"
+
+namespace sait::cpu::SAIT_ISA {
+namespace attention {
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr int64_t kMaxBlock = 128;
+
+// Query rows per product: as many as keep S and P in cache, in blocks of equal size so that little is padding: 197 rows go
+// as 100 + 97, not as 128 + 69. Rows count in fours: brgemm compiles a kernel per shape, about 50 us each.
+inline int64_t block_rows(int64_t rows, int64_t ld) {
+  const int64_t most = std::clamp<int64_t>(32768 / ld, 16, kMaxBlock);
+  const int64_t blocks = (rows + most - 1) / most;
+  return round_up((rows + blocks - 1) / blocks, kRowAlign);
+}
+
+// One image and head.
+struct Task {
+  int64_t image, head;
+  int64_t begin, keys;        // rows of the image in T
+  int64_t first, queries;     // kept rows of the image in S
+  const int32_t* indices;     // its kept rows, or nullptr for all
+};
+
+// Packed as float: K^T (D, ld), V (ld, D), a block of Q (rows, D).
+template <typename E>
+struct FloatProducts {
+  using Weight = float;
+  static constexpr bool kBFloat16Weights = false;
+
+  float *keys, *values, *queries;
+  int64_t D, ld, used;  // used: columns of P that the second product reads
+
+  FloatProducts(int64_t head_dim, int64_t n, int64_t padded)
+      : keys(scratch<float, 0>(head_dim * padded)),
+        values(scratch<float, 1>(padded * head_dim)),
+        queries(scratch<float, 2>(kMaxBlock * head_dim)),
+        D(head_dim),
+        ld(padded),
+        used(round_up(n, 8)) {}
+
+  void pack_keys_values(const typename E::type* k, int64_t k_stride, const typename E::type* v, int64_t v_stride,
+                        int64_t n) {
+    if constexpr (std::is_same_v<E, F32>) {
+      transpose_f32(k, k_stride, n, ld, D, keys, ld);
+    } else {
+      pack_rows_f32<E>(k, k_stride, nullptr, 0, n, ld, D, 1.f, values);  // values serve as the staging area
+      transpose_f32(values, D, n, ld, D, keys, ld);
+    }
+    pack_rows_f32<E>(v, v_stride, nullptr, 0, n, ld, D, 1.f, values);
+  }
+  void pack_queries(const typename E::type* q, int64_t stride, const int32_t* indices, int64_t offset, int64_t count,
+                    int64_t padded, bool negate) {
+    pack_rows_f32<E>(q, stride, indices, offset, count, padded, D, negate ? -1.f : 1.f, queries);
+  }
+  void logits(int64_t rows, float* S) const { gemm_f32(rows, ld, D, queries, D, keys, ld, S, ld, false); }
+  void output(int64_t rows, const float* P, float* O) const { gemm_f32(rows, D, used, P, ld, values, D, O, D, false); }
+};
+
+#if defined(SAIT_VEC_AVX512_BF16)
+// Packed as bfloat16 in VNNI order: K^T (D / 2, ld, 2), V (ld / 2, D, 2), a block of Q (rows, D).
+struct BFloat16Products {
+  using Weight = uint16_t;
+  static constexpr bool kBFloat16Weights = true;
+
+  uint16_t *keys, *values, *queries;
+  int64_t D, ld, used;  // used: columns of P that the second product reads
+
+  BFloat16Products(int64_t head_dim, int64_t n, int64_t padded)
+      : keys(scratch<uint16_t, 0>(head_dim * padded)),
+        values(scratch<uint16_t, 1>(padded * head_dim)),
+        queries(scratch<uint16_t, 2>(kMaxBlock * head_dim)),
+        D(head_dim),
+        ld(padded),
+        used(round_up(n, 8)) {}
+
+  void pack_keys_values(const uint16_t* k, int64_t k_stride, const uint16_t* v, int64_t v_stride, int64_t n) {
+    // A pair of neighbouring d of one key is one dword, so K^T in VNNI order is a transpose of dwords.
+    for (int64_t j = 0; j < ld; j += 16) {
+      const int64_t live = std::clamp<int64_t>(n - j, 0, 16);
+      for (int64_t c = 0; c < D / 2; c += 16) {
+        const int m = static_cast<int>(std::min<int64_t>(16, D / 2 - c));
+        __m512i r[16];
+        for (int i = 0; i < 16; ++i) {
+          r[i] = i < live ? _mm512_maskz_loadu_epi32(lanes(m), k + (j + i) * k_stride + 2 * c) : _mm512_setzero_si512();
+        }
+        transpose16(r);
+        for (int i = 0; i < m; ++i) {
+          _mm512_storeu_si512(reinterpret_cast<uint32_t*>(keys) + (c + i) * ld + j, r[i]);
+        }
+      }
+    }
+    for (int64_t j = 0; j < ld; j += 2) {
+      const __mmask16 low = j < n ? 0xffff : 0, high = j + 1 < n ? 0xffff : 0;
+      for (int64_t d = 0; d < D; d += 16) {
+        const __mmask16 m = lanes(lanes_at(d, D));
+        const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m & low, v + j * v_stride + d));
+        const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m & high, v + (j + 1) * v_stride + d));
+        _mm512_mask_storeu_epi32(reinterpret_cast<uint32_t*>(values) + j / 2 * D + d, m,
+                                 _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      }
+    }
+  }
+  void pack_queries(const uint16_t* q, int64_t stride, const int32_t* indices, int64_t offset, int64_t count,
+                    int64_t padded, bool negate) {
+    const __m256i sign = _mm256_set1_epi16(negate ? static_cast<int16_t>(0x8000) : 0);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint16_t* row = q + (indices ? indices[i] - offset : i) * stride;
+      for (int64_t d = 0; d < D; d += 16) {
+        const int m = lanes_at(d, D);
+        store_half(queries + i * D + d, _mm256_xor_si256(load_half(row + d, m), sign), m);
+      }
+    }
+    std::fill(queries + count * D, queries + padded * D, static_cast<uint16_t>(0));
+  }
+  void logits(int64_t rows, float* S) const { brgemm_bf16(rows, ld, D, queries, D, keys, ld, S, ld, false); }
+  void output(int64_t rows, const uint16_t* P, float* O) const {
+    brgemm_bf16(rows, D, used, P, ld, values, D, O, D, false);
+  }
+};
+#endif
+
+// log2 of an attention weight: c (s - max s). In float the difference is taken first, so that the largest is exactly 0;
+// rounded to bfloat16, one fused multiply-add is as good.
+template <bool kBFloat16Weights>
+inline Vec log_weight(Vec s, Vec largest, Vec shift, Vec c) {
+  if constexpr (kBFloat16Weights) return fma(s, c, shift);
+  else return (s - largest) * c;
+}
+
+// weights = 2^(c (s - max s)) over the first n columns, zero up to ld; returns 1 / sum. weights may be s itself.
+template <bool kBFloat16Weights, typename Weight>
+inline float softmax_row(const float* s, int64_t n, int64_t ld, float scale, Weight* weights) {
+  using E = std::conditional_t<kBFloat16Weights, BF16, F32>;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const int64_t whole = n / kWidth * kWidth;
+  const int rest = static_cast<int>(n - whole);
+  Vec m0 = set(-kInfinity), m1 = m0;
+  int64_t j = 0;
+  for (; j + 2 * kWidth <= whole; j += 2 * kWidth) {
+    m0 = max(m0, load(s + j));
+    m1 = max(m1, load(s + j + kWidth));
+  }
+  for (; j < whole; j += kWidth) m0 = max(m0, load(s + j));
+  if (rest > 0) m1 = max(m1, first(load(s + whole, rest), rest, -kInfinity));
+  const float top = max(max(m0, m1));
+  const Vec largest = set(top), c = set(scale * kLog2e), shift = set(-top * scale * kLog2e);
+  const auto weight = [&](Vec x) { return exp2<kBFloat16Weights>(log_weight<kBFloat16Weights>(x, largest, shift, c)); };
+  Vec sum0 = set(0.f), sum1 = sum0;
+  for (j = 0; j + 2 * kWidth <= whole; j += 2 * kWidth) {
+    const Vec p0 = weight(load(s + j)), p1 = weight(load(s + j + kWidth));
+    sum0 = sum0 + p0;
+    sum1 = sum1 + p1;
+    store_as<E>(weights + j, p0);
+    store_as<E>(weights + j + kWidth, p1);
+  }
+  for (; j < whole; j += kWidth) {
+    const Vec p = weight(load(s + j));
+    sum0 = sum0 + p;
+    store_as<E>(weights + j, p);
+  }
+  if (rest > 0) {
+    const Vec p = first(weight(load(s + whole, rest)), rest, 0.f);
+    sum1 = sum1 + p;
+    store_as<E>(weights + whole, p, rest);
+  }
+  std::fill(weights + n, weights + ld, Weight(0));
+  return 1.f / sum(sum0 + sum1);
+}
+
+template <typename E, typename Products>
+void attend(const CompactAttentionParams& p, const Task& task, int64_t part, int64_t parts) {
+  using T = typename E::type;
+  using Weight = typename Products::Weight;
+  const int64_t D = p.head_dim, ld = padded_keys(task.keys);
+  const int64_t block = block_rows(task.queries, ld);
+  const int64_t blocks = (task.queries + block - 1) / block;
+  const int64_t from = blocks * part / parts, to = blocks * (part + 1) / parts;
+  if (from == to) return;
+
+  const T* q = static_cast<const T*>(p.q.data) + task.begin * p.q.row_stride + task.head * p.q.head_stride;
+  const T* k = static_cast<const T*>(p.k.data) + task.begin * p.k.row_stride + task.head * p.k.head_stride;
+  const T* v = static_cast<const T*>(p.v.data) + task.begin * p.v.row_stride + task.head * p.v.head_stride;
+  T* out = static_cast<T*>(p.out) + task.first * p.heads * D + task.head * D;
+
+  Products products(D, task.keys, ld);
+  products.pack_keys_values(k, p.k.row_stride, v, p.v.row_stride, task.keys);
+  float* S = scratch<float, 3>(kMaxBlock * ld);
+  float* O = scratch<float, 4>(kMaxBlock * D);
+  Weight* P;
+  if constexpr (Products::kBFloat16Weights) P = scratch<uint16_t, 5>(kMaxBlock * ld);
+  else P = S;
+
+  for (int64_t i0 = from * block; i0 < std::min(task.queries, to * block); i0 += block) {
+    const int64_t rows = std::min(block, task.queries - i0), padded = round_up(rows, kRowAlign);
+    // softmax takes the largest logit: with a negative scale that is the smallest product, so the sign goes into Q.
+    products.pack_queries(task.indices ? q : q + i0 * p.q.row_stride, p.q.row_stride,
+                          task.indices ? task.indices + i0 : nullptr, task.begin, rows, padded, p.scale < 0);
+    products.logits(padded, S);
+    float inverse[kMaxBlock];
+    for (int64_t i = 0; i < rows; ++i) {
+      inverse[i] = softmax_row<Products::kBFloat16Weights>(S + i * ld, task.keys, ld, std::abs(p.scale), P + i * ld);
+    }
+    std::fill(P + rows * ld, P + padded * ld, Weight(0));
+    products.output(padded, P, O);
+    for (int64_t i = 0; i < rows; ++i) {
+      const Vec scale = set(inverse[i]);
+      T* row = out + (i0 + i) * p.heads * D;
+      for (int64_t d = 0; d < D; d += kWidth) {
+        const int m = lanes_at(d, D);
+        store_as<E>(row + d, load(O + i * D + d, m) * scale, m);
+      }
+    }
+  }
+}
+
+inline Task task_at(const CompactAttentionParams& p, int64_t image, int64_t head) {
+  Task task{image, head, p.batch.cu_seqlens[image], 0, p.kept.cu_seqlens[image], 0, nullptr};
+  task.keys = p.batch.cu_seqlens[image + 1] - task.begin;
+  task.queries = p.kept.cu_seqlens[image + 1] - task.first;
+  if (p.kept.indices != nullptr) task.indices = p.kept.indices + task.first;
+  return task;
+}
+
+template <typename E>
+void attend_range(const CompactAttentionParams& p, int64_t parts, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const Task task = task_at(p, i / parts / p.heads, i / parts % p.heads);
+    if (task.queries == 0) continue;
+#if defined(SAIT_VEC_AVX512_BF16)
+    if (std::is_same_v<E, BF16> && has_brgemm_bf16()) {
+      attend<BF16, BFloat16Products>(p, task, i % parts, parts);
+      continue;
+    }
+#endif
+    attend<E, FloatProducts<E>>(p, task, i % parts, parts);
+  }
+  release_gemm();
+}
+
+}  // namespace attention
+
+void compact_attention(const CompactAttentionParams& p) {
+  // Few images and heads: queries are shared out, too, at the price of packing K and V once more for each part. Blocks
+  // stay whole, so results do not depend on the number of threads.
+  const int64_t tasks = p.batch.images * p.heads, threads = num_threads();
+  const int64_t parts = tasks == 0 || tasks >= 2 * threads ? 1 : (2 * threads + tasks - 1) / tasks;
+  visit_dtype(p.dtype, [&](auto element) {
+    using E = decltype(element);
+    parallel_for(tasks * parts, 1, [&](int64_t begin, int64_t end) { attention::attend_range<E>(p, parts, begin, end); });
+  });
+}
+
+namespace attention {
+
+// One image and head of the backward pass, recomputing P. With dP = dO V^T and D_i = sum_j P_ij dP_ij:
+//   dS = scale P (dP - D),  dQ = dS K,  dK = dS^T Q,  dV = P^T dO
+template <typename E>
+void differentiate(const CompactAttentionBackwardParams& b, const Task& task) {
+  using T = typename E::type;
+  const CompactAttentionParams& p = b.forward;
+  const int64_t D = p.head_dim, n = task.keys, ld = padded_keys(n), stride = p.heads * D;
+  const auto head_of = [&](const HeadView& view, int64_t row) {
+    return static_cast<const T*>(view.data) + row * view.row_stride + task.head * view.head_stride;
+  };
+  const auto gradient_of = [&](void* data) { return static_cast<T*>(data) + task.begin * stride + task.head * D; };
+  T *dq = gradient_of(b.dq), *dk = gradient_of(b.dk), *dv = gradient_of(b.dv);
+
+  float* K = scratch<float, 0>(ld * D);
+  float* Kt = scratch<float, 1>(D * ld);
+  float* Vt = scratch<float, 2>(D * ld);
+  float* dK = scratch<float, 3>(ld * D);
+  float* dV = scratch<float, 4>(ld * D);
+  pack_rows_f32<E>(head_of(p.v, task.begin), p.v.row_stride, nullptr, 0, n, ld, D, 1.f, K);  // K is free until below
+  transpose_f32(K, D, n, ld, D, Vt, ld);
+  pack_rows_f32<E>(head_of(p.k, task.begin), p.k.row_stride, nullptr, 0, n, ld, D, 1.f, K);
+  transpose_f32(K, D, n, ld, D, Kt, ld);
+  std::fill(dK, dK + ld * D, 0.f);
+  std::fill(dV, dV + ld * D, 0.f);
+  for (int64_t i = 0; i < n; ++i) std::fill(dq + i * stride, dq + i * stride + D, T(0));
+
+  const int64_t block = round_up(block_rows(task.queries, ld), 16);  // transposed below, in tiles of 16
+  float* Q = scratch<float, 5>((kMaxBlock + 16) * D);
+  float* dO = scratch<float, 6>((kMaxBlock + 16) * D);
+  float* dQ = scratch<float, 7>((kMaxBlock + 16) * D);
+  float* P = scratch<float, 8>((kMaxBlock + 16) * ld);
+  float* dS = scratch<float, 9>((kMaxBlock + 16) * ld);
+  float* transposed = scratch<float, 10>(ld * (kMaxBlock + 16));
+
+  for (int64_t i0 = 0; i0 < task.queries; i0 += block) {
+    const int64_t rows = std::min(block, task.queries - i0);
+    const int32_t* indices = task.indices ? task.indices + i0 : nullptr;
+    pack_rows_f32<E>(head_of(p.q, task.begin + (indices ? 0 : i0)), p.q.row_stride, indices, task.begin, rows, block, D,
+                     p.scale < 0 ? -1.f : 1.f, Q);
+    pack_rows_f32<E>(head_of(b.grad_out, task.first + i0), b.grad_out.row_stride, nullptr, 0, rows, block, D, 1.f, dO);
+    gemm_f32(block, ld, D, Q, D, Kt, ld, P, ld, false);
+    gemm_f32(block, ld, D, dO, D, Vt, ld, dS, ld, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      float *weights = P + i * ld, *gradient = dS + i * ld;
+      const Vec inverse = set(softmax_row<false>(weights, n, ld, std::abs(p.scale), weights));
+      Vec dot = set(0.f);
+      for (int64_t j = 0; j < ld; j += kWidth) {
+        const Vec w = load(weights + j) * inverse;
+        store(weights + j, w);
+        dot = fma(w, load(gradient + j), dot);
+      }
+      const Vec mean = set(sum(dot)), scale = set(std::abs(p.scale));  // Q carries the sign
+      for (int64_t j = 0; j < ld; j += kWidth) {
+        store(gradient + j, scale * load(weights + j) * (load(gradient + j) - mean));
+      }
+    }
+    std::fill(P + rows * ld, P + block * ld, 0.f);
+    std::fill(dS + rows * ld, dS + block * ld, 0.f);
+    gemm_f32(block, D, ld, dS, ld, K, D, dQ, D, false);
+    const float sign = p.scale < 0 ? -1.f : 1.f;
+    for (int64_t i = 0; i < rows; ++i) {
+      T* row = dq + (indices ? indices[i] - task.begin : i0 + i) * stride;
+      for (int64_t d = 0; d < D; d += kWidth) {
+        const int m = lanes_at(d, D);
+        store_as<E>(row + d, load(dQ + i * D + d, m) * set(sign), m);
+      }
+    }
+    transpose_f32(P, ld, block, block, ld, transposed, block);
+    gemm_f32(ld, D, block, transposed, block, dO, D, dV, D, true);
+    transpose_f32(dS, ld, block, block, ld, transposed, block);
+    gemm_f32(ld, D, block, transposed, block, Q, D, dK, D, true);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t d = 0; d < D; d += kWidth) {
+      const int m = lanes_at(d, D);
+      store_as<E>(dk + i * stride + d, load(dK + i * D + d, m), m);
+      store_as<E>(dv + i * stride + d, load(dV + i * D + d, m), m);
+    }
+  }
+}
+
+template <typename E>
+void differentiate_range(const CompactAttentionBackwardParams& b, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const Task task = task_at(b.forward, i / b.forward.heads, i % b.forward.heads);
+    if (task.keys > 0) differentiate<E>(b, task);
+  }
+  release_gemm();
+}
+
+}  // namespace attention
+
+void compact_attention_backward(const CompactAttentionBackwardParams& b) {
+  visit_dtype(b.forward.dtype, [&](auto element) {
+    using E = decltype(element);
+    parallel_for(b.forward.batch.images * b.forward.heads, 1,
+                 [&](int64_t begin, int64_t end) { attention::differentiate_range<E>(b, begin, end); });
+  });
+}
+
+}  // namespace sait::cpu::SAIT_ISA
+
+#ifdef SAIT_DISPATCH_HERE
+namespace sait::cpu {
+
+void compact_attention(const CompactAttentionParams& p) { SAIT_DISPATCH(compact_attention, p); }
+void compact_attention_backward(const CompactAttentionBackwardParams& p) {
+  SAIT_DISPATCH(compact_attention_backward, p);
+}
+
+}  // namespace sait::cpu
+#endif

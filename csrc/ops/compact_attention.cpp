@@ -1,0 +1,88 @@
+// compact_attention and its backward: schema, checks, dispatch.
+#include "ops/compact_attention.h"
+
+namespace sait {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The rows that stay, checked against the batch: indices and kept_cu_seqlens come together.
+Kept check_kept(const char* op, const at::Tensor& q, const at::Tensor& cu_seqlens, const OptionalTensor& indices,
+                const OptionalTensor& kept_cu_seqlens) {
+  SAIT_CHECK_VALUE(indices.has_value() == kept_cu_seqlens.has_value(), op, "selection",
+                   "indices and cu_seqlens together", "only one of them", "Pass a whole Selection, or None.");
+  if (!indices) return {nullptr, cu_seqlens.const_data_ptr<int32_t>(), q.size(0)};
+  check_indices(op, "selection.indices", *indices, q, q.size(0));
+  check_int32_vector(op, "selection.cu_seqlens", *kept_cu_seqlens, q);
+  SAIT_CHECK_VALUE(kept_cu_seqlens->size(0) == cu_seqlens.size(0), op, "selection.cu_seqlens",
+                   "(B + 1,) = " << cu_seqlens.size(0) << " offsets", kept_cu_seqlens->size(0),
+                   "Take the selection from the same batch.");
+  const Kept kept{indices->const_data_ptr<int32_t>(), kept_cu_seqlens->const_data_ptr<int32_t>(), indices->size(0)};
+  if (q.is_cpu()) {
+    const int32_t* images = cu_seqlens.const_data_ptr<int32_t>();
+    const int64_t count = cu_seqlens.size(0) - 1;
+    SAIT_CHECK_VALUE(kept.cu_seqlens[0] == 0 && kept.cu_seqlens[count] == kept.rows, op, "selection.cu_seqlens",
+                     "offsets from 0 to " << kept.rows << ", the rows of selection.indices",
+                     kept.cu_seqlens[0] << " to " << kept.cu_seqlens[count], "Take the selection from the same batch.");
+    for (int64_t b = 0; b < count; ++b) {
+      const int32_t first = kept.cu_seqlens[b], last = kept.cu_seqlens[b + 1];
+      SAIT_CHECK_VALUE(first <= last && last <= kept.rows, op, "selection.cu_seqlens", "ascending offsets",
+                       first << " before " << last << " at image " << b, "");
+      SAIT_CHECK_VALUE(first == last || (kept.indices[first] >= images[b] && kept.indices[last - 1] < images[b + 1]), op,
+                       "selection.indices", "rows [" << images[b] << ", " << images[b + 1] << ") for image " << b,
+                       "rows " << kept.indices[first] << " to " << kept.indices[last - 1],
+                       "Take the selection from the same batch.");
+    }
+  }
+  return kept;
+}
+
+at::Tensor compact_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens,
+                             int64_t max_seqlen, const OptionalTensor& indices, const OptionalTensor& kept_cu_seqlens,
+                             std::optional<double> scale) {
+  constexpr const char* op = "compact_attention";
+  const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, 0, scale);
+  const Kept kept = check_kept(op, q, cu_seqlens, indices, kept_cu_seqlens);
+  at::Tensor out = at::empty({kept.rows, q.size(1) * q.size(2)}, q.options());
+  cpu::compact_attention(
+      attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, out.mutable_data_ptr()));
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> compact_attention_backward(
+    const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens,
+    int64_t max_seqlen, const OptionalTensor& indices, const OptionalTensor& kept_cu_seqlens,
+    std::optional<double> scale) {
+  constexpr const char* op = "compact_attention_backward";
+  const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, 0, scale);
+  const Kept kept = check_kept(op, q, cu_seqlens, indices, kept_cu_seqlens);
+  check_rows(op, "grad", grad);
+  check_same(op, "grad", grad, "q", q);
+  SAIT_CHECK_VALUE(grad.size(0) == kept.rows && grad.size(1) == q.size(1) * q.size(2), op, "grad",
+                   "shape (" << kept.rows << ", " << q.size(1) * q.size(2) << ") as the output", shape_of(grad), "");
+  const auto like = [](const at::Tensor& t) { return at::empty(t.sizes(), t.options()); };
+  at::Tensor dq = like(q), dk = like(k), dv = like(v);
+  cpu::compact_attention_backward({attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, nullptr),
+                                   {grad.const_data_ptr(), grad.stride(0), q.size(2)},
+                                   dq.mutable_data_ptr(),
+                                   dk.mutable_data_ptr(),
+                                   dv.mutable_data_ptr()});
+  return {dq, dk, dv};
+}
+
+}  // namespace
+}  // namespace sait
+
+TORCH_LIBRARY_FRAGMENT(sait, m) {
+  m.def(
+      "compact_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, Tensor? indices=None, "
+      "Tensor? kept_cu_seqlens=None, float? scale=None) -> Tensor");
+  m.def(
+      "compact_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, "
+      "Tensor? indices=None, Tensor? kept_cu_seqlens=None, float? scale=None) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(sait, CPU, m) {
+  m.impl("compact_attention", sait::compact_attention);
+  m.impl("compact_attention_backward", sait::compact_attention_backward);
+}

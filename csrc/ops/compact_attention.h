@@ -1,0 +1,27 @@
+// Checks and parameters that compact_attention shares with prune_attention.
+#pragma once
+
+#include "ops/common.h"
+#include "sait/compact_attention.h"
+
+namespace sait {
+
+// q, k, v, cu_seqlens, max_seqlen and scale of an attention op.
+inline double check_attention(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                              const at::Tensor& cu_seqlens, int64_t max_seqlen, int64_t num_prefix,
+                              std::optional<double> scale) {
+  check_heads(op, "q", q);
+  check_qkv_like(op, "k", k, q);
+  check_qkv_like(op, "v", v, q);
+  check_cu_seqlens(op, "cu_seqlens", cu_seqlens, q, q.size(0), max_seqlen, num_prefix);
+  return check_scale(op, scale, q.size(2));
+}
+
+inline CompactAttentionParams attention_params(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                               const at::Tensor& cu_seqlens, int64_t max_seqlen, const Kept& kept,
+                                               double scale, void* out) {
+  return {head_view(q), head_view(k), head_view(v),  batch_view(cu_seqlens, max_seqlen), kept, q.size(0),
+          q.size(1),    q.size(2),    dtype_of(q),   static_cast<float>(scale),          out};
+}
+
+}  // namespace sait

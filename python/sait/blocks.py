@@ -1,0 +1,114 @@
+"""A timm Block on packed tokens, dropping some of them on its way where a stage says so."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import sait_kernels as sk
+from sait_kernels import Selection
+from timm.layers import LayerNorm, LayerNormFp32, LayerScale
+from torch import Tensor, nn
+
+from sait.plan import Stage
+
+
+class Tokens(NamedTuple):
+    """The residual stream. Both layouts are views of the packed rows (T, C), so changing between them copies nothing."""
+
+    x: Tensor  # (B, n, C) while all images have n tokens, else (1, T, C)
+    cu_seqlens: Tensor  # (B + 1,)
+    max_seqlen: int  # a bound where ragged, else n
+    ragged: bool
+
+    @property
+    def images(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.cu_seqlens.diff()  # (B,)
+
+
+def run_block(
+    block: Any, tokens: Tokens, stage: Stage | None, score: str, num_prefix: int
+) -> tuple[Tokens, Selection | None]:
+    """What the block makes of its tokens; with a stage, of those that stay, and which these are.
+
+    All that follows the softmax is row-wise, so the dropped rows are dropped before their attention is computed.
+    """
+    attn = block.attn
+    normed = block.norm1(tokens.x)
+    q, k, v = packed(attn.qkv(normed)).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)  # (T, H, D) each
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if stage is None or stage.keeps_all:
+        out = sk.compact_attention(q, k, v, tokens.cu_seqlens, tokens.max_seqlen)
+        y = _project(attn, out.view(*tokens.x.shape[:2], attn.attn_dim), normed)
+        x = tokens.x + drop_path(block.drop_path1, block.ls1(y), tokens)
+        return _mlp(block, tokens._replace(x=x), block.norm2(x)), None
+
+    out, selection = sk.prune_attention(
+        q,
+        k,
+        v,
+        tokens.cu_seqlens,
+        tokens.max_seqlen,
+        keep=stage.keep,
+        mass=stage.mass,
+        kind=score,
+        num_prefix=num_prefix,
+    )
+    ragged = tokens.ragged or stage.mass is not None
+    shape = (1, out.shape[0]) if ragged else (tokens.images, selection.max_seqlen)
+    if attn.gate is not None:
+        normed = sk.gather_tokens(packed(normed), selection).view(*shape, -1)
+    y = _project(attn, out.view(*shape, attn.attn_dim), normed)
+    kept = Tokens(y, selection.cu_seqlens, selection.max_seqlen, ragged)
+    if _fuses(block):
+        gamma = block.ls1.gamma if isinstance(block.ls1, LayerScale) else None
+        norm = block.norm2
+        rows, normed_rows = sk.gather_add_norm(
+            packed(tokens.x), packed(y), selection, norm.weight, norm.bias, norm.eps, gamma=gamma
+        )
+        x, normed = rows.view(y.shape), normed_rows.view(y.shape)
+    else:
+        x = sk.gather_tokens(packed(tokens.x), selection).view(y.shape)
+        x = x + drop_path(block.drop_path1, block.ls1(y), kept)
+        normed = block.norm2(x)
+    return _mlp(block, kept._replace(x=x), normed), selection
+
+
+def packed(x: Tensor) -> Tensor:
+    """(B, n, C) as rows (B * n, C)."""
+    return x.flatten(0, 1)
+
+
+def drop_path(module: nn.Module, branch: Tensor, tokens: Tokens) -> Tensor:
+    """Stochastic depth of whole images, whatever the layout."""
+    if not tokens.ragged or not _drops(module):
+        return module(branch)
+    factors = module(branch.new_ones(tokens.images, 1, 1))  # 0 or 1 / (1 - drop_prob), drawn by the module itself
+    return branch * factors.flatten().repeat_interleave(tokens.lengths, output_size=branch.shape[1]).view(1, -1, 1)
+
+
+def _project(attn: Any, out: Tensor, normed: Tensor) -> Tensor:
+    out = attn.norm(out)
+    if attn.gate is not None:
+        out = out * attn.gate(normed).sigmoid()
+    return attn.proj_drop(attn.proj(out))
+
+
+def _mlp(block: Any, tokens: Tokens, normed: Tensor) -> Tokens:
+    return tokens._replace(x=tokens.x + drop_path(block.drop_path2, block.ls2(block.mlp(normed)), tokens))
+
+
+def _drops(module: Any) -> bool:
+    return module.training and getattr(module, "drop_prob", 0.0) > 0.0
+
+
+def _fuses(block: Any) -> bool:
+    """Whether residual and norm2 of the kept rows are what gather_add_norm computes."""
+    norm = block.norm2
+    affine = (
+        type(norm) in (nn.LayerNorm, LayerNorm, LayerNormFp32) and norm.weight is not None and norm.bias is not None
+    )
+    return affine and not _drops(block.drop_path1)

@@ -1,0 +1,133 @@
+"""What a sparse model carries, and the calls that change or read it: the same for a patched timm model and for SaitViT."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import sait_kernels as sk
+import torch
+from sait_kernels import Selection
+from torch import Tensor, nn
+
+from sait.plan import Plan
+
+
+class Record(NamedTuple):
+    """What one forward kept: one Selection of rows of the packed batch (image * tokens + token) per stage."""
+
+    selections: tuple[Selection, ...]
+    tokens: int  # per image, prefix included
+    num_prefix: int
+    grid: tuple[int, int]
+
+
+class State:
+    """The plan of one model, its current density, and the record of its last forward.
+
+    A forward reads ``active`` once, keeps everything else in local variables, and publishes its record by one assignment,
+    so that threads that share a model never see half of one.
+    """
+
+    def __init__(self, plan: Plan, active: Plan | None) -> None:
+        self.plan = plan
+        self.active = active  # None: dense
+        self.last: Record | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return State, (self.plan, self.active)  # the record of a forward is not the copy's
+
+    def publish(self, record: Record | None) -> None:
+        if not torch.compiler.is_exporting():  # an exported program has no model to tell
+            self.last = record
+
+
+def state_of(model: nn.Module, call: str) -> State:
+    state = getattr(model, "_sait", None)
+    if not isinstance(state, State):
+        raise TypeError(
+            f"{call}: model: expected a sparse model, got {type(model).__name__}. Call sait.sparsify(model) first."
+        )
+    return state
+
+
+def check_blocks(plan: Plan, depth: int) -> None:
+    """ValueError if a stage lies past the last block."""
+    last = plan.stages[-1].block
+    if last >= depth:
+        raise ValueError(f"sait: block: expected at most {depth - 1}, the model's last block, got {last}.")
+
+
+def set_density(model: Any, *, keep: float | int | None = None, mass: float | None = None) -> Any:
+    """Changes how many tokens a sparse model keeps, at every stage of its plan; with neither argument it is dense again.
+
+    Dense runs the forward of the unpatched model: the same result bit for bit. ``keep=1.0`` keeps all tokens, too, but
+    through the attention kernels of sait_kernels: equal up to rounding, and the faster of the two where those are faster.
+    Change the density between forwards, not during one in another thread.
+
+    Args:
+        model: from sparsify, or a SaitViT.
+        keep: as in Stage: a float is a share, an int a number of patches.
+        mass: as in Stage.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError, TypeError: both are given, one is outside its range, or the model cannot run at this density.
+    """
+    state = state_of(model, "set_density")
+    if keep is None and mass is None:
+        state.active = None
+        return model
+    plan = state.plan.at_density(keep, mass)
+    model._check_plan(plan)
+    state.active = plan
+    return model
+
+
+def selections(model: nn.Module) -> list[Selection]:
+    """What the last forward kept: one Selection for each stage of the plan, in original patch positions.
+
+    ``indices`` are rows of the packed batch that entered the first block, image * N + token, whatever earlier stages
+    dropped. Empty before the first forward and after a dense one; not recorded by an exported program.
+
+    Raises:
+        TypeError: the model is not sparse.
+    """
+    last = state_of(model, "selections").last
+    return [] if last is None else list(last.selections)
+
+
+def kept_mask(model: nn.Module) -> tuple[Tensor, tuple[int, int]]:
+    """Which patches the last stage of the last forward kept.
+
+    Returns:
+        (mask (B, rows * columns) bool in raster order, (rows, columns) of the patch grid).
+
+    Raises:
+        TypeError: the model is not sparse.
+        ValueError: its last forward was dense, or there was none.
+    """
+    last = state_of(model, "kept_mask").last
+    if last is None:
+        raise ValueError(
+            "kept_mask: the last forward was dense, or there was none. Run the model at some keep or mass."
+        )
+    kept = last.selections[-1]
+    images = kept.cu_seqlens.shape[0] - 1
+    mask = torch.zeros(images * last.tokens, dtype=torch.bool, device=kept.indices.device)
+    mask[kept.indices.long()] = True
+    return mask.view(images, last.tokens)[:, last.num_prefix :], last.grid
+
+
+def all_rows(images: int, tokens: int, device: torch.device) -> Selection:
+    """The Selection that drops nothing."""
+    rows = torch.arange(images * tokens, dtype=torch.int32, device=device)
+    return Selection(rows, sk.uniform_cu_seqlens(images, tokens, device), tokens)
+
+
+def in_original_rows(selection: Selection, before: Selection | None) -> Selection:
+    """The same choice, its indices counted in the rows of the batch that ``before`` was taken from."""
+    if before is None:
+        return selection
+    return selection._replace(indices=before.indices.index_select(0, selection.indices))

@@ -1,0 +1,99 @@
+"""Pooling and head over images that keep different numbers of tokens, without padding where there is a way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import sait_kernels as sk
+import torch
+from sait_kernels import Selection
+from torch import Tensor
+
+from sait.blocks import Tokens, packed
+
+
+def prefix_is_enough(model: Any) -> bool:
+    """Whether the head reads prefix tokens only: class token pooling, and the distilled heads."""
+    return model.attn_pool is None and model.global_pool == "token"
+
+
+def check_ragged_head(model: Any) -> None:
+    """ValueError if the model's pooling has no meaning for images of different token counts."""
+    cure = "Use a fixed share instead: sait.set_density(model, keep=...)."
+    if model.global_pool == "":
+        raise ValueError(
+            f"sait: mass: global_pool='' returns the tokens as one tensor, but images keep different numbers. {cure}"
+        )
+    if model.global_pool == "prr":
+        raise ValueError(
+            f"sait: mass: the attention of global_pool='prr' takes no mask, so it would see padding. {cure}"
+        )
+
+
+def ragged_head(model: Any, tokens: Tokens, forward_head: Callable[[Tensor], Any]) -> Any:
+    """What ``forward_head`` gives for each image's own tokens.
+
+    Args:
+        model: a VisionTransformer.
+        tokens: ragged, after the final norm.
+        forward_head: the original one, for (B, P, C) prefix tokens.
+    """
+    if prefix_is_enough(model):
+        starts = tokens.cu_seqlens[:-1, None]
+        prefix = starts + torch.arange(model.num_prefix_tokens, dtype=starts.dtype, device=starts.device)
+        return forward_head(tokens.x[0][prefix])
+    check_ragged_head(model)
+    pooled = _attention_pool(model, tokens) if model.attn_pool is not None else _pool(model, tokens)
+    return model.head(model.head_drop(model.fc_norm(pooled)))
+
+
+def _pooled_rows(model: Any, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """The rows that pooling sees, (R, C), and how many each image has, (B,)."""
+    skip = 0 if model.pool_include_prefix else model.num_prefix_tokens
+    rows = packed(tokens.x)
+    if skip == 0:
+        return rows, tokens.lengths
+    lengths = tokens.lengths - skip
+    total = rows.shape[0] - skip * tokens.images
+    image = torch.arange(tokens.images, device=rows.device).repeat_interleave(lengths, output_size=total)
+    # Row r of the result lies behind the prefixes of its own image and of all before it.
+    return rows.index_select(0, torch.arange(total, device=rows.device) + skip * (image + 1)), lengths
+
+
+def _pool(model: Any, tokens: Tokens) -> Tensor:
+    rows, lengths = _pooled_rows(model, tokens)
+    wide = rows if rows.dtype == torch.float64 else rows.float()  # segment_reduce adds up in its input's type
+
+    def reduce(how: str) -> Tensor:
+        return torch.segment_reduce(wide, how, lengths=lengths, axis=0, unsafe=True)
+
+    if model.global_pool == "avg":
+        pooled = reduce("mean")
+    elif model.global_pool == "max":
+        pooled = reduce("max")
+    else:
+        assert model.global_pool == "avgmax"
+        pooled = 0.5 * (reduce("max") + reduce("mean"))
+    return pooled.to(rows.dtype)
+
+
+def _attention_pool(model: Any, tokens: Tokens) -> Tensor:
+    rows, lengths = _pooled_rows(model, tokens)
+    # Up to the bound, not to the batch's longest image: the result must not depend on batch mates.
+    width = tokens.max_seqlen if model.pool_include_prefix else tokens.max_seqlen - model.num_prefix_tokens
+    padded = pad(rows, lengths, width)
+    absent = torch.arange(width, device=rows.device) >= lengths[:, None]
+    mask = torch.zeros_like(absent, dtype=rows.dtype).masked_fill(absent, -math.inf)
+    return model.attn_pool(padded, attn_mask=mask[:, None, None])  # (B, 1, 1, width) over heads and latents
+
+
+def pad(rows: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """(R, C) packed rows as (B, width, C), zeros behind each image's own."""
+    images, total = lengths.shape[0], rows.shape[0]
+    starts = lengths.cumsum(0) - lengths
+    shift = torch.arange(images, device=rows.device) * width - starts
+    home = torch.arange(total, device=rows.device) + shift.repeat_interleave(lengths, output_size=total)
+    selection = Selection(home.int(), torch.cat([starts.new_zeros(1), lengths.cumsum(0)]).int(), width)
+    return sk.scatter_tokens(rows, selection, images * width).view(images, width, -1)

@@ -1,0 +1,153 @@
+"""How figures are taken: calls interleaved in one process, medians, and the results file they are kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import random
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+WARMUP = 2
+# Calls shorter than this are timed several at a time: 5 ms is far above the clock's steps and a thread's wake-up.
+MIN_SAMPLE_SECONDS = 5e-3
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    device: torch.device | str = "cpu",
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """The median seconds of each call, all of them measured in turn after warm-up.
+
+    Every round runs each call once, in a new order: drift of the clock rate or a noisy neighbour meets all of them alike.
+
+    Args:
+        calls: name -> what to time.
+        repeats: rounds, and so samples of each call.
+        device: where the calls run; on a GPU they are timed by events.
+        advance: called after each sample and each warm-up call, for a progress bar.
+
+    Returns:
+        name -> median seconds of one call.
+    """
+    clock = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
+    together = {}
+    for name, call in calls.items():
+        for _ in range(WARMUP):
+            warm = clock(call, 1)
+            advance()
+        together[name] = max(1, math.ceil(MIN_SAMPLE_SECONDS / warm))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    shuffle = random.Random(0)
+    for _ in range(repeats):
+        for name in shuffle.sample(list(calls), len(calls)):
+            samples[name].append(clock(calls[name], together[name]))
+            advance()
+    return {name: statistics.median(seconds) for name, seconds in samples.items()}
+
+
+def _cpu_seconds(call: Callable[[], object], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) / times
+
+
+def _cuda_seconds(call: Callable[[], object], times: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(times):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / times
+
+
+def samples_in(calls: int, repeats: int) -> int:
+    """How often interleave() calls ``advance``."""
+    return calls * (WARMUP + repeats)
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """When, where and with what a figure was taken: the head of a results file."""
+    import sait_kernels
+
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sait_kernels": sait_kernels.__version__,
+    }
+    versions |= {"timm": _timm_version()}
+    if torch.version.cuda and torch.device(device).type == "cuda":
+        versions["cuda"] = torch.version.cuda
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    return {
+        "date": now,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        **_revision(),
+        "versions": versions,
+    }
+
+
+def _timm_version() -> str:
+    import timm
+
+    return timm.__version__
+
+
+def device_name(device: torch.device | str = "cpu") -> str:
+    """The hardware in words: a GPU's name, or the CPU's with the instruction set that the kernels use."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    from sait_kernels import library
+
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    name = named.group(1).strip() if named else platform.processor() or platform.machine()
+    return f"{name} {library.module.isa()}" if library.module is not None else name
+
+
+def _revision() -> dict[str, Any]:
+    """commit and dirty of the source tree that this file is in; nothing for an installed copy."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "setup.py").exists():
+        return {}
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):  # no git, or a source tree without history
+        return {}
+
+
+def results(rows: Sequence[Mapping[str, Any]], device: torch.device | str = "cpu", **more: Any) -> dict[str, Any]:
+    """A results document (see benchmarks/README.md): schema, environment, ``more``, rows."""
+    return {"schema": SCHEMA, **environment(device), **more, "rows": list(rows)}
+
+
+def save(document: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def file_name(document: Mapping[str, Any]) -> str:
+    """``<date>-<device>.json``."""
+    device = re.sub(r"[^a-z0-9]+", "-", document["device"].lower()).strip("-")
+    return f"{document['date'][:10]}-{device}.json"

@@ -1,0 +1,93 @@
+"""What a user would write in plain torch for each op, in the dtype of the inputs: the yardstick of the error rule."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from helpers import bounds_of
+from torch import Tensor
+
+import sait_kernels as sk
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    selection: sk.Selection | None = None,
+    scale: float | None = None,
+    fused: bool = True,
+) -> Tensor:
+    """With ``fused``, SDPA of all rows and then the kept ones; else softmax attention of the kept rows alone."""
+    kept = selection if selection is not None else sk.Selection(torch.arange(len(q)), cu, 0)
+    parts = [q[:0]]
+    for (begin, end), (first, last) in zip(bounds_of(cu), bounds_of(kept.cu_seqlens), strict=True):
+        if begin == end:
+            continue
+        rows = kept.indices[first:last] - begin
+        Q, K, V = (t[begin:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v))  # (1, H, n, D)
+        if fused:
+            out = F.scaled_dot_product_attention(Q, K, V, scale=scale).index_select(2, rows)
+        else:
+            logits = Q.index_select(2, rows) * (q.shape[-1] ** -0.5 if scale is None else scale) @ K.transpose(-2, -1)
+            out = logits.softmax(-1) @ V
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts).flatten(1)
+
+
+def attentions(dtype: torch.dtype) -> list[Callable[..., Tensor]]:
+    """What attention is measured by, in a dtype: SDPA, and in float32 also other orders of the same sums.
+
+    In float32 all error is the rounding of sums. The largest one over a result hangs on the few most sensitive logits,
+    so it is close to a single draw of a normal variable: of two equally good implementations, |a| > 2 |b| then happens
+    in 2/pi * atan(1/2) = 30 % of all cases. The largest of eight draws is exceeded twice over in about 1 %: two forms of
+    the expression, each with four orders of the head dimension, which leave the exact result as it is.
+    """
+    if dtype != torch.float32:
+        return [attention]
+    forms = (attention, functools.partial(attention, fused=False))
+    return [functools.partial(_in_another_order, form, seed) for form in forms for seed in range(4)]
+
+
+def _in_another_order(
+    form: Callable[..., Tensor], seed: int, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any
+) -> Tensor:
+    order = torch.randperm(q.shape[-1], generator=torch.Generator().manual_seed(seed))
+    out = form(q[..., order], k[..., order], v[..., order], *args, **options)
+    return out.unflatten(1, q.shape[1:])[..., order.argsort()].flatten(1)
+
+
+def scores(
+    q: Tensor,
+    k: Tensor,
+    cu: Tensor,
+    kind: str,
+    num_prefix: int = 1,
+    v: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    parts = [q[:0].sum((1, 2))]
+    for begin, end in bounds_of(cu):
+        if begin == end:
+            continue
+        queries = q[begin:end] if kind == "column" else q[begin : begin + 1]
+        attention = ((queries.transpose(0, 1) * scale) @ k[begin:end].permute(1, 2, 0)).softmax(-1)  # (H, ., n)
+        if kind == "cls_value":
+            weighted = attention[:, 0].sum(0) * v[begin:end].flatten(1).norm(dim=-1)
+            parts.append(weighted / weighted[num_prefix:].sum())
+        else:
+            parts.append(attention.mean((0, 1)))
+    return torch.cat(parts)
+
+
+def add_norm(
+    x: Tensor, y: Tensor, selection: sk.Selection, weight: Tensor, bias: Tensor, eps: float, gamma: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    residual = x.index_select(0, selection.indices) + (y if gamma is None else y * gamma)
+    return residual, F.layer_norm(residual, residual.shape[-1:], weight, bias, eps)

@@ -1,0 +1,211 @@
+"""What the tests share: inputs in every layout, the error rule, instruction sets, and checks of compiled code."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import sait_kernels as sk
+from sait_kernels import library
+
+# A backend joins every test by its name here: "triton" and "cuda" come as pytest.param(name, marks=pytest.mark.gpu).
+BACKENDS = ("reference", "cpu")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("packed", "offset", "rows", "heads", "apart")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One packed batch."""
+
+    lengths: tuple[int, ...]
+    H: int
+    D: int
+    layout: str = "packed"
+
+    def __str__(self) -> str:
+        lengths = "+".join(map(str, self.lengths)) or "none"
+        return f"{lengths}-H{self.H}-D{self.D}-{self.layout}"
+
+    @property
+    def T(self) -> int:  # noqa: N802
+        return sum(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths, default=0)
+
+
+# Every odd size, head dimension, head count and layout at least once, empty images at the start, in the middle, at the end.
+CASES = (
+    Case((0, 1, 2, 65, 0, 99, 0), H=3, D=64, layout="packed"),
+    Case((139, 197), H=6, D=64, layout="offset"),
+    Case((99, 99, 99), H=1, D=80, layout="rows"),
+    Case((257, 1), H=3, D=72, layout="heads"),
+    Case((577,), H=3, D=128, layout="apart"),
+    Case((2, 1025), H=1, D=32, layout="offset"),
+    Case((65, 7), H=6, D=8, layout="rows"),
+    Case((33, 50), H=1, D=256, layout="packed"),
+    Case((0, 0), H=3, D=64),
+    Case((), H=3, D=64),
+)
+FEW_CASES = (CASES[0], CASES[1], CASES[3])
+
+
+def cu_of(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def bounds_of(cu: Tensor) -> list[tuple[int, int]]:
+    offsets = cu.tolist()
+    return list(zip(offsets[:-1], offsets[1:], strict=True))
+
+
+def among_nan(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+    """A contiguous view that starts ``offset`` elements into a storage of NaN: a read outside of it shows."""
+    size = torch.Size(shape).numel()
+    return torch.full((offset + size + 64,), torch.nan, dtype=dtype)[offset : offset + size].view(shape)
+
+
+def make_qkv(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (T, H, D) with standard normal values; whatever memory lies between or around them is NaN."""
+    T, H, D = case.T, case.H, case.D
+    if case.layout == "packed":
+        views = among_nan((T, 3, H, D), dtype, 0).unbind(1)
+    elif case.layout == "offset":  # 3 elements: aligned to nothing
+        views = among_nan((T, 3, H, D), dtype, 3).unbind(1)
+    elif case.layout == "rows":
+        views = among_nan((2 * T, 3, H, D), dtype, 8)[::2].unbind(1)
+    elif case.layout == "heads":
+        views = among_nan((T, H, 3, D), dtype, 0).unbind(2)
+    else:  # three tensors with strides of their own
+        views = (
+            among_nan((H, T, D), dtype, 1).transpose(0, 1),
+            among_nan((T, H, D), dtype, 0),
+            among_nan((T, H, D + 8), dtype, 0)[..., :D],
+        )
+    generator = torch.Generator().manual_seed(seed)
+    for view in views:
+        view.copy_(torch.randn(T, H, D, generator=generator))
+    return tuple(views)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def some_rows(lengths: Sequence[int], keep: float = 0.45, num_prefix: int = 1, seed: int = 7) -> sk.Selection:
+    """A Selection by random scores, made by the reference."""
+    cu, longest = cu_of(lengths), max(lengths, default=0)
+    return sk.reference.select_topk(randn(sum(lengths), seed=seed), cu, longest, keep=keep, num_prefix=num_prefix)
+
+
+def hand_selection(rows_of_images: Sequence[Sequence[int]], lengths: Sequence[int]) -> sk.Selection:
+    """The Selection that keeps these rows, counted from each image's first."""
+    starts = [0, *accumulate(lengths)]
+    rows = [starts[b] + row for b, kept in enumerate(rows_of_images) for row in kept]
+    counts = [len(kept) for kept in rows_of_images]
+    return sk.Selection(torch.tensor(rows, dtype=torch.int32), cu_of(counts), max(counts, default=0))
+
+
+def leaves(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same memory and strides, as tensors that collect gradients."""
+    return tuple(None if t is None else t.detach().requires_grad_() for t in tensors)
+
+
+def gradients(fn: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The result of fn and its gradients in the inputs, for a random gradient of the result."""
+    variables = leaves(*inputs)
+    out = fn(*variables)
+    grad = randn(*out.shape, seed=1).to(out.dtype)
+    return (out.detach(), *torch.autograd.grad(out, variables, grad, materialize_grads=True))
+
+
+def doubles(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.detach().double() for t in tensors)
+
+
+def max_error(got: Tensor, exact: Tensor) -> float:
+    return (got.double() - exact).abs().max().item() if exact.numel() else 0.0
+
+
+def assert_as_exact_as_torch(what: str, got: Tensor, exact: Tensor, *in_torch: Tensor) -> None:
+    """The error against float64 is at most twice that of the same-dtype torch expression, or the worst of its forms, plus a
+    rounding.
+
+    ``exact`` is the float64 result. Its rounding to the output's dtype alone costs half an ulp, and an ulp of a value
+    below m is at most eps * m: hence eps / 2 times the largest magnitude.
+    """
+    assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    assert got.isfinite().all(), f"{what}: {int((~got.isfinite()).sum())} elements are not finite"
+    if not exact.numel():
+        return
+    rounding = torch.finfo(got.dtype).eps / 2 * exact.abs().max().item()
+    error, allowed = max_error(got, exact), 2 * max(max_error(t, exact) for t in in_torch) + rounding
+    assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e} (rounding {rounding:.1e})"
+
+
+def assert_same_bits(what: str, got: Tensor, want: Tensor) -> None:
+    assert got.dtype == want.dtype and got.shape == want.shape, f"{what}: {got.dtype} {got.shape}, {want.dtype} {want.shape}"
+    same = torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+    assert same, f"{what}: largest difference {max_error(got, want.double()):.3e}"
+
+
+def assert_same_selection(got: sk.Selection, want: sk.Selection) -> None:
+    assert got.indices.dtype == got.cu_seqlens.dtype == torch.int32
+    assert got.cu_seqlens.tolist() == want.cu_seqlens.tolist()
+    assert got.indices.tolist() == want.indices.tolist()
+    longest = int(got.cu_seqlens.diff().max()) if len(got.cu_seqlens) > 1 else 0
+    assert got.max_seqlen >= longest, "max_seqlen is a bound on the kept rows of an image"
+
+
+@contextlib.contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Runs the CPU kernels with ``name`` at most."""
+    assert library.module is not None, library.problem
+    before = library.module.isa()
+    library.module.set_isa(name)
+    try:
+        yield
+    finally:
+        library.module.set_isa(before)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def flat(result: Any) -> list[Tensor]:
+    """The tensors of a tensor, a Selection, or a tuple of these."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for part in result if not isinstance(part, int) for t in flat(part)]
+
+
+def assert_compiles_once(
+    fn: Callable[..., Any], calls: Sequence[tuple[Any, ...]], *, engine: str = "aot_eager", dynamic: bool | None = True
+) -> None:
+    """fn compiles to one full graph that serves all calls, with the results of the uncompiled fn, bit for bit."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(engine)
+    compiled = torch.compile(fn, backend=counter, fullgraph=True, dynamic=dynamic)
+    for number, args in enumerate(calls):
+        for got, want in zip(flat(compiled(*args)), flat(fn(*args)), strict=True):
+            assert_same_bits(f"call {number}", got, want)
+    # By default the first size is compiled as a constant, the second, different one makes it a variable for good.
+    allowed = 1 if dynamic else 2
+    assert counter.frame_count <= allowed, f"{counter.frame_count} compilations for {len(calls)} calls"
