@@ -1,7 +1,7 @@
 """Kernels for Vision Transformers that drop tokens: score, select, gather and attend, as torch ops.
 
-Everything is packed: ``x (T, C)`` holds the tokens of all images of a batch, ``cu_seqlens (B + 1,) int32`` the row where
-each image starts. See ``docs`` and the docstring of each op; ``python -m sait_kernels.info`` tells what serves a call.
+Everything is packed: ``x (T, C)`` holds the tokens of all images of a batch, ``cu_seqlens (B + 1,) int32`` the row
+where each image starts. ``python -m sait_kernels.info`` tells what was built and what serves a call.
 """
 
 from sait_kernels import reference

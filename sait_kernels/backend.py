@@ -19,7 +19,7 @@ DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 DISPATCH_KEY = {"cpu": "CPU", "cuda": "CUDA"}
 
 # op -> the backends that have a kernel for it; filled by register(), from what is really there.
-_kernels: dict[str, tuple[str, ...]] = {}
+KERNELS: dict[str, tuple[str, ...]] = {}
 
 _forced: ContextVar[str | None] = ContextVar("sait_kernels_backend", default=None)
 # torch.compile guards on globals but not on context variables: the same choice again, for compiled code only. Where
@@ -29,14 +29,11 @@ _forced_for_compiled: str | None = None
 
 def register(op: str) -> None:
     """Called once by each op's file: notes which backends have a kernel for it."""
-    found = []
-    if library.module is not None:
-        found += [
-            name for name, key in DISPATCH_KEY.items() if torch._C._dispatch_has_kernel_for_dispatch_key(f"sait::{op}", key)
-        ]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    found = [name for name, key in DISPATCH_KEY.items() if library.module and has_kernel(f"sait::{op}", key)]
     if importlib.util.find_spec("sait_kernels.triton") and importlib.util.find_spec(f"sait_kernels.triton.{op}"):
         found.append("triton")
-    _kernels[op] = tuple(found)
+    KERNELS[op] = tuple(found)
 
 
 @contextlib.contextmanager
@@ -72,11 +69,11 @@ def can_run(op: str, name: str, *tensors: Any, **options: Any) -> tuple[bool, st
     """
     if name not in BACKENDS:
         raise ValueError(f"can_run: backend: expected one of {', '.join(BACKENDS)}, got {name!r}.")
-    if op not in _kernels:
-        raise ValueError(f"can_run: op: expected one of {', '.join(sorted(_kernels))}, got {op!r}.")
+    if op not in KERNELS:
+        raise ValueError(f"can_run: op: expected one of {', '.join(sorted(KERNELS))}, got {op!r}.")
     if name == "reference":
         return True, "plain torch runs anywhere"
-    if name not in _kernels[op]:
+    if name not in KERNELS[op]:
         if name in DISPATCH_KEY and library.problem:
             return False, library.problem
         return False, f"{op} has no {name} kernel in this build; see `python -m sait_kernels.info`"
@@ -100,12 +97,12 @@ def choose(op: str, first: Any) -> str:
         return name
     device = first.device.type if isinstance(first, Tensor) else "cpu"
     for name in ("cuda", "triton", "cpu"):
-        if DEVICE_OF[name] == device and name in _kernels[op]:
+        if DEVICE_OF[name] == device and name in KERNELS[op]:
             return name
     why = library.problem or f"it has no kernel for tensors on {device!r}"
     raise RuntimeError(
-        f'{op}: {why}. Move the arguments to a served device, or use `with sait_kernels.backend("reference")`, which is '
-        "plain torch and slow."
+        f"{op}: {why}. Move the arguments to a served device, or use "
+        '`with sait_kernels.backend("reference")`, which is plain torch and slow.'
     )
 
 

@@ -6,7 +6,8 @@ import platform
 
 import torch
 
-from sait_kernels import backend, library
+from sait_kernels import library
+from sait_kernels.backend import BACKENDS, KERNELS, can_run
 
 
 def describe() -> list[tuple[str, str]]:
@@ -33,8 +34,8 @@ def main() -> None:
     for name, value in describe():
         print(f"{name:>14}  {value}")
     print()
-    for op in sorted(backend._kernels):
-        served = [f"{name}: {'yes' if backend.can_run(op, name)[0] else 'no'}" for name in backend.BACKENDS[1:]]
+    for op in sorted(KERNELS):
+        served = [f"{name}: {'yes' if can_run(op, name)[0] else 'no'}" for name in BACKENDS[1:]]
         print(f"{op:>18}  {'   '.join(served)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ def uniform_cu_seqlens(B: int, N: int, device: torch.device | str | None = None)
 def image_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     """[(first row, row past the last)] of each image; reads the values."""
     offsets = cu_seqlens.tolist()
-    return list(zip(offsets[:-1], offsets[1:], strict=True))
+    return list(itertools.pairwise(offsets))
 
 
 def rate_to_count(rate: float, patches: int) -> int:

@@ -34,7 +34,7 @@ def attention(
         if fused:
             out = F.scaled_dot_product_attention(Q, K, V, scale=scale).index_select(2, rows)
         else:
-            logits = Q.index_select(2, rows) * (q.shape[-1] ** -0.5 if scale is None else scale) @ K.transpose(-2, -1)
+            logits = Q.index_select(2, rows) @ K.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
             out = logits.softmax(-1) @ V
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts).flatten(1)
@@ -45,19 +45,23 @@ def attentions(dtype: torch.dtype) -> list[Callable[..., Tensor]]:
 
     In float32 all error is the rounding of sums. The largest one over a result hangs on the few most sensitive logits,
     so it is close to a single draw of a normal variable: of two equally good implementations, |a| > 2 |b| then happens
-    in 2/pi * atan(1/2) = 30 % of all cases. The largest of eight draws is exceeded twice over in about 1 %: two forms of
-    the expression, each with four orders of the head dimension, which leave the exact result as it is.
+    in 2/pi * atan(1/2) = 30 % of all cases. So the level is the largest of 16 draws: two forms of the expression, each
+    with eight orders of the head dimension, which leave the exact result as it is. Twice that is about 4 sigma.
     """
     if dtype != torch.float32:
         return [attention]
     forms = (attention, functools.partial(attention, fused=False))
-    return [functools.partial(_in_another_order, form, seed) for form in forms for seed in range(4)]
+    return [functools.partial(_in_another_order, form, seed) for form in forms for seed in range(8)]
+
+
+def _order(D: int, seed: int) -> Tensor:
+    return torch.randperm(D, generator=torch.Generator().manual_seed(seed))
 
 
 def _in_another_order(
     form: Callable[..., Tensor], seed: int, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any
 ) -> Tensor:
-    order = torch.randperm(q.shape[-1], generator=torch.Generator().manual_seed(seed))
+    order = _order(q.shape[-1], seed)
     out = form(q[..., order], k[..., order], v[..., order], *args, **options)
     return out.unflatten(1, q.shape[1:])[..., order.argsort()].flatten(1)
 
@@ -77,13 +81,23 @@ def scores(
         if begin == end:
             continue
         queries = q[begin:end] if kind == "column" else q[begin : begin + 1]
-        attention = ((queries.transpose(0, 1) * scale) @ k[begin:end].permute(1, 2, 0)).softmax(-1)  # (H, ., n)
+        attention = (queries.transpose(0, 1) @ k[begin:end].permute(1, 2, 0) * scale).softmax(-1)  # (H, ., n)
         if kind == "cls_value":
             weighted = attention[:, 0].sum(0) * v[begin:end].flatten(1).norm(dim=-1)
             parts.append(weighted / weighted[num_prefix:].sum())
         else:
             parts.append(attention.mean((0, 1)))
     return torch.cat(parts)
+
+
+def all_scores(dtype: torch.dtype) -> list[Callable[..., Tensor]]:
+    """What scores are measured by: see attentions."""
+
+    def in_another_order(seed: int, q: Tensor, k: Tensor, *args: Any, **options: Any) -> Tensor:
+        order = _order(q.shape[-1], seed)
+        return scores(q[..., order], k[..., order], *args, **options)
+
+    return [functools.partial(in_another_order, seed) for seed in range(16 if dtype == torch.float32 else 1)]
 
 
 def add_norm(

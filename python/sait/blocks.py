@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import sait_kernels as sk
-from sait_kernels import Selection
 from timm.layers import LayerNorm, LayerNormFp32, LayerScale
 from torch import Tensor, nn
 
+import sait_kernels as sk
 from sait.plan import Stage
+from sait_kernels import Selection
 
 
 class Tokens(NamedTuple):
-    """The residual stream. Both layouts are views of the packed rows (T, C), so changing between them copies nothing."""
+    """The residual stream. Either layout is a view of the packed rows (T, C): a change between them copies nothing."""
 
     x: Tensor  # (B, n, C) while all images have n tokens, else (1, T, C)
     cu_seqlens: Tensor  # (B + 1,)
@@ -60,7 +60,7 @@ def run_block(
     ragged = tokens.ragged or stage.mass is not None
     shape = (1, out.shape[0]) if ragged else (tokens.images, selection.max_seqlen)
     if attn.gate is not None:
-        normed = sk.gather_tokens(packed(normed), selection).view(*shape, -1)
+        normed = sk.gather_tokens(packed(normed), selection).view(*shape, normed.shape[2])
     y = _project(attn, out.view(*shape, attn.attn_dim), normed)
     kept = Tokens(y, selection.cu_seqlens, selection.max_seqlen, ragged)
     if _fuses(block):

@@ -1,15 +1,15 @@
-"""What a sparse model carries, and the calls that change or read it: the same for a patched timm model and for SaitViT."""
+"""What a sparse model carries, a patched timm model and SaitViT alike, and the calls that change or read it."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import sait_kernels as sk
 import torch
-from sait_kernels import Selection
 from torch import Tensor, nn
 
+import sait_kernels as sk
 from sait.plan import Plan
+from sait_kernels import Selection
 
 
 class Record(NamedTuple):
@@ -24,8 +24,8 @@ class Record(NamedTuple):
 class State:
     """The plan of one model, its current density, and the record of its last forward.
 
-    A forward reads ``active`` once, keeps everything else in local variables, and publishes its record by one assignment,
-    so that threads that share a model never see half of one.
+    A forward reads ``active`` once, keeps all else in local variables, and publishes its record by one assignment, so
+    threads that share a model never see half of one.
     """
 
     def __init__(self, plan: Plan, active: Plan | None) -> None:
@@ -54,15 +54,18 @@ def check_blocks(plan: Plan, depth: int) -> None:
     """ValueError if a stage lies past the last block."""
     last = plan.stages[-1].block
     if last >= depth:
-        raise ValueError(f"sait: block: expected at most {depth - 1}, the model's last block, got {last}.")
+        raise ValueError(
+            f"sait: block: expected at most {depth - 1}, the model's last block, got {last}. Blocks count from 0."
+        )
 
 
 def set_density(model: Any, *, keep: float | int | None = None, mass: float | None = None) -> Any:
-    """Changes how many tokens a sparse model keeps, at every stage of its plan; with neither argument it is dense again.
+    """Changes how many tokens a sparse model keeps, at every stage of its plan; with neither argument, dense again.
 
-    Dense runs the forward of the unpatched model: the same result bit for bit. ``keep=1.0`` keeps all tokens, too, but
-    through the attention kernels of sait_kernels: equal up to rounding, and the faster of the two where those are faster.
-    Change the density between forwards, not during one in another thread.
+    Dense runs the forward of the unpatched model: the same result bit for bit. ``keep=1.0`` keeps all tokens, too, and
+    scores none, but runs the attention kernels of sait_kernels: equal up to rounding, and the faster of the two where
+    they are. (SaitViT has one forward: its dense is the same as keep=1.0.) Change the density between forwards, not
+    while another thread runs one.
 
     Args:
         model: from sparsify, or a SaitViT.

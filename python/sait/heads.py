@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import sait_kernels as sk
 import torch
-from sait_kernels import Selection
 from torch import Tensor
 
+import sait_kernels as sk
 from sait.blocks import Tokens, packed
+from sait_kernels import Selection
 
 
 def prefix_is_enough(model: Any) -> bool:
@@ -96,4 +96,4 @@ def pad(rows: Tensor, lengths: Tensor, width: int) -> Tensor:
     shift = torch.arange(images, device=rows.device) * width - starts
     home = torch.arange(total, device=rows.device) + shift.repeat_interleave(lengths, output_size=total)
     selection = Selection(home.int(), torch.cat([starts.new_zeros(1), lengths.cumsum(0)]).int(), width)
-    return sk.scatter_tokens(rows, selection, images * width).view(images, width, -1)
+    return sk.scatter_tokens(rows, selection, images * width).view(images, width, rows.shape[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sait_kernels.ops.select import kept_bound, split_keep
 from timm.layers import PatchEmbed
 from torch import nn
 
@@ -13,6 +12,7 @@ from sait.density import State, check_blocks
 from sait.plan import Plan
 from sait.support import check_model
 from sait.vit import SaitViT
+from sait_kernels.ops.select import kept_bound, split_keep
 
 
 def macs(
@@ -56,7 +56,7 @@ def macs(
     if kept is not None:
         if len(kept) != len(plan.stages) or any(not 0 < n <= tokens for n in kept):
             raise ValueError(
-                f"macs: kept: expected {len(plan.stages)} counts, one per stage, each in (0, {tokens}], got {list(kept)}."
+                f"macs: kept: expected {len(plan.stages)} counts, one per stage, in (0, {tokens}], got {list(kept)}."
             )
         return round(_count(vit, patches, plan, kept))
     if not plan.ragged:

@@ -15,7 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+
+import sait_kernels
+from sait_kernels import library
 
 SCHEMA = 1
 WARMUP = 2
@@ -24,39 +28,44 @@ MIN_SAMPLE_SECONDS = 5e-3
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Sequence[Callable[[], object]],
     repeats: int,
     *,
     device: torch.device | str = "cpu",
     advance: Callable[[], object] = lambda: None,
-) -> dict[str, float]:
+) -> list[float]:
     """The median seconds of each call, all of them measured in turn after warm-up.
 
-    Every round runs each call once, in a new order: drift of the clock rate or a noisy neighbour meets all of them alike.
+    Every round runs each call once, in a new order: drift of the clock rate or a noisy neighbour meets all alike.
 
     Args:
-        calls: name -> what to time.
+        calls: what to time.
         repeats: rounds, and so samples of each call.
         device: where the calls run; on a GPU they are timed by events.
-        advance: called after each sample and each warm-up call, for a progress bar.
+        advance: called ``samples_in(len(calls), repeats)`` times, for a progress bar.
 
     Returns:
-        name -> median seconds of one call.
+        For each call the median seconds it took.
     """
     clock = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
-    together = {}
-    for name, call in calls.items():
+    together = []
+    for call in calls:
         for _ in range(WARMUP):
             warm = clock(call, 1)
             advance()
-        together[name] = max(1, math.ceil(MIN_SAMPLE_SECONDS / warm))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+        together.append(max(1, math.ceil(MIN_SAMPLE_SECONDS / warm)))
+    taken: list[list[float]] = [[] for _ in calls]
     shuffle = random.Random(0)
     for _ in range(repeats):
-        for name in shuffle.sample(list(calls), len(calls)):
-            samples[name].append(clock(calls[name], together[name]))
+        for i in shuffle.sample(range(len(calls)), len(calls)):
+            taken[i].append(clock(calls[i], together[i]))
             advance()
-    return {name: statistics.median(seconds) for name, seconds in samples.items()}
+    return [statistics.median(seconds) for seconds in taken]
+
+
+def samples_in(calls: int, repeats: int) -> int:
+    """How often ``interleave`` calls ``advance``."""
+    return calls * (WARMUP + repeats)
 
 
 def _cpu_seconds(call: Callable[[], object], times: int) -> float:
@@ -76,26 +85,16 @@ def _cuda_seconds(call: Callable[[], object], times: int) -> float:
     return start.elapsed_time(end) * 1e-3 / times
 
 
-def samples_in(calls: int, repeats: int) -> int:
-    """How often interleave() calls ``advance``."""
-    return calls * (WARMUP + repeats)
-
-
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """When, where and with what a figure was taken: the head of a results file."""
-    import sait_kernels
-
+    """When, where and with what figures are taken: the head of a results file."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "timm": timm.__version__,
         "sait_kernels": sait_kernels.__version__,
     }
-    versions |= {"timm": _timm_version()}
-    if torch.version.cuda and torch.device(device).type == "cuda":
-        versions["cuda"] = torch.version.cuda
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
     return {
-        "date": now,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         **_revision(),
@@ -103,18 +102,10 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
-def _timm_version() -> str:
-    import timm
-
-    return timm.__version__
-
-
 def device_name(device: torch.device | str = "cpu") -> str:
     """The hardware in words: a GPU's name, or the CPU's with the instruction set that the kernels use."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    from sait_kernels import library
-
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     name = named.group(1).strip() if named else platform.processor() or platform.machine()

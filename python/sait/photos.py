@@ -62,54 +62,47 @@ def photo_batch(batch: int, expected: Preprocessing) -> Tensor:
     return torch.stack(crops)
 
 
+def fit_to_grid(photo: Image.Image, grid: tuple[int, int]) -> Image.Image:
+    """The crop that ``to_tensor`` makes of a photo, in PATCH_PIXELS per patch of a grid (rows, columns)."""
+    rows, columns = grid
+    return fit(photo, (rows * PATCH_PIXELS, columns * PATCH_PIXELS))
+
+
 def draw_kept(photo: Image.Image, kept: Tensor) -> Image.Image:
-    """The photo with the kept patches outlined and the dropped ones dimmed.
-
-    Args:
-        photo: any size; cropped to the patch grid as ``to_tensor`` crops it.
-        kept: (rows, columns) bool, a value per patch.
-
-    Returns:
-        An image of PATCH_PIXELS per patch.
-    """
+    """The photo with the kept patches outlined and the dropped ones grey; kept is (rows, columns) bool."""
     rows, columns = kept.shape
-    picture = fit(photo, (rows * PATCH_PIXELS, columns * PATCH_PIXELS))
+    picture = fit_to_grid(photo, (rows, columns))
     # Mid-grey of low contrast: neither a dark photo nor a bright one has much of it.
-    dimmed = ImageOps.grayscale(picture).point(lambda value: 80 + value // 4).convert("RGB")
-    grid = Image.fromarray(kept.cpu().numpy().astype(np.uint8) * 255)
-    picture = Image.composite(picture, dimmed, grid.resize(picture.size, Image.Resampling.NEAREST))
+    grey = ImageOps.grayscale(picture).point(lambda value: 80 + value // 4).convert("RGB")
+    mask = kept.cpu().numpy()
+    stencil = Image.fromarray(mask.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
+    picture = Image.composite(picture, grey, stencil)
 
-    # An edge of the kept region lies wherever the mask, bordered by dropped patches, changes.
-    bordered = np.pad(kept.cpu().numpy(), 1)
+    # The outline runs wherever the mask changes; the padding closes it at the edge of the photo.
     draw = ImageDraw.Draw(picture)
-    for row, column in np.argwhere(bordered[1:, 1:-1] != bordered[:-1, 1:-1]):
-        _edge(draw, column, row, column + 1, row, picture.size)
-    for row, column in np.argwhere(bordered[1:-1, 1:] != bordered[1:-1, :-1]):
-        _edge(draw, column, row, column, row + 1, picture.size)
+    above, left = np.pad(mask, ((1, 1), (0, 0))), np.pad(mask, ((0, 0), (1, 1)))
+    edges = [((row, column), (row, column + 1)) for row, column in np.argwhere(above[1:] != above[:-1])]
+    edges += [((row, column), (row + 1, column)) for row, column in np.argwhere(left[:, 1:] != left[:, :-1])]
+    for edge in edges:
+        corners = [
+            (min(column * PATCH_PIXELS, picture.width - 1), min(row * PATCH_PIXELS, picture.height - 1))
+            for row, column in edge
+        ]
+        draw.line(corners, fill=OUTLINE, width=2)
     return picture
-
-
-def _edge(draw: ImageDraw.ImageDraw, left: int, top: int, right: int, bottom: int, size: tuple[int, int]) -> None:
-    """A line between two corners of the patch grid, held inside the picture."""
-    corners = [
-        (min(x * PATCH_PIXELS, size[0] - 1), min(y * PATCH_PIXELS, size[1] - 1))
-        for x, y in ((left, top), (right, bottom))
-    ]
-    draw.line(corners, fill=OUTLINE, width=2)
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]], title: str) -> Image.Image:
     """One picture of labelled panels of equal size, under a title."""
-    font, heading = ImageFont.load_default(TEXT_SIZE), ImageFont.load_default(TEXT_SIZE + 4)
+    font = ImageFont.load_default(TEXT_SIZE)
     width, height = panels[0][1].size
-    top = MARGIN + 2 * TEXT_SIZE + MARGIN
-    label_height = 2 * TEXT_SIZE
-    size = (MARGIN + len(panels) * (width + MARGIN), top + label_height + height + MARGIN)
-    sheet = Image.new("RGB", size, "white")
+    line = MARGIN + TEXT_SIZE
+    total_width = max(len(panels) * (width + MARGIN), round(font.getlength(title)) + MARGIN) + MARGIN
+    sheet = Image.new("RGB", (total_width, 2 * line + 2 * MARGIN + height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, fill="black", font=heading)
+    draw.text((MARGIN, MARGIN), title, fill="black", font=font)
     for i, (label, panel) in enumerate(panels):
         left = MARGIN + i * (width + MARGIN)
-        draw.text((left, top), label, fill="black", font=font)
-        sheet.paste(panel, (left, top + label_height))
+        draw.text((left, MARGIN + line), label, fill="dimgray", font=font)
+        sheet.paste(panel, (left, MARGIN + 2 * line))
     return sheet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from sait_kernels.ops.score_tokens import KINDS
 from sait_kernels.ops.select import check_mass, split_keep
@@ -15,8 +16,8 @@ class Stage:
 
     Attributes:
         block: 0-based.
-        keep: a float in (0, 1], the share of an image's current patches, or an int >= 1, their number. 1.0 keeps all and
-            scores nothing; the int 1 keeps one patch.
+        keep: a float in (0, 1], the share of an image's current patches, or an int >= 1, their number. 1.0 keeps all
+            and scores nothing; the int 1 keeps one patch.
         mass: in (0, 1]: the fewest patches of each image that carry this share of its score. Exactly one of keep and
             mass is given.
 
@@ -76,7 +77,7 @@ class Plan:
                 "Plan: stages: expected at least one Stage, got none. Stage(block=3, keep=1.0) drops nothing."
             )
         blocks = [stage.block for stage in self.stages]
-        if any(later <= earlier for earlier, later in zip(blocks, blocks[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(blocks)):
             raise ValueError(
                 f"Plan: stages: expected strictly ascending blocks, got {blocks}. Sort them, one per block."
             )

@@ -1,8 +1,8 @@
 """sparsify: makes a timm Vision Transformer drop tokens, in place and reversibly.
 
-The model keeps its modules, parameters and state_dict. Only its class changes: to a subclass that runs the same blocks on
-packed tokens through sait_kernels. Blocks and attention modules are not called as modules then, so hooks on *them* do not
-fire while tokens are dropped; hooks on the model and on its linear layers do.
+The model keeps its modules, parameters and state_dict. Only its class changes, to a subclass that runs the same blocks
+on packed tokens through sait_kernels. It takes blocks and attention modules apart, so while tokens are dropped hooks on
+*those* do not fire; hooks on the model and on its linear layers do.
 """
 
 from __future__ import annotations
@@ -10,34 +10,36 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import sait_kernels as sk
-from sait_kernels import Selection
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import sait_kernels as sk
 from sait.blocks import Tokens, packed, run_block
 from sait.density import Record, State, all_rows, check_blocks, in_original_rows
 from sait.heads import pad, prefix_is_enough, ragged_head
 from sait.plan import Plan, Stage
 from sait.support import check_model, check_plan
+from sait_kernels import Selection
 
 DENSE = "Use the dense model: sait.set_density(model)."
 
 
 def sparsify(
-    model: nn.Module,
+    model: Any,
     plan: Plan | None = None,
     *,
     block: int | None = None,
     keep: float | int | None = None,
     mass: float | None = None,
     score: str = "cls",
-) -> nn.Module:
+) -> Any:
     """Makes a timm ViT drop tokens, in place; its state_dict stays the same.
 
-    Prefix tokens (class, distillation, register) are never dropped. A head that pools over patches pools over those that
-    are kept. ``forward_features`` returns what is kept: (B, n, C) at a fixed share, and (B, longest, C) with zeros behind
-    each image's own tokens where ``mass`` decides. On a model that is sparse already the new plan replaces the old one.
+    Prefix tokens (class, distillation, register) are never dropped. A head that pools over patches pools over those
+    that are kept. ``forward_features`` returns what is kept: (B, n, C) at a fixed share, and (B, longest, C) with zeros
+    behind each image's own tokens where ``mass`` decides. On a model that is sparse already the new plan replaces the
+    old one.
 
     >>> import timm
     >>> model = sparsify(timm.create_model("deit_tiny_patch16_224"), block=3, keep=0.45)
@@ -56,8 +58,8 @@ def sparsify(
         The model.
 
     Raises:
-        TypeError, ValueError: the model cannot be patched rightly, or the plan does not fit it. The reason is given, and
-            the model is as it was.
+        TypeError, ValueError: the model cannot be patched rightly, or the plan does not fit it. The reason is given,
+            and the model is as it was.
     """
     if plan is None:
         if block is None:
@@ -80,7 +82,7 @@ def sparsify(
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Any) -> Any:
     """Undoes sparsify: the model is of its old class again, and nothing is left on it.
 
     Raises:
@@ -93,13 +95,13 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-class SparseModel:
-    """The forward of a sparse timm ViT; mixed in before the model's own class."""
+class SparseModel(VisionTransformer):
+    """The forward of a sparse timm ViT. Stands before the model's own class in the bases of sparse_class."""
 
     _sait_original: type
     _sait: State
 
-    def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         plan = self._sait.active
         if plan is None:
             self._sait.publish(None)
@@ -109,7 +111,7 @@ class SparseModel:
             return ragged_head(self, tokens, super().forward_head)
         return super().forward_head(tokens.x)
 
-    def forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         plan = self._sait.active
         if plan is None:
             self._sait.publish(None)
@@ -120,7 +122,7 @@ class SparseModel:
         longest = int(tokens.lengths.max()) if tokens.images else 0
         return pad(packed(tokens.x), tokens.lengths, longest)
 
-    def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Any:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         plan = self._sait.active
         if plan is not None and plan.ragged and not prefix_is_enough(self):
             raise ValueError(
@@ -129,7 +131,7 @@ class SparseModel:
             )
         return super().forward_head(x, pre_logits=pre_logits)
 
-    def forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         if self._sait.active is not None:
             raise ValueError(f"forward_intermediates: where tokens are dropped there are no full feature maps. {DENSE}")
         return super().forward_intermediates(*args, **kwargs)
@@ -138,12 +140,12 @@ class SparseModel:
         check_plan(self, plan)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = super().__reduce_ex__(protocol)
+        state = super().__reduce_ex__(protocol)[2:]
         return _new, (self._sait_original,), *state  # the class itself cannot be found by its name
 
 
 @functools.cache
-def sparse_class(original: type) -> type:
+def sparse_class(original: type) -> Any:
     """The subclass of a timm ViT's class that drops tokens; one for each class."""
     body = {"_sait_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
     return type(f"Sparse{original.__name__}", (SparseModel, original), body)
@@ -163,6 +165,7 @@ def _forward_tokens(model: Any, plan: Plan, x: Tensor, attn_mask: Tensor | None,
     check_blocks(plan, len(model.blocks))
     grid = tuple(model.patch_embed.dynamic_feat_size(x.shape[-2:]))
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    x = x.contiguous()  # without prefix tokens it is still the convolution's output, channels outermost
     B, N, _ = x.shape
     cu_seqlens = sk.uniform_cu_seqlens(B, N, x.device)
     tokens = Tokens(x, cu_seqlens, N, ragged=False)

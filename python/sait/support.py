@@ -1,4 +1,4 @@
-"""Which timm models can drop tokens rightly; every other one is refused, with the reason, before anything is changed."""
+"""Which timm models can drop tokens rightly; every other one is refused, with the reason, and left as it is."""
 
 from __future__ import annotations
 
@@ -49,11 +49,12 @@ REASONS = {
     "VisionTransformerSAM": "its attention works in windows of the patch grid",
     "SwinTransformer": "its attention works in windows of the patch grid",
     "SwinTransformerV2": "its attention works in windows of the patch grid",
+    "SaitViT": "it drops tokens without being changed; call sait.set_density on it",
     "OptimizedModule": "it is compiled already; call sparsify first and torch.compile on the result",
     "DataParallel": "it wraps the model; call sparsify on model.module",
     "DistributedDataParallel": "it wraps the model; call sparsify on model.module",
     "ResPostBlock": "it normalises after attention, not before",
-    "ParallelScalingBlock": "attention and MLP run side by side on the same tokens, so those dropped are needed in the MLP",
+    "ParallelScalingBlock": "attention and MLP run side by side on the same tokens",
     "DiffParallelScalingBlock": "attention and MLP run side by side on the same tokens",
     "ParallelThingsBlock": "it runs several attentions side by side on the same tokens",
     "DiffAttention": "it subtracts two attention maps, so no single one scores the tokens",
@@ -80,7 +81,8 @@ def check_plan(model: Any, plan: Plan) -> None:
     check_blocks(plan, len(model.blocks))
     if plan.score != "column" and model.num_prefix_tokens == 0:
         raise ValueError(
-            f'sait: score: {plan.score!r} is what the class token attends to, and this model has none. Use score="column".'
+            f"sait: score: {plan.score!r} reads the attention of a class token, and this model has none. "
+            'Use score="column".'
         )
     if plan.ragged:
         check_ragged_head(model)
@@ -119,12 +121,13 @@ def _check_block(name: str, block: Any) -> None:
     _require_type(f"{name}.mlp.norm", block.mlp.norm, ROW_NORMS)
     if attn.attn_drop.p != 0:
         raise ValueError(
-            f"sparsify: model: {name}.attn drops attention weights (p={attn.attn_drop.p}), which fused attention does not. "
+            f"sparsify: model: {name}.attn: expected no dropout of attention weights, got p={attn.attn_drop.p}. "
             "Build the model with attn_drop_rate=0."
         )
     if attn.head_dim % 8 or not 8 <= attn.head_dim <= 256:
         raise ValueError(
-            f"sparsify: model: {name}.attn: expected a head dimension that is a multiple of 8, at most 256, got {attn.head_dim}."
+            f"sparsify: model: {name}.attn: expected a head dimension that is a multiple of 8, at most 256, "
+            f"got {attn.head_dim}."
         )
     if attn.scale != attn.head_dim**-0.5:
         raise ValueError(f"sparsify: model: {name}.attn: expected scale = head_dim ** -0.5, got {attn.scale}.")

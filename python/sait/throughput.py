@@ -1,4 +1,4 @@
-"""How fast a model runs at several densities, against the unpatched timm model: measured together, checked first."""
+"""How fast a model runs at several densities, against the unpatched timm model: checked, then measured together."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import sait
+from sait.density import selections, set_density
+from sait.macs import macs
 from sait.measure import interleave, samples_in
+from sait.sparse import sparsify
 
+BASELINE = "timm dense"
 CHECKED_IMAGES = 2
-BASELINE = "timm eager"
 
 
 @dataclass(frozen=True)
 class Density:
-    """A share of the patches, or of the score; neither is dense mode, timm's own forward."""
+    """A share of the patches or of the score; with neither, dense mode: timm's own forward."""
 
     keep: float | None = None
     mass: float | None = None
@@ -27,34 +29,41 @@ class Density:
     @property
     def label(self) -> str:
         if self.mass is not None:
-            return f"mass {self.mass:g}"
-        return "dense" if self.keep is None else f"keep {self.keep:g}"
-
-    def apply(self, model: nn.Module) -> None:
-        sait.set_density(model, keep=self.keep, mass=self.mass)
+            return f"mass {self.mass}"
+        return "dense mode" if self.keep is None else f"keep {self.keep}"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table.
+    """What was measured at one density.
 
     Attributes:
         density: None for the unpatched timm model.
-        seconds: median, for one batch.
-        tokens: kept tokens of each image, prefix included.
-        gmac: multiply-adds of an image in units of 1e9, the mean over the batch.
-        ratio: the baseline's seconds over these.
+        batch: images of a forward.
+        seconds: of a forward, the median.
+        baseline_seconds: those of the unpatched timm model.
+        tokens: of each image behind the block that drops some, prefix included.
+        gmac: 1e9 multiply-accumulates of an image, the mean over the batch.
     """
 
     density: Density | None
+    batch: int
     seconds: float
+    baseline_seconds: float
     tokens: list[int]
     gmac: float
-    ratio: float
 
     @property
     def label(self) -> str:
-        return self.density.label if self.density else BASELINE
+        return BASELINE if self.density is None else self.density.label
+
+    @property
+    def images_per_s(self) -> float:
+        return self.batch / self.seconds
+
+    @property
+    def ratio(self) -> float:
+        return self.baseline_seconds / self.seconds
 
 
 def measure(
@@ -70,8 +79,8 @@ def measure(
     """Times the model at each density and the unpatched timm model, all of them interleaved.
 
     Args:
-        model: a timm Vision Transformer in eval mode, of the dtype and on the device of ``images``; left patched.
-        images: (B, 3, height, width).
+        model: a timm Vision Transformer in eval mode; left patched.
+        images: (B, 3, height, width) of the model's dtype, on its device.
         densities: what to time beside the baseline.
         block, score: as in sait.sparsify.
         repeats: samples of each.
@@ -82,25 +91,84 @@ def measure(
 
     Raises:
         ValueError, TypeError: the model cannot be patched, or not at this block.
-        RuntimeError: the patched model, all tokens kept, disagrees with timm's; there are no figures then.
+        RuntimeError: with all tokens kept the patched model disagrees with timm's.
     """
     # The two share their parameters: no second copy of the weights in memory.
     baseline = copy.deepcopy(model, memo={id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    sait.sparsify(model, block=block, keep=1.0, score=score)
+    sparsify(model, block=block, keep=1.0, score=score)
     check_dense(model, baseline, images[:CHECKED_IMAGES])
 
-    def run(density: Density) -> Callable[[], Tensor]:
+    def forward(density: Density | None) -> Callable[[], Tensor]:
         def call() -> Tensor:
-            density.apply(model)
+            if density is None:
+                return baseline(images)
+            set_density(model, keep=density.keep, mass=density.mass)
             return model(images)
 
         return call
 
-    calls: dict[Density | None, Callable[[], Tensor]] = {None: lambda: baseline(images)}
-    calls |= {density: run(density) for density in densities}
+    every: list[Density | None] = [None, *densities]
     with torch.inference_mode():
-        seconds = interleave(calls, repeats, device=images.device, advance=advance)
+        seconds = interleave([forward(density) for density in every], repeats, device=images.device, advance=advance)
         return [
-            Figure(density, seconds[density], *_kept(model, images, density), ratio=seconds[None] / seconds[density])
-            for density in calls
+            Figure(density, len(images), taken, seconds[0], *_cost(model, images, density))
+            for density, taken in zip(every, seconds, strict=True)
         ]
+
+
+def samples(densities: Sequence[Density], repeats: int) -> int:
+    """How often ``measure`` calls ``advance``."""
+    return samples_in(len(densities) + 1, repeats)
+
+
+def check_dense(model: nn.Module, baseline: nn.Module, images: Tensor) -> None:
+    """RuntimeError unless the patched model, with all tokens kept, computes what timm's does.
+
+    Dense mode runs timm's own forward, so it must match bit for bit. The kernels round elsewhere. Their error against
+    float64 is of the size of timm's own in the same dtype; the largest of a thousand logits after a dozen blocks may
+    well differ by a factor, and one of 4 is allowed.
+    """
+    with torch.inference_mode():
+        expected = baseline(images).double()
+        if not torch.equal(set_density(model)(images).double(), expected):
+            raise RuntimeError("dense mode disagrees with timm's forward, so there are no figures.")
+        exact = copy.deepcopy(baseline).double()(images.double())
+        error = (set_density(model, keep=1.0)(images).double() - exact).abs().max().item()
+    allowed = 4 * (expected - exact).abs().max().item() + torch.finfo(images.dtype).eps * exact.abs().max().item()
+    if not error <= allowed:
+        raise RuntimeError(
+            f"keep=1.0 gives logits that are off by {error:.2g} > {allowed:.2g}, so there are no figures."
+        )
+
+
+def _cost(model: nn.Module, images: Tensor, density: Density | None) -> tuple[list[int], float]:
+    """(tokens of each image, GMAC of an image)."""
+    keep, mass = (density.keep, density.mass) if density else (None, None)
+    # A dense forward leaves no selection; one that keeps everything has the same cost.
+    set_density(model, keep=1.0 if keep is None and mass is None else keep, mass=mass)(images)
+    return selections(model)[-1].cu_seqlens.diff().tolist(), macs(model) / 1e9
+
+
+def rows(
+    figures: Sequence[Figure], *, model: str, batch: int, dtype: str, block: int, score: str
+) -> list[dict[str, Any]]:
+    """The densities as rows of a results file (see benchmarks/README.md); the baseline is a part of each."""
+    return [
+        {
+            "name": "model",
+            "case": figure.label,
+            "model": model,
+            "plan": "dense" if figure.density == Density() else f"block={block}, {figure.label.replace(' ', '=')}, score={score}",
+            "batch": batch,
+            "dtype": dtype,
+            "baseline": BASELINE,
+            "ours_us": round(figure.seconds * 1e6, 1),
+            "baseline_us": round(figure.baseline_seconds * 1e6, 1),
+            "ratio": round(figure.ratio, 3),
+            "images_per_s": round(figure.images_per_s, 1),
+            "tokens": round(sum(figure.tokens) / len(figure.tokens), 1),
+            "gmac": round(figure.gmac, 3),
+        }
+        for figure in figures
+        if figure.density is not None
+    ]

@@ -1,6 +1,6 @@
 """A small Vision Transformer that drops tokens: how the ops of sait_kernels are used, from images to logits.
 
-Its state_dict has the names of timm's ViTs, so DeiT weights load. timm knows it as sait_deit_tiny_patch16_224, and small
+Its state_dict has the names of timm's ViTs, so DeiT weights load. timm knows it as sait_deit_tiny_patch16_224, small
 and base: ``timm.create_model("sait_deit_small_patch16_224", block=3, keep=0.45)``.
 """
 
@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-import sait_kernels as sk
 import torch
-from sait_kernels import Selection
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+import sait_kernels as sk
 from sait.density import Record, State, all_rows, check_blocks, in_original_rows
 from sait.plan import Plan, Stage
+from sait_kernels import Selection
 
 __all__ = ["Attention", "Block", "SaitViT"]
 
@@ -67,13 +67,14 @@ class Block(nn.Module):
 
 
 class SaitViT(nn.Module):
-    """A ViT with a class token and learned positions, pruned at one block; sait.set_density changes how much on the fly.
+    """A ViT with a class token and learned positions that drops tokens; sait.set_density changes how many, on the fly.
 
     Args:
         block: 0-based, where tokens are dropped.
         keep, mass: as in sait.Stage; keep=0.45 if neither is given.
         score: as in sait.Plan.
-        img_size, patch_size, in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio: as in timm's VisionTransformer.
+        img_size, patch_size, in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio: as in timm's
+            VisionTransformer.
 
     Raises:
         ValueError, TypeError: a stage that is not valid, or past the last block.
@@ -125,7 +126,8 @@ class SaitViT(nn.Module):
         x = torch.cat([self.cls_token.expand(B, -1, -1), patches], dim=1) + self.pos_embed
         x = x.flatten(0, 1)  # (T, C): a dense batch is packed by a view
         cu_seqlens, max_seqlen = sk.uniform_cu_seqlens(B, N, x.device), N
-        plan, kept = self._sait.active, []
+        plan = self._sait.active
+        kept: list[Selection] = []
         for i, block in enumerate(self.blocks):
             stage = plan.stage_at(i) if plan is not None else None
             score = plan.score if plan is not None else "cls"

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sait_kernels import backend, library
+from sait_kernels import library
+from sait_kernels.backend import autocast, choose, register
 from sait_kernels.selection import Selection, image_bounds
 
 
@@ -23,12 +24,12 @@ def compact_attention(
 ) -> Tensor:
     """softmax(scale * q_i k^T) v for each kept row i, over all rows of its image, written compacted.
 
-    Everything after the softmax is row-wise, so for the tokens that stay this equals attention for all rows and dropping
-    some afterwards; the dropped rows are never computed.
+    Everything after the softmax is row-wise, so for the tokens that stay this equals attention for all rows and
+    dropping some afterwards; the dropped rows are never computed.
 
     Args:
-        q, k, v: (T, H, D) float32, bfloat16 or float16, last dimension contiguous; views of one QKV projection are fine.
-            D a multiple of 8, at most 256.
+        q, k, v: (T, H, D) float32, bfloat16 or float16, last dimension contiguous: views of one QKV projection as they
+            are. D a multiple of 8, at most 256.
         cu_seqlens: (B + 1,) int32, the row where each image starts.
         max_seqlen: a bound on the tokens of an image.
         selection: the rows that stay; None keeps all: plain variable-length attention.
@@ -40,8 +41,8 @@ def compact_attention(
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device; on the CPU also offsets or indices that do not fit.
     """
-    q, k, v = backend.autocast(q, k, v)
-    if backend.choose("compact_attention", q) == "reference":
+    q, k, v = autocast(q, k, v)
+    if choose("compact_attention", q) == "reference":
         return compact_attention_reference(q, k, v, cu_seqlens, max_seqlen, selection=selection, scale=scale)
     indices, kept = (None, None) if selection is None else (selection.indices, selection.cu_seqlens)
     return torch.ops.sait.compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept, scale)
@@ -69,7 +70,7 @@ def compact_attention_reference(
     return torch.cat(parts).flatten(1)
 
 
-backend.register("compact_attention")
+register("compact_attention")
 
 if library.module is not None:
 

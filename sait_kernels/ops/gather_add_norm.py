@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sait_kernels import backend, library
+from sait_kernels import library
+from sait_kernels.backend import choose, register
 from sait_kernels.selection import Selection
 
 
@@ -43,7 +44,7 @@ def gather_add_norm(
     if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype != y.dtype:
         wider = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(wider), y.to(wider)
-    if backend.choose("gather_add_norm", x) == "reference":
+    if choose("gather_add_norm", x) == "reference":
         return gather_add_norm_reference(x, y, selection, weight, bias, eps, gamma=gamma)
     return torch.ops.sait.gather_add_norm(x, y, selection.indices, weight, bias, gamma, eps)
 
@@ -66,7 +67,7 @@ def gather_add_norm_reference(
     return residual, normed.to(x.dtype)
 
 
-backend.register("gather_add_norm")
+register("gather_add_norm")
 
 if library.module is not None:
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sait_kernels import backend, library
+from sait_kernels import library
+from sait_kernels.backend import choose, register
 from sait_kernels.selection import Selection
 
 
@@ -24,7 +25,7 @@ def gather_tokens(x: Tensor, selection: Selection) -> Tensor:
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device; on the CPU also an index out of range.
     """
-    if backend.choose("gather_tokens", x) == "reference":
+    if choose("gather_tokens", x) == "reference":
         return gather_tokens_reference(x, selection)
     return torch.ops.sait.gather_tokens(x, selection.indices)
 
@@ -44,7 +45,7 @@ def scatter_tokens(y: Tensor, selection: Selection, total: int, *, base: Tensor 
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device; on the CPU also an index out of range.
     """
-    if backend.choose("scatter_tokens", y) == "reference":
+    if choose("scatter_tokens", y) == "reference":
         return scatter_tokens_reference(y, selection, total, base=base)
     return torch.ops.sait.scatter_tokens(y, selection.indices, total, base)
 
@@ -58,8 +59,8 @@ def scatter_tokens_reference(y: Tensor, selection: Selection, total: int, *, bas
     return out.index_copy(0, selection.indices.long(), y)
 
 
-backend.register("gather_tokens")
-backend.register("scatter_tokens")
+register("gather_tokens")
+register("scatter_tokens")
 
 if library.module is not None:
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from sait_kernels import backend, library
+from sait_kernels import library
+from sait_kernels.backend import autocast, choose, register
 from sait_kernels.ops.compact_attention import compact_attention_reference
 from sait_kernels.ops.score_tokens import score_tokens_reference
 from sait_kernels.ops.select import check_mass, kept_bound, select_mass_reference, select_topk_reference, split_keep
@@ -52,8 +53,8 @@ def prune_attention(
     rate, count = (None, None) if keep is None else split_keep("prune_attention", keep)
     if mass is not None:
         mass, _ = check_mass("prune_attention", mass)
-    q, k, v = backend.autocast(q, k, v)
-    if backend.choose("prune_attention", q) == "reference":
+    q, k, v = autocast(q, k, v)
+    if choose("prune_attention", q) == "reference":
         return prune_attention_reference(
             q, k, v, cu_seqlens, max_seqlen, keep=keep, mass=mass, kind=kind, num_prefix=num_prefix, scale=scale
         )
@@ -89,7 +90,7 @@ def prune_attention_reference(
     return compact_attention_reference(q, k, v, cu_seqlens, max_seqlen, selection=selection, scale=scale), selection
 
 
-backend.register("prune_attention")
+register("prune_attention")
 
 if library.module is not None:
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sait_kernels import backend, library
+from sait_kernels import library
+from sait_kernels.backend import autocast, choose, register
 from sait_kernels.selection import image_bounds
 
 KINDS = ("cls", "column", "cls_value")
@@ -48,8 +49,8 @@ def score_tokens(
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or kind; on the CPU also offsets that do not fit.
     """
-    q, k, v = backend.autocast(q, k, v)
-    if backend.choose("score_tokens", q) == "reference":
+    q, k, v = autocast(q, k, v)
+    if choose("score_tokens", q) == "reference":
         return score_tokens_reference(q, k, cu_seqlens, max_seqlen, kind=kind, num_prefix=num_prefix, v=v, scale=scale)
     return torch.ops.sait.score_tokens(q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale)
 
@@ -85,7 +86,7 @@ def score_tokens_reference(
     return torch.cat(parts)
 
 
-backend.register("score_tokens")
+register("score_tokens")
 
 if library.module is not None:
 

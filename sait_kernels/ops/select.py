@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from sait_kernels import backend, library
+from sait_kernels import library
+from sait_kernels.backend import choose, register
 from sait_kernels.selection import Selection, image_bounds, rate_to_count
 
 
@@ -26,8 +27,8 @@ def select_topk(
         scores: (T,) float32; the values of prefix rows are ignored.
         cu_seqlens: (B + 1,) int32, the row where each image starts.
         max_seqlen: a bound on the tokens of an image.
-        keep: a float in (0, 1]: max(1, ceil(keep * patches)) patches of each image; an int >= 1: that many of each image
-            that has patches at all.
+        keep: a float in (0, 1]: max(1, ceil(keep * patches)) patches of each image; an int >= 1: that many of each
+            image that has patches at all.
         num_prefix: prefix rows at the start of each image.
 
     Returns:
@@ -37,7 +38,7 @@ def select_topk(
         ValueError, TypeError: a wrong shape, dtype or device, keep outside its range, or an image with fewer patches.
     """
     rate, count = split_keep("select_topk", keep)
-    if backend.choose("select_topk", scores) == "reference":
+    if choose("select_topk", scores) == "reference":
         return select_topk_reference(scores, cu_seqlens, max_seqlen, keep=keep, num_prefix=num_prefix)
     indices, kept = torch.ops.sait.select_topk(scores, cu_seqlens, max_seqlen, rate, count, num_prefix)
     return Selection(indices, kept, kept_bound(max_seqlen, num_prefix, rate, count))
@@ -74,7 +75,7 @@ def select_mass(
         ValueError, TypeError: a wrong shape, dtype or device, or a limit outside its range.
     """
     mass, max_keep = check_mass("select_mass", mass, min_keep, max_keep)
-    if backend.choose("select_mass", scores) == "reference":
+    if choose("select_mass", scores) == "reference":
         return select_mass_reference(
             scores,
             cu_seqlens,
@@ -179,18 +180,17 @@ def select_mass_reference(
         if not weights.any():
             weights = torch.ones_like(weights)
         cumulative = weights.cumsum(0)
-        if mass == 1.0:  # small weights vanish in the sum, but they are there
-            k = int((weights > 0).sum())
-        else:
-            k = int((cumulative < mass * cumulative[-1]).sum()) + 1
+        short = cumulative < mass * cumulative[-1]
+        # At mass 1 the smallest weights vanish in the sum, but they are there.
+        k = int((weights > 0).sum()) if mass == 1.0 else int(short.sum()) + 1
         k = max(k, min_keep)
         return min(k if max_keep is None else min(k, max_keep), len(patches))
 
     return _select(scores, cu_seqlens, num_prefix, how_many)
 
 
-backend.register("select_topk")
-backend.register("select_mass")
+register("select_topk")
+register("select_mass")
 
 if library.module is not None:
 

@@ -19,6 +19,10 @@ struct GatherAddNormParams {
   void* normed;    // (rows, channels), contiguous
 };
 
+// The gradients of weight, bias and gamma are sums over rows: first over chunks of this many rows, then over the chunks
+// in their order, so that the result does not depend on the number of threads.
+constexpr int64_t kGatherAddNormChunk = 64;
+
 struct GatherAddNormBackwardParams {
   RowView residual;       // (rows, channels), the forward result
   RowView y;              // (rows, channels), read only with gamma
@@ -30,10 +34,11 @@ struct GatherAddNormBackwardParams {
   float eps;
   DType dtype;
   void* dresidual;  // (rows, channels), contiguous: the gradient of the kept rows of x
-  void* dy;         // (rows, channels), contiguous; may be nullptr without gamma, since it equals dresidual
+  void* dy;         // (rows, channels), contiguous; nullptr without gamma, since it equals dresidual
   float* dweight;   // (channels,)
   float* dbias;     // (channels,)
-  float* dgamma;    // (channels,) or nullptr
+  float* dgamma;    // (channels,); nullptr without gamma
+  float* partials;  // (ceil(rows / kGatherAddNormChunk), 3, channels) of scratch
 };
 
 namespace cpu {

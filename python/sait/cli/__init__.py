@@ -7,19 +7,18 @@ from collections.abc import Sequence
 
 import typer
 
-from sait.cli.bench import bench
-from sait.cli.info import info
-from sait.cli.show import show
+from sait.cli import bench, info, show
 
 app = typer.Typer(
     help="Vision Transformers that drop the tokens they do not need. Try: sait bench, sait show, sait info.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (bench, show, info):
-    app.command()(command)
+app.command(epilog=bench.EXAMPLES)(bench.bench)
+app.command(epilog=show.EXAMPLES)(show.show)
+app.command()(info.info)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = app(arguments, standalone_mode=False)
     except typer.TyperException as error:
-        print(f"sait: {error.format_message()}", file=sys.stderr)
-        code = 2
+        if error.format_message():  # empty where the help has been printed instead
+            print(f"sait: {error.format_message()}", file=sys.stderr)
+        code = error.exit_code
     sys.exit(code)

@@ -3,74 +3,110 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sait.cli import options
 from sait.cli.options import DType, Score
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sait.throughput import Figure
 
-EPILOG = """\
+EXAMPLES = """\
 Examples:
 
-sait bench
-
-sait bench --model vit_base_patch16_224 --keep 0.5 --dtype bf16 --batch 8
-
-sait bench --block 6 --keep 0.7 --mass 0.9 --mass 0.8 --weights random --json figures.json
+* sait bench
+* sait bench --model vit_base_patch16_224 --keep 0.5 --dtype bf16 --batch 8
+* sait bench --block 6 --keep 0.7 --mass 0.9 --mass 0.8 --weights random --json figures.json
 """
+NEAR_UNIFORM = (
+    "With random weights attention is nearly uniform, so a share of its mass keeps nearly as large a share of the "
+    "tokens; trained weights keep fewer. Speed at a given number of tokens does not depend on the weights."
+)
 
 
 def bench(
     model: options.Model = "deit_small_patch16_224",
     block: options.Block = 3,
-    keep: options.Keep = [1.0, 0.7, 0.45, 0.3],  # noqa: B006  (typer reads the default, nothing changes it)
+    keep: options.Keep = [1.0, 0.7, 0.45, 0.3],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [0.9],  # noqa: B006
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 16,
-    dtype: Annotated[list[DType], typer.Option(help="One table for each; repeatable.")] = [DType.bf16, DType.fp32],  # noqa: B006
+    dtype: Annotated[list[DType], typer.Option(help="A table for each; repeatable.")] = [DType.bf16, DType.fp32],  # noqa: B006
     device: options.Device = "cpu",
     score: options.ScoreKind = Score.cls,
     weights: options.Weights = "auto",
     repeats: Annotated[int, typer.Option(help="Samples of each density.", min=1)] = 10,
     backend: options.ForcedBackend = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures there, too (see benchmarks/README.md).")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
     """Throughput at several densities against the unpatched timm model.
 
-    All of them are measured in turn in one process after warm-up; a figure is a ratio of medians. The images are crops of
-    the two photos that scikit-learn ships. "dense" is timm's own forward, "keep 1" keeps all tokens but runs the kernels.
+    All of them are measured in turn in one process after warm-up; a figure is a ratio of medians. "dense mode" is
+    timm's own forward; "keep 1.0" keeps all tokens, too, but runs the kernels. The images are crops of the two photos
+    that scikit-learn ships.
     """
-    from sait import measure
-    from sait.throughput import Density, rows, samples
+    from sait import measure, throughput
+    from sait.throughput import Density
 
-    place = options.check_device(device)
-    options.check_served(place, backend)
+    place = options.check_device(device, backend)
     if json is not None:
-        options.writable_file(json, "--json")
-    loaded, words = options.load_model(model, weights)
-    images, inputs = options.load_images(loaded, batch)
+        options.check_writable(json, "--json")
+    loaded, described = options.load_model(model, weights)
+    images, pictured = options.load_images(loaded, batch)
     densities = [Density(), *(Density(keep=k) for k in keep), *(Density(mass=m) for m in mass)]
-    console = Console()
-    console.print(f"{model}, {words}; {inputs}; block {block}, score {score.value}, batch {batch}", highlight=False)
-    measured: list[dict[str, Any]] = []
+    options.check_prunable(loaded, block, score.value, densities)
+    console = Console(highlight=False)
+    console.print(f"{model}, {described}; {pictured}; batch {batch}, block {block}, score {score}")
+    rows: list[dict[str, Any]] = []
     for kind in dtype:
         subject = copy.deepcopy(loaded).to(place, kind.torch())
-        with progress() as bar, options.served_by(backend), options.refusals("--model"):
-            task = bar.add_task(kind.value, total=samples(densities, repeats))
-            figures = throughput(subject, images.to(place, kind.torch()), densities, block, score, repeats, bar, task)
-        console.print(table(figures, batch, kind.value))
-        measured += rows(figures, model, batch, kind.value, block, score.value)
-    print_notes(console, place, words)
+        with options.progress() as bar, options.running_on(backend):
+            task = bar.add_task(f"measuring {kind}", total=throughput.samples(densities, repeats))
+            figures = throughput.measure(
+                subject,
+                images.to(place, kind.torch()),
+                densities,
+                block=block,
+                score=score.value,
+                repeats=repeats,
+                advance=partial(bar.advance, task),
+            )
+        console.print(table(figures, kind.value))
+        rows += throughput.rows(figures, model=model, batch=batch, dtype=kind.value, block=block, score=score.value)
+    if mass and described.startswith("random"):
+        console.print(NEAR_UNIFORM)
+    document = measure.results(rows, place)
+    console.print(environment_line(document))
     if json is not None:
-        measure.save(measure.results(measured, place), json)
-        console.print(f"Written: {json}", highlight=False)
+        measure.save(document, json)
+        console.print(f"written: {json}")
+
+
+def table(figures: Sequence[Figure], dtype: str) -> Table:
+    result = Table("density", title=dtype, title_justify="left")
+    for column in ("tokens kept", "GMAC", "img/s", "× timm dense"):
+        result.add_column(column, justify="right")
+    for figure in figures:
+        result.add_row(*cells(figure))
+    return result
+
+
+def cells(figure: Figure) -> Iterator[str]:
+    yield figure.label
+    fewest, most = min(figure.tokens), max(figure.tokens)
+    mean = sum(figure.tokens) / len(figure.tokens)
+    yield f"{most}" if fewest == most else f"{mean:.1f} ({fewest}–{most})"
+    yield f"{figure.gmac:.2f}"
+    yield f"{figure.images_per_s:.1f}"
+    yield f"{figure.ratio:.2f}"
+
+
+def environment_line(document: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    return f"{document['device']}, {document['threads']} threads; {versions}; {document['date']}"

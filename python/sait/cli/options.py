@@ -8,16 +8,22 @@ import http.client
 import os
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from PIL import Image
+    from torch import Tensor, nn
+
+    from sait.photos import Preprocessing
+    from sait.throughput import Density
 
 HUB_SECONDS = 5.0
 
@@ -46,19 +52,19 @@ class Backend(StrEnum):
     cuda = "cuda"
 
 
-def share(name: str, values: list[float]) -> list[float]:
+def _shares(option: str, values: list[float]) -> list[float]:
     for value in values:
         if not 0.0 < value <= 1.0:
-            bad(name, f"expected a share in (0, 1] such as 0.45, got {value:g}.")
+            bad(option, f"expected a share in (0, 1] such as 0.45, got {value:g}.")
     return values
 
 
 def check_keep(values: list[float]) -> list[float]:
-    return share("--keep", values)
+    return _shares("--keep", values)
 
 
 def check_mass(values: list[float]) -> list[float]:
-    return share("--mass", values)
+    return _shares("--mass", values)
 
 
 Model = Annotated[str, typer.Option(help="Any timm Vision Transformer.")]
@@ -81,50 +87,57 @@ def bad(option: str, message: str) -> NoReturn:
     raise typer.BadParameter(message, param_hint=option)
 
 
-@contextlib.contextmanager
-def refusals(option: str) -> Iterator[None]:
-    """A refusal of the model layer or of the ops inside becomes one line about ``option``."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError) as error:
-        bad(option, " ".join(str(error).split()))
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
-def check_device(name: str) -> torch.device:
-    """The device, if torch can use it and the kernels serve it."""
+def check_device(name: str, backend: Backend | None) -> torch.device:
+    """The device, if torch can use it and kernels, or the forced ones, serve it."""
     import torch
+
+    import sait_kernels
 
     try:
         device = torch.device(name)
     except RuntimeError:
         bad("--device", f"expected cpu, cuda or cuda:N, got {name!r}.")
-    if device.type not in ("cpu", "cuda"):
-        bad("--device", f"no kernel serves {device.type!r}; use cpu or cuda.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         bad("--device", f"torch sees {torch.cuda.device_count()} GPUs, so there is no {name!r}; use cpu.")
+    if device.type not in ("cpu", "cuda"):
+        bad("--device", f"no kernel serves {name!r}; use cpu or cuda.")
+    names = [backend.value] if backend else ["cpu"] if device.type == "cpu" else ["cuda", "triton"]
+    answers = [sait_kernels.can_run("compact_attention", name, torch.empty(0, device=device)) for name in names]
+    if not any(served for served, _ in answers):
+        bad("--backend" if backend else "--device", f"no kernel serves {name!r}: " + answers[0][1])
     return device
 
 
-def check_served(device: torch.device, backend: Backend | None) -> None:
-    """Ends the command where no kernel, or not the forced one, serves the device."""
-    import sait_kernels
-    import torch
+def check_prunable(model: nn.Module, block: int, score: str, densities: Sequence[Density]) -> None:
+    """Ends the command with the model layer's own words where it refuses the model, the block or a density."""
+    import sait
 
-    example = torch.empty(0, device=device)
-    names = [backend.value] if backend else ["cuda", "triton", "cpu"]
-    answers = {name: sait_kernels.can_run("compact_attention", name, example) for name in names}
-    if not any(served for served, _ in answers.values()):
-        reasons = "; ".join(f"{name}: {reason}" for name, (_, reason) in answers.items())
-        option = "--backend" if backend else "--device"
-        bad(option, f"no kernel serves {device.type} here ({reasons}). `--backend reference` runs plain torch.")
+    depth = len(getattr(model, "blocks", ()))
+    if depth and block >= depth:
+        bad("--block", f"expected 0 to {depth - 1}, for the model has {depth} blocks; got {block}.")
+    try:
+        sait.sparsify(model, block=block, keep=1.0, score=score)
+        for density in densities:
+            sait.set_density(model, keep=density.keep, mass=density.mass)
+        sait.restore(model)
+    except (ValueError, TypeError) as error:
+        bad("--model", one_line(error))
 
 
 @contextlib.contextmanager
-def served_by(backend: Backend | None) -> Iterator[None]:
+def running_on(backend: Backend | None) -> Iterator[None]:
+    """Forces the backend, if one is given; a failure inside is one line."""
     import sait_kernels
 
-    with sait_kernels.backend(backend.value) if backend else contextlib.nullcontext():
-        yield
+    try:
+        with sait_kernels.backend(backend) if backend else contextlib.nullcontext():
+            yield
+    except RuntimeError as error:
+        raise typer.TyperException(one_line(error)) from error
 
 
 def load_model(name: str, weights: str) -> tuple[nn.Module, str]:
@@ -149,7 +162,7 @@ def load_model(name: str, weights: str) -> tuple[nn.Module, str]:
         try:
             return timm.create_model(name, checkpoint_path=weights).eval(), f"weights of {Path(weights).name}"
         except Exception as error:  # whatever a damaged or foreign file makes the unpickler and the model say
-            bad("--weights", f"{weights} does not load into {name}: {' '.join(str(error).split())[:200]}")
+            bad("--weights", f"{weights} does not load into {name}: {one_line(error)[:200]}")
     return _pretrained(name)
 
 
@@ -192,10 +205,60 @@ def hub_answers(repository: str) -> bool:
     return answered.is_set()
 
 
-def writable_file(path: Path, option: str) -> Path:
-    """The path, if a file can be written there; found out before the work, not after it."""
-    if path.is_dir():
-        bad(option, f"{path} is a folder; name a file.")
+def load_images(model: nn.Module, batch: int) -> tuple[Tensor, str]:
+    """((batch, 3, height, width) float32, what they are in words): crops of the two photos, else noise."""
+    import torch
+
+    from sait.photos import photo_batch
+
+    expected = preprocessing(model)
+    try:
+        return photo_batch(batch, expected), "crops of two photos"
+    except ImportError:
+        noise = torch.randn(batch, 3, *expected.size, generator=torch.Generator().manual_seed(0))
+        return noise, "random images, for scikit-learn and its photos are not installed"
+
+
+def preprocessing(model: nn.Module) -> Preprocessing:
+    """What the model expects of an image."""
+    from timm.data import resolve_model_data_config
+
+    from sait.photos import Preprocessing
+
+    config = resolve_model_data_config(model)
+    return Preprocessing(config["input_size"][1:], config["mean"], config["std"])
+
+
+def open_photos(paths: list[Path]) -> dict[str, Image.Image]:
+    """name -> photo; without paths the two that scikit-learn ships."""
+    from PIL import Image, UnidentifiedImageError
+
+    from sait.photos import sample_photos
+
+    if not paths:
+        return sample_photos()
+    photos: dict[str, Image.Image] = {}
+    for path in paths:
+        try:
+            photo = Image.open(path).convert("RGB")
+        except UnidentifiedImageError:
+            bad("IMAGES", f"{path} is no image that Pillow can read.")
+        except OSError as error:
+            bad("IMAGES", f"cannot read {path}: {error.strerror or error}.")
+        name = path.stem if path.stem not in photos else f"{path.stem}-{len(photos)}"
+        photos[name] = photo
+    return photos
+
+
+def progress() -> Progress:
+    """A progress bar on stderr, where somebody watches; it is gone when the work is done."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Finds out before the work, not after it, whether a file can be written there."""
     existed = path.exists()
     try:
         path.open("a").close()
@@ -203,13 +266,10 @@ def writable_file(path: Path, option: str) -> Path:
         bad(option, f"cannot write {path}: {error.strerror}.")
     if not existed:
         path.unlink()
-    return path
 
 
-def writable_folder(path: Path, option: str) -> Path:
-    """The folder, made if it is not there."""
+def make_folder(path: Path, option: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         bad(option, f"cannot write into {path}: {error.strerror}.")
-    return path

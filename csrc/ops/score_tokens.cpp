@@ -1,0 +1,88 @@
+// score_tokens: schema, checks, dispatch.
+#include "sait/score_tokens.h"
+
+#include <ATen/ops/zeros.h>
+
+#include "ops/common.h"
+#include "ops/score_select.h"
+
+namespace sait {
+namespace {
+
+// Everything but the outputs.
+ScoreTokensParams checked_params(const char* op, const at::Tensor& q, const at::Tensor& k,
+                                 const std::optional<at::Tensor>& v, const at::Tensor& cu_seqlens, int64_t max_seqlen,
+                                 std::string_view kind_name, int64_t num_prefix, std::optional<double> scale) {
+  check_heads(op, "q", q);
+  check_qkv_like(op, "k", k, q);
+  if (v) check_qkv_like(op, "v", *v, q);
+  check_cu_seqlens(op, "cu_seqlens", cu_seqlens, q, q.size(0), max_seqlen, num_prefix);
+  const ScoreKind kind = score_kind(op, kind_name, num_prefix);
+  SAIT_CHECK_VALUE(v || kind != ScoreKind::kClsValue, op, "v", "the values, which kind 'cls_value' weighs by", "None",
+                   "Pass v=.");
+  const HeadView values = kind == ScoreKind::kClsValue ? head_view(*v) : HeadView{nullptr, 0, 0};
+  return {head_view(q),
+          head_view(k),
+          values,
+          batch_view(cu_seqlens, max_seqlen),
+          q.size(0),
+          q.size(1),
+          q.size(2),
+          num_prefix,
+          kind,
+          dtype_of(q),
+          static_cast<float>(check_scale(op, scale, q.size(2))),
+          nullptr,
+          nullptr};
+}
+
+at::Tensor score_tokens(const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& v,
+                        const at::Tensor& cu_seqlens, int64_t max_seqlen, std::string_view kind, int64_t num_prefix,
+                        std::optional<double> scale) {
+  ScoreTokensParams params = checked_params("score_tokens", q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale);
+  const auto float32 = q.options().dtype(at::kFloat);
+  at::Tensor scores = at::empty({params.total}, float32), head_sums;
+  params.scores = scores.mutable_data_ptr<float>();
+  if (params.kind == ScoreKind::kColumn) {
+    head_sums = at::empty({params.heads, params.total}, float32);
+    params.head_sums = head_sums.mutable_data_ptr<float>();
+  }
+  cpu::score_tokens(params);
+  return scores;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> score_tokens_backward(
+    const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& v,
+    const at::Tensor& cu_seqlens, int64_t max_seqlen, std::string_view kind, int64_t num_prefix,
+    std::optional<double> scale) {
+  constexpr const char* op = "score_tokens_backward";
+  const ScoreTokensParams params = checked_params(op, q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale);
+  SAIT_CHECK_VALUE(grad.dim() == 1 && grad.size(0) == q.size(0), op, "grad", "shape (" << q.size(0) << ",)",
+                   shape_of(grad), "");
+  SAIT_CHECK_VALUE(grad.device() == q.device(), op, "grad", "device " << q.device() << " as q", grad.device(), "");
+  SAIT_CHECK_TYPE(grad.scalar_type() == at::kFloat, op, "grad", "dtype Float (float32)", grad.scalar_type(), "");
+  SAIT_CHECK_VALUE(grad.is_contiguous(), op, "grad", "a contiguous tensor", "stride " << grad.stride(0),
+                   "Call .contiguous() on it.");
+  at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(q.sizes(), q.options()), dv;
+  if (params.kind == ScoreKind::kClsValue) dv = at::empty(q.sizes(), q.options());
+  else if (v) dv = at::zeros(q.sizes(), q.options());  // given, but this kind does not look at it
+  else dv = at::empty({0}, q.options());
+  cpu::score_tokens_backward(
+      {params, grad.const_data_ptr<float>(), dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()});
+  return {dq, dk, dv};
+}
+
+}  // namespace
+}  // namespace sait
+
+TORCH_LIBRARY_FRAGMENT(sait, m) {
+  m.def("score_tokens(Tensor q, Tensor k, Tensor? v, Tensor cu_seqlens, SymInt max_seqlen, str kind, SymInt num_prefix, "
+        "float? scale) -> Tensor");
+  m.def("score_tokens_backward(Tensor grad, Tensor q, Tensor k, Tensor? v, Tensor cu_seqlens, SymInt max_seqlen, "
+        "str kind, SymInt num_prefix, float? scale) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(sait, CPU, m) {
+  m.impl("score_tokens", sait::score_tokens);
+  m.impl("score_tokens_backward", sait::score_tokens_backward);
+}

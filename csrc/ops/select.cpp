@@ -1,0 +1,72 @@
+// select_topk and select_mass: schema, checks, dispatch.
+#include "sait/select.h"
+
+#include "ops/common.h"
+#include "ops/score_select.h"
+
+namespace sait {
+namespace {
+
+void check_scores(const char* op, const at::Tensor& scores, const at::Tensor& cu_seqlens, int64_t max_seqlen,
+                  int64_t num_prefix) {
+  SAIT_CHECK_VALUE(scores.dim() == 1, op, "scores", "a packed (T,) tensor", shape_of(scores),
+                   "A batch (B, N) becomes packed by .flatten().");
+  SAIT_CHECK_TYPE(scores.scalar_type() == at::kFloat, op, "scores", "dtype Float (float32)", scores.scalar_type(),
+                  "Convert with .float().");
+  check_cu_seqlens(op, "cu_seqlens", cu_seqlens, scores, scores.size(0), max_seqlen, num_prefix);
+}
+
+std::tuple<at::Tensor, at::Tensor> select_topk(const at::Tensor& scores, const at::Tensor& cu_seqlens,
+                                               int64_t max_seqlen, std::optional<double> rate,
+                                               std::optional<int64_t> count, int64_t num_prefix) {
+  constexpr const char* op = "select_topk";
+  check_scores(op, scores, cu_seqlens, max_seqlen, num_prefix);
+  const KeepRule rule = topk_rule(op, rate, count);
+  const at::Tensor kept_cu = topk_cu_seqlens(op, cu_seqlens, num_prefix, rule);
+  const int32_t* offsets = kept_cu.const_data_ptr<int32_t>();
+  const Batch batch = batch_view(cu_seqlens, max_seqlen);
+  at::Tensor indices = at::empty({offsets[batch.images]}, cu_seqlens.options());
+  const auto contiguous = scores.expect_contiguous();
+  cpu::select({contiguous->const_data_ptr<float>(), batch, num_prefix, rule, offsets,
+               indices.mutable_data_ptr<int32_t>(), nullptr});
+  return {indices, kept_cu};
+}
+
+std::tuple<at::Tensor, at::Tensor> select_mass(const at::Tensor& scores, const at::Tensor& cu_seqlens,
+                                               int64_t max_seqlen, double mass, int64_t num_prefix, int64_t min_keep,
+                                               std::optional<int64_t> max_keep) {
+  constexpr const char* op = "select_mass";
+  check_scores(op, scores, cu_seqlens, max_seqlen, num_prefix);
+  const KeepRule rule = mass_rule(op, mass, min_keep, max_keep);
+  const Batch batch = batch_view(cu_seqlens, max_seqlen);
+  // How many rows stay is known only afterwards: each image writes where its own rows lie, then they move together.
+  const at::Tensor spread = at::empty({scores.size(0)}, cu_seqlens.options());
+  at::Tensor kept_cu = at::empty(cu_seqlens.sizes(), cu_seqlens.options());
+  int32_t* offsets = kept_cu.mutable_data_ptr<int32_t>();
+  offsets[0] = 0;
+  const auto contiguous = scores.expect_contiguous();
+  cpu::select({contiguous->const_data_ptr<float>(), batch, num_prefix, rule, batch.cu_seqlens,
+               spread.mutable_data_ptr<int32_t>(), offsets + 1});
+  for (int64_t b = 0; b < batch.images; ++b) offsets[b + 1] += offsets[b];
+  at::Tensor indices = at::empty({offsets[batch.images]}, cu_seqlens.options());
+  for (int64_t b = 0; b < batch.images; ++b) {
+    std::copy_n(spread.const_data_ptr<int32_t>() + batch.cu_seqlens[b], offsets[b + 1] - offsets[b],
+                indices.mutable_data_ptr<int32_t>() + offsets[b]);
+  }
+  return {indices, kept_cu};
+}
+
+}  // namespace
+}  // namespace sait
+
+TORCH_LIBRARY_FRAGMENT(sait, m) {
+  m.def("select_topk(Tensor scores, Tensor cu_seqlens, SymInt max_seqlen, float? rate, SymInt? count, "
+        "SymInt num_prefix) -> (Tensor, Tensor)");
+  m.def("select_mass(Tensor scores, Tensor cu_seqlens, SymInt max_seqlen, float mass, SymInt num_prefix, "
+        "SymInt min_keep, SymInt? max_keep) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(sait, CPU, m) {
+  m.impl("select_topk", sait::select_topk);
+  m.impl("select_mass", sait::select_mass);
+}

@@ -1,0 +1,72 @@
+"""``sait show``: pictures of the patches that a model keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sait.cli import options
+from sait.cli.options import DType, Score
+
+EXAMPLES = """\
+Examples:
+
+* sait show
+* sait show cat.jpg dog.png --keep 0.5 --keep 0.25 --out pictures
+* sait show --model vit_base_patch16_224 --block 5 --mass 0.8 --score column
+"""
+
+
+def show(
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="By default the two photos that scikit-learn ships.")
+    ] = None,
+    model: options.Model = "deit_small_patch16_224",
+    block: options.Block = 3,
+    keep: options.Keep = [0.7, 0.45, 0.3],  # noqa: B006  (the default that --help shows; nothing changes it)
+    mass: options.Mass = [0.9],  # noqa: B006
+    score: options.ScoreKind = Score.cls,
+    weights: options.Weights = "auto",
+    device: options.Device = "cpu",
+    dtype: Annotated[DType, typer.Option(help="What the model computes in.")] = DType.fp32,
+    backend: options.ForcedBackend = None,
+    out: Annotated[Path, typer.Option(help="The folder for the pictures.")] = Path(),
+) -> None:
+    """Draws the kept patches over photos, several densities side by side: a PNG for each photo."""
+    import torch
+
+    import sait
+    from sait.photos import draw_kept, fit_to_grid, side_by_side, to_tensor
+    from sait.throughput import Density
+
+    place = options.check_device(device, backend)
+    photos = options.open_photos(images or [])
+    options.make_folder(out, "--out")
+    loaded, described = options.load_model(model, weights)
+    expected = options.preprocessing(loaded)
+    batch = torch.stack([to_tensor(photo, expected) for photo in photos.values()]).to(place, dtype.torch())
+    densities = [*(Density(keep=k) for k in keep), *(Density(mass=m) for m in mass)]
+    options.check_prunable(loaded, block, score.value, densities)
+    kept = {}
+    with options.progress() as bar, options.running_on(backend), torch.inference_mode():
+        sait.sparsify(loaded.to(place, dtype.torch()), block=block, keep=1.0, score=score.value)
+        for density in bar.track(densities, description="choosing patches"):
+            sait.set_density(loaded, keep=density.keep, mass=density.mass)(batch)
+            mask, grid = sait.kept_mask(loaded)
+            kept[density] = mask.unflatten(1, grid)
+    console = Console(highlight=False)
+    console.print(f"{model}, {described}; block {block}, score {score}")
+    if described.startswith("random"):
+        console.print("With random weights the choice of patches carries no meaning.")
+    title = f"{model}, {described.partition(' (')[0]}: patches kept at block {block} by {score} score"
+    for i, (name, photo) in enumerate(photos.items()):
+        panels = [("photo", fit_to_grid(photo, grid))]
+        for density, masks in kept.items():
+            count = int(masks[i].sum())
+            panels.append((f"{density.label}: {count} of {masks[i].numel()} patches", draw_kept(photo, masks[i])))
+        path = out / f"{name}.png"
+        side_by_side(panels, title).save(path)
+        console.print(f"written: {path}")
