@@ -83,8 +83,11 @@ cpp_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.
 cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
 include_dirs = [str(ROOT / "csrc"), str(ROOT / "csrc" / "include")]
 # -ffp-contract=off: an FMA where the source says a * b + c would differ between instruction sets.
-# -Wno-maybe-uninitialized: GCC's own AVX-512 headers start from an undefined register on purpose.
-cxx_flags = ["-O3", "-std=c++20", "-Wall", "-Wno-maybe-uninitialized", "-fvisibility=hidden", "-ffp-contract=off"]
+# -fopenmp: at::parallel_for is a template in torch's headers, and a serial loop without it.
+# -Wno-(maybe-)uninitialized: GCC's own AVX-512 headers start from an undefined register on purpose.
+cxx_flags = ["-O3", "-std=c++20", "-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-fvisibility=hidden"]
+cxx_flags += ["-ffp-contract=off", "-fopenmp"]
+link_flags = ["-fopenmp"]
 if cuda_home is not None:
     macros = [
         ("SAIT_WITH_CUDA", None),
@@ -98,11 +101,16 @@ if cuda_home is not None:
         include_dirs=include_dirs,
         define_macros=macros,
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
+        extra_link_args=link_flags,
     )
     built = f"CPU and CUDA kernels for {os.environ['TORCH_CUDA_ARCH_LIST']} ({reason})"
 else:
     extension = CppExtension(
-        "sait_kernels._C", cpp_sources, include_dirs=include_dirs, extra_compile_args={"cxx": cxx_flags}
+        "sait_kernels._C",
+        cpp_sources,
+        include_dirs=include_dirs,
+        extra_compile_args={"cxx": cxx_flags},
+        extra_link_args=link_flags,
     )
     built = f"CPU kernels only ({reason})"
 

@@ -49,6 +49,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if exitstatus:
         console.print("not saved: a benchmark failed, and there are no figures of wrong results")
         return
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / measure.file_name(document)
     measure.save(document, path)
     console.print(f"written: {path}")

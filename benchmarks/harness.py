@@ -85,9 +85,13 @@ def torch_select(q: Tensor, k: Tensor, patches: int) -> Tensor:
 
 
 def check_error(name: str, ours: Tensor, baseline: Tensor, exact: Tensor) -> None:
-    """Ours may be off by twice what torch is in the same dtype, and by the rounding of the result itself."""
+    """Ours may be off by four times what torch is in the same dtype, and by the rounding of the result itself.
+
+    This is to catch wrong results; the tests hold the kernels to the tighter rule. The largest error of a result
+    hangs on its few most sensitive elements, so of two equally good implementations one is easily twice as far off.
+    """
     error, torch_error = ((x.double() - exact).abs().max().item() for x in (ours, baseline))
-    allowed = 2 * torch_error + torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item()
+    allowed = 4 * torch_error + torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item()
     assert error <= allowed, f"{name}: off by {error:.3g}, more than {allowed:.3g}: no figure"
 
 
@@ -98,15 +102,15 @@ def check_selection(name: str, rows: Tensor, q: Tensor, k: Tensor, patches: int)
     rounded twice: 5 eps, which the softmax turns into a relative error of the score; softmax and mean add one eps. Two
     scores are compared: 12 eps, and 16 are allowed.
     """
+    assert rows.shape == (BATCH, patches + 1), f"{name}: {tuple(rows.shape)} rows kept, expected {patches + 1} each"
+    assert (rows[:, 0] == 0).all(), f"{name}: the class token is missing"
+    assert (rows.diff(dim=1) > 0).all(), f"{name}: rows are not in order"
     N = q.shape[0] // BATCH
     scores = sk.reference.score_tokens(q.double(), k.double(), sk.uniform_cu_seqlens(BATCH, N), N)
     scores = scores.unflatten(0, (BATCH, N))
     worst_kept = scores.gather(1, rows[:, 1:]).min(1).values
     threshold = scores[:, 1:].topk(patches).values[:, -1]
     slack = 1 - 16 * torch.finfo(q.dtype).eps
-    assert (rows[:, 0] == 0).all(), f"{name}: the class token is missing"
-    assert rows.shape[1] == patches + 1, f"{name}: {rows.shape[1] - 1} patches kept, expected {patches}"
-    assert (rows.diff(dim=1) > 0).all(), f"{name}: rows are not in order"
     assert (worst_kept >= slack * threshold).all(), f"{name}: kept a patch that does not belong: no figure"
 
 

@@ -54,8 +54,8 @@ def attentions(dtype: torch.dtype) -> list[Callable[..., Tensor]]:
     return [functools.partial(_in_another_order, form, seed) for form in forms for seed in range(8)]
 
 
-def _order(D: int, seed: int) -> Tensor:
-    return torch.randperm(D, generator=torch.Generator().manual_seed(seed))
+def _order(size: int, seed: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
 def _in_another_order(
@@ -91,11 +91,14 @@ def scores(
 
 
 def all_scores(dtype: torch.dtype) -> list[Callable[..., Tensor]]:
-    """What scores are measured by: see attentions."""
+    """What scores are measured by: see attentions. Heads come in several orders, too."""
 
-    def in_another_order(seed: int, q: Tensor, k: Tensor, *args: Any, **options: Any) -> Tensor:
-        order = _order(q.shape[-1], seed)
-        return scores(q[..., order], k[..., order], *args, **options)
+    def in_another_order(
+        seed: int, q: Tensor, k: Tensor, *args: Any, v: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        heads, order = _order(q.shape[1], seed), _order(q.shape[2], seed)
+        q, k, v = (None if t is None else t[:, heads][..., order] for t in (q, k, v))
+        return scores(q, k, *args, v=v, **options)
 
     return [functools.partial(in_another_order, seed) for seed in range(16 if dtype == torch.float32 else 1)]
 
@@ -105,3 +108,25 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     residual = x.index_select(0, selection.indices) + (y if gamma is None else y * gamma)
     return residual, F.layer_norm(residual, residual.shape[-1:], weight, bias, eps)
+
+
+def add_norms(dtype: torch.dtype) -> list[Callable[..., tuple[Tensor, Tensor]]]:
+    """What gather_add_norm is measured by: see attentions. Channels and rows both come in several orders."""
+
+    def in_another_order(
+        seed: int,
+        x: Tensor,
+        y: Tensor,
+        selection: sk.Selection,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        gamma: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        rows, order = _order(len(y), seed), _order(y.shape[1], seed)
+        shuffled = selection._replace(indices=selection.indices[rows])
+        vectors = [None if t is None else t[order] for t in (weight, bias, gamma)]
+        results = add_norm(x[:, order], y[rows][:, order], shuffled, *vectors[:2], eps, vectors[2])
+        return tuple(t[rows.argsort()][:, order.argsort()] for t in results)
+
+    return [functools.partial(in_another_order, seed) for seed in range(16 if dtype == torch.float32 else 1)]

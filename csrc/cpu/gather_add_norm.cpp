@@ -102,6 +102,7 @@ namespace sait::cpu {
 namespace {
 
 constexpr int64_t kGrainElements = 16384;  // below that, one thread is done before a second one is awake
+constexpr int64_t kGroup = 64;             // channels summed side by side
 
 void forward(const GatherAddNormParams& p, int64_t begin, int64_t end) {
   SAIT_DISPATCH(gather_add_norm, p, begin, end);
@@ -126,12 +127,17 @@ void gather_add_norm_backward(const GatherAddNormBackwardParams& p) {
     }
   });
   float* const sums[] = {p.dweight, p.dbias, p.dgamma};
-  parallel_for(p.channels, kGrainElements, [&](int64_t begin, int64_t end) {
+  const int64_t groups = (p.channels + kGroup - 1) / kGroup;
+  parallel_for(groups, kGrainElements / kGroup, [&](int64_t first, int64_t last) {
     for (int64_t s = 0; s < (p.gamma == nullptr ? 2 : 3); ++s) {
-      std::fill(sums[s] + begin, sums[s] + end, 0.f);
-      for (int64_t c = 0; c < chunks; ++c) {
-        const float* partial = p.partials + (c * 3 + s) * p.channels;
-        for (int64_t i = begin; i < end; ++i) sums[s][i] += partial[i];
+      for (int64_t i = first * kGroup; i < std::min(last * kGroup, p.channels); i += kGroup) {
+        const int64_t width = std::min(kGroup, p.channels - i);
+        double total[kGroup] = {};
+        for (int64_t c = 0; c < chunks; ++c) {
+          const float* partial = p.partials + (c * 3 + s) * p.channels + i;
+          for (int64_t j = 0; j < width; ++j) total[j] += partial[j];
+        }
+        for (int64_t j = 0; j < width; ++j) sums[s][i + j] = static_cast<float>(total[j]);
       }
     }
   });

@@ -31,15 +31,18 @@ struct Image {
         v(p.v.data == nullptr ? nullptr : static_cast<const T*>(p.v.data) + begin * p.v.row_stride) {}
 };
 
-// row[0, n) = 2^(c s - max(c s)), zero from n to `padded`; returns the sum.
-inline float softmax_numerators(float* row, int64_t n, int64_t padded, float c) {
+// row[0, n) = exp(scale (s - s*)), s* the s of the largest exponent; zero from n to `padded`. Returns the sum. Subtracted
+// before it is scaled, s - s* is exact where it matters: near 0, where the exponential is large.
+inline float softmax_numerators(float* row, int64_t n, int64_t padded, float scale) {
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
-  const Vec factor = set(c);
+  const Vec sign = set(scale < 0.f ? -1.f : 1.f), factor = set(scale * kLog2e);
   Vec largest = set(kLowest);
-  for_each_vec(n, [&](int64_t i, int m) { largest = max(largest, first(load_lanes<F32>(row + i, m) * factor, m, kLowest)); });
-  const Vec shift = set(-max(largest));
+  for_each_vec(n, [&](int64_t i, int m) {
+    largest = max(largest, first(load_lanes<F32>(row + i, m) * sign, m, kLowest));
+  });
+  const Vec shift = set(max(largest)) * sign;
   const float total = sum_over(n, [=](int64_t i, int m) {
-    const Vec numerators = first(exp2<false>(fma(load_lanes<F32>(row + i, m), factor, shift)), m, 0.f);
+    const Vec numerators = first(exp2<false>((load_lanes<F32>(row + i, m) - shift) * factor), m, 0.f);
     store_lanes<F32>(row + i, numerators, m);
     return numerators;
   });
@@ -112,7 +115,7 @@ float* class_attention(const ScoreTokensParams& p, const Image<E>& x, int64_t st
   }
   for (int64_t h = 0; h < p.heads; ++h) {
     float* row = A + h * stride;
-    const Vec inverse = set(1.f / softmax_numerators(row, x.n, stride, p.scale * kLog2e));
+    const Vec inverse = set(1.f / softmax_numerators(row, x.n, stride, p.scale));
     for (int64_t j = 0; j < stride; j += kWidth) store(row + j, load(row + j) * inverse);
   }
   return A;
@@ -121,15 +124,15 @@ float* class_attention(const ScoreTokensParams& p, const Image<E>& x, int64_t st
 // ||v_j|| over all heads together.
 template <typename E>
 inline float value_norm(const ScoreTokensParams& p, const Image<E>& x, int64_t j) {
-  float squares = 0.f;
+  Vec squares = set(0.f);
   for (int64_t h = 0; h < p.heads; ++h) {
     const typename E::type* v = x.v + j * p.v.row_stride + h * p.v.head_stride;
-    squares += sum_over(p.head_dim, [=](int64_t d, int m) {
+    for_each_vec(p.head_dim, [&, v](int64_t d, int m) {
       const Vec a = load_lanes<E>(v + d, m);
-      return a * a;
+      squares = fma(a, a, squares);
     });
   }
-  return std::sqrt(squares);
+  return std::sqrt(sum(squares));
 }
 
 // The sum of u over the patches; an image whose values are all zero has no importance to share out.
@@ -233,6 +236,7 @@ void column_sums(const ScoreTokensParams& p, int64_t image, int64_t head, float*
   float* keys_t = scratch<float, kKeysT>(D * ld);
   float* queries = scratch<float, kQueries>(block * D);
   float* S = scratch<float, kLogits>(block * ld);
+  float* sums = scratch<float, kFactors>(ld);
   pack_rows_f32<E>(x.k + head * p.k.head_stride, p.k.row_stride, nullptr, 0, x.n, ld, D, 1.f, keys);
   transpose_f32(keys, D, x.n, ld, D, keys_t, ld);
   std::fill(out, out + x.n, 0.f);
@@ -241,17 +245,21 @@ void column_sums(const ScoreTokensParams& p, int64_t image, int64_t head, float*
     pack_rows_f32<E>(x.q + i0 * p.q.row_stride + head * p.q.head_stride, p.q.row_stride, nullptr, 0, rows, block, D, 1.f,
                      queries);
     gemm_f32(block, ld, D, queries, D, keys_t, ld, S, ld, false);
-    float inverse[kMaxBlock] = {};
-    for (int64_t i = 0; i < rows; ++i) inverse[i] = 1.f / softmax_numerators(S + i * ld, x.n, ld, p.scale * kLog2e);
     std::fill(S + rows * ld, S + block * ld, 0.f);
-    for (int64_t j = 0; j < x.n; j += kWidth) {
-      Vec total[4] = {set(0.f), set(0.f), set(0.f), set(0.f)};
-      for (int64_t i = 0; i < block; i += 4) {  // block % 4 == 0, ld % kWidth == 0
-        for (int64_t r = 0; r < 4; ++r) total[r] = fma(load(S + (i + r) * ld + j), set(inverse[i + r]), total[r]);
+    std::fill(sums, sums + ld, 0.f);
+    for (int64_t i = 0; i < rows; i += 4) {  // block % 4 == 0
+      float inverse[4] = {};
+      for (int64_t r = i; r < std::min(i + 4, rows); ++r) {
+        inverse[r - i] = 1.f / softmax_numerators(S + r * ld, x.n, ld, p.scale);
       }
-      const int m = lanes_at(j, x.n);
-      store(out + j, load(out + j, m) + ((total[0] + total[1]) + (total[2] + total[3])), m);
+      for (int64_t j = 0; j < ld; j += kWidth) {  // ld % kWidth == 0
+        const float* s = S + i * ld + j;
+        const Vec first_two = fma(load(s), set(inverse[0]), load(s + ld) * set(inverse[1]));
+        const Vec last_two = fma(load(s + 2 * ld), set(inverse[2]), load(s + 3 * ld) * set(inverse[3]));
+        store(sums + j, load(sums + j) + (first_two + last_two));
+      }
     }
+    for (int64_t j = 0; j < x.n; ++j) out[j] += sums[j];
   }
 }
 
@@ -292,7 +300,7 @@ void column_backward(const ScoreTokensBackwardParams& b, int64_t image, int64_t 
     gemm_f32(block, ld, D, queries, D, keys_t, ld, S, ld, false);
     for (int64_t i = 0; i < rows; ++i) {
       float* s = S + i * ld;
-      const float inverse = 1.f / softmax_numerators(s, x.n, ld, p.scale * kLog2e);
+      const float inverse = 1.f / softmax_numerators(s, x.n, ld, p.scale);
       const float mean = inverse * sum_over(ld, [=](int64_t j, int m) { return load_lanes<F32>(s + j, m) * load_lanes<F32>(dA + j, m); });
       const Vec factor = set(p.scale * inverse);
       for (int64_t j = 0; j < ld; j += kWidth) store(s + j, load(s + j) * factor * (load(dA + j) - set(mean)));

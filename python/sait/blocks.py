@@ -8,6 +8,7 @@ from timm.layers import LayerNorm, LayerNormFp32, LayerScale
 from torch import Tensor, nn
 
 import sait_kernels as sk
+from sait.linear import linear, mlp
 from sait.plan import Stage
 from sait_kernels import Selection
 
@@ -38,7 +39,8 @@ def run_block(
     """
     attn = block.attn
     normed = block.norm1(tokens.x)
-    q, k, v = packed(attn.qkv(normed)).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)  # (T, H, D) each
+    qkv = packed(linear(attn.qkv, normed))
+    q, k, v = qkv.unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)  # (T, H, D) each
     q, k = attn.q_norm(q), attn.k_norm(k)
     if stage is None or stage.keeps_all:
         out = sk.compact_attention(q, k, v, tokens.cu_seqlens, tokens.max_seqlen)
@@ -94,11 +96,11 @@ def _project(attn: Any, out: Tensor, normed: Tensor) -> Tensor:
     out = attn.norm(out)
     if attn.gate is not None:
         out = out * attn.gate(normed).sigmoid()
-    return attn.proj_drop(attn.proj(out))
+    return attn.proj_drop(linear(attn.proj, out))
 
 
 def _mlp(block: Any, tokens: Tokens, normed: Tensor) -> Tokens:
-    return tokens._replace(x=tokens.x + drop_path(block.drop_path2, block.ls2(block.mlp(normed)), tokens))
+    return tokens._replace(x=tokens.x + drop_path(block.drop_path2, block.ls2(mlp(block.mlp, normed)), tokens))
 
 
 def _drops(module: Any) -> bool:

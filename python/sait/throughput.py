@@ -32,6 +32,9 @@ class Density:
             return f"mass {self.mass}"
         return "dense mode" if self.keep is None else f"keep {self.keep}"
 
+    def plan(self, block: int, score: str) -> str:
+        return "dense" if self == Density() else f"block={block}, {self.label.replace(' ', '=')}, score={score}"
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -158,14 +161,14 @@ def rows(
             "name": "model",
             "case": figure.label,
             "model": model,
-            "plan": "dense" if figure.density == Density() else f"block={block}, {figure.label.replace(' ', '=')}, score={score}",
+            "plan": figure.density.plan(block, score),
             "batch": batch,
             "dtype": dtype,
             "baseline": BASELINE,
             "ours_us": round(figure.seconds * 1e6, 1),
             "baseline_us": round(figure.baseline_seconds * 1e6, 1),
             "ratio": round(figure.ratio, 3),
-            "images_per_s": round(figure.images_per_s, 1),
+            "images_per_s": round(figure.images_per_s, 2),
             "tokens": round(sum(figure.tokens) / len(figure.tokens), 1),
             "gmac": round(figure.gmac, 3),
         }

@@ -81,9 +81,9 @@ if library.module is not None:
         v: Tensor,
         cu: Tensor,
         max_seqlen: int,
-        indices: Tensor | None,
-        kept: Tensor | None,
-        scale: float | None,
+        indices: Tensor | None = None,
+        kept: Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         return q.new_empty(q.shape[0] if indices is None else indices.shape[0], q.shape[1] * q.shape[2])
 
@@ -95,9 +95,9 @@ if library.module is not None:
         v: Tensor,
         cu: Tensor,
         max_seqlen: int,
-        indices: Tensor | None,
-        kept: Tensor | None,
-        scale: float | None,
+        indices: Tensor | None = None,
+        kept: Tensor | None = None,
+        scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 

@@ -101,12 +101,12 @@ if library.module is not None:
         v: Tensor,
         cu: Tensor,
         max_seqlen: int,
-        rate: float | None,
-        count: int | None,
-        mass: float | None,
-        kind: str,
-        num_prefix: int,
-        scale: float | None,
+        rate: float | None = None,
+        count: int | None = None,
+        mass: float | None = None,
+        kind: str = "cls",
+        num_prefix: int = 1,
+        scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         images = cu.shape[0] - 1
         if mass is None and guard_or_false(q.shape[0] == images * max_seqlen):  # equal lengths: the size is known

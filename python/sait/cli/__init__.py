@@ -29,4 +29,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.format_message():  # empty where the help has been printed instead
             print(f"sait: {error.format_message()}", file=sys.stderr)
         code = error.exit_code
-    sys.exit(code)
+    sys.exit(code or 0)

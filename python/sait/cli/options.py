@@ -192,10 +192,10 @@ def hub_answers(repository: str) -> bool:
     answered = threading.Event()
 
     def ask() -> None:
-        request = urllib.request.Request(f"{endpoint}/{repository}/resolve/main/config.json", method="HEAD")
+        address = f"{endpoint}/{repository}/resolve/main/config.json"
         # OSError covers the network and an HTTP error status, ValueError an endpoint that is no address.
         with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-            urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_SECONDS).close()
             answered.set()
 
     # A name look-up can outlast any timeout; the thread is then left behind.

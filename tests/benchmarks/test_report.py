@@ -1,0 +1,109 @@
+"""The tables of the README: from the newest results file, and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report
+
+ROOT = Path(__file__).parents[2]
+
+
+def model_row(case: str, dtype: str, **changes: Any) -> dict[str, Any]:
+    row = {"name": "model", "case": case, "model": "some_vit", "plan": "block=3", "batch": 10, "dtype": dtype}
+    row |= {"baseline": "timm dense", "ours_us": 500_000.0, "baseline_us": 1_000_000.0, "ratio": 2.0}
+    return row | {"images_per_s": 20.0, "tokens": 90.4, "gmac": 2.736} | changes
+
+
+def op_row(name: str, case: str, dtype: str, **changes: Any) -> dict[str, Any]:
+    row = {"name": name, "case": case, "batch": 10, "dtype": dtype, "baseline": "torch SDPA"}
+    return row | {"ours_us": 100.4, "baseline_us": 400.0, "ratio": 3.984} | changes
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    rows = [
+        model_row("dense mode", "bf16", ratio=1.0, tokens=197.0, gmac=4.6, images_per_s=10.0),
+        model_row("keep 0.45", "bf16", goal=2.2),
+        model_row("dense mode", "fp32", ratio=1.0, tokens=197.0, gmac=4.6, baseline_us=2_000_000.0, images_per_s=5.0),
+        model_row("keep 0.45", "fp32", goal=1.9, images_per_s=12.3),
+        op_row("compact_attention", "N=99", "bf16", goal=3.5),
+        op_row("compact_attention", "N=99", "fp32", ratio=1.5, goal=2.5),
+        op_row("gather_tokens", "N=99", "bf16"),
+    ]
+    head = {"schema": 1, "date": "2026-01-02T03:04:05+00:00", "device": "Some CPU avx2", "threads": 2}
+    return head | {"versions": {"torch": "2.0"}, "rows": rows} | changes
+
+
+def test_tables() -> None:
+    written = report.markdown(document(commit="0123456789abcdef", dirty=True))
+    assert written.startswith("Some CPU avx2, 2 threads; torch 2.0; 2026-01-02, commit 0123456789 with local changes.")
+    lines = written.split("\n")
+    assert "| density | tokens | GMAC | bf16 img/s | bf16 × | fp32 img/s | fp32 × |" in lines
+    assert "| timm dense | 197 | 4.60 | 10.0 | 1.00 | 5.0 | 1.00 |" in lines
+    assert "| keep 0.45 | 90 | 2.74 | 20.0 | 2.00 (goal 2.2) | 12.3 | 2.00 |" in lines
+    assert "| op |  | against | bf16 µs | bf16 × | fp32 µs | fp32 × |" in lines
+    assert "| `compact_attention` | N=99 | torch SDPA | 100 | 3.98 | 100 | 1.50 (goal 2.5) |" in lines
+    assert "| `gather_tokens` | N=99 | torch SDPA | 100 | 3.98 |  |  |" in lines  # measured in one dtype only
+    tables = [line for line in lines if line.startswith("|")]
+    assert {line.count("|") for line in tables} == {8}
+
+
+def test_without_commit_none_is_named() -> None:
+    assert "commit" not in report.markdown(document())
+
+
+def test_random_weights_are_said() -> None:
+    assert "random weights" in report.markdown(document(rows=[model_row("keep 0.3", "bf16", weights="random")]))
+    assert "random" not in report.markdown(document())
+
+
+def test_newest_by_date_not_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(document(date="2026-03-01T00:00:00+00:00", device="new")))
+    (tmp_path / "b.json").write_text(json.dumps(document(date="2026-02-01T00:00:00+00:00", device="old")))
+    newest = report.newest(tmp_path)
+    assert newest is not None
+    assert newest["device"] == "new"
+
+
+def test_nothing_measured_yet(tmp_path: Path) -> None:
+    assert report.newest(tmp_path) is None
+    assert report.markdown(None) == report.NOTHING_YET
+
+
+def test_unknown_schema_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(document(schema=2)))
+    with pytest.raises(ValueError, match="schema 2"):
+        report.newest(tmp_path)
+
+
+def test_only_what_is_between_the_markers_changes() -> None:
+    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    once = report.insert(readme, "new")
+    assert once == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    assert report.insert(once, "new") == once
+
+
+@pytest.mark.parametrize("readme", ["", report.BEGIN, f"{report.END}{report.BEGIN}"])
+def test_a_readme_without_markers_is_refused(readme: str) -> None:
+    with pytest.raises(ValueError, match="markers"):
+        report.insert(readme, "new")
+
+
+def test_command(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    (tmp_path / "figures.json").write_text(json.dumps(document()))
+    script = [sys.executable, ROOT / "benchmarks" / "report.py", "--results", tmp_path, "--readme", readme]
+    subprocess.run(script, check=True)
+    assert readme.read_text() == f"{report.BEGIN}\n{report.markdown(document())}\n{report.END}\n"
+
+
+def test_the_readme_has_the_newest_results() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    current = report.insert(readme, report.markdown(report.newest(ROOT / "benchmarks" / "results")))
+    assert readme == current, "run `make report`"

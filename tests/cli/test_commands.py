@@ -1,0 +1,113 @@
+"""bench, show and info on a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from sait.cli import main
+from schema import check_results
+
+import sait_kernels
+
+SMALL = "--model test_vit --weights random"
+
+
+def run(typed: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(typed.split())
+    assert exit_.value.code == 0
+
+
+@pytest.mark.parametrize("command", ["bench", "show"])
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(f"{command} --help")
+    assert f"sait {command} --" in capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--help")
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in ("bench", "show", "info"))
+
+
+def test_no_command_is_help_and_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 2
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "figures.json"
+    densities = "--keep 1.0 --keep 0.45 --mass 0.5"
+    run(f"bench {SMALL} {densities} --batch 2 --repeats 2 --dtype fp32 --dtype bf16 --json {figures}")
+    printed = capsys.readouterr().out
+    for words in ("random weights", "timm dense", "dense mode", "keep 0.45", "mass 0.5", "nearly uniform", "threads"):
+        assert words in printed
+    document = json.loads(figures.read_text())
+    check_results(document)
+    cases = ["dense mode", "keep 1.0", "keep 0.45", "mass 0.5"]
+    assert [(row["dtype"], row["case"]) for row in document["rows"]] == [
+        (dtype, case) for dtype in ("fp32", "bf16") for case in cases
+    ]
+    dense, everything, some, half = document["rows"][:4]
+    assert dense["plan"] == "dense"
+    assert some["plan"] == "block=3, keep=0.45, score=cls"
+    assert dense["tokens"] == everything["tokens"] == 101
+    assert some["tokens"] == 46
+    assert 46 < half["tokens"] < 101
+    assert dense["gmac"] == everything["gmac"] == pytest.approx(0.0376, abs=5e-4)
+    assert some["gmac"] < half["gmac"] < dense["gmac"]
+
+
+def test_bench_uses_the_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    original = sait_kernels.backend
+
+    def backend(name: str) -> object:
+        used.append(name)
+        return original(name)
+
+    monkeypatch.setattr(sait_kernels, "backend", backend)
+    run(f"bench {SMALL} --keep 0.3 --mass 1.0 --batch 1 --repeats 1 --dtype fp32 --backend reference")
+    assert used == ["reference"]
+
+
+def test_checkpoint_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, photo = tmp_path / "trained.pt", tmp_path / "grey.png"
+    torch.save(timm.create_model("test_vit").state_dict(), checkpoint)
+    Image.new("RGB", (300, 200), "grey").save(photo)
+    run(f"show {photo} --model test_vit --weights {checkpoint} --out {tmp_path / 'out'}")
+    assert "weights of trained.pt" in capsys.readouterr().out
+
+
+def test_show_draws_each_photo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "folder"
+    run(f"show {SMALL} --out {out}")
+    pictures = sorted(out.iterdir())
+    assert [picture.name for picture in pictures] == ["china.png", "flower.png"]
+    for picture in pictures:
+        assert Image.open(picture).width > 5 * 10 * 24  # the photo and four densities, 10 patches of 24 pixels across
+    assert "carries no meaning" in capsys.readouterr().out  # the weights are random
+
+
+def test_show_keeps_photos_of_one_name_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "photo.png" for folder in ("one", "two")]
+    for path in paths:
+        path.parent.mkdir()
+        Image.new("RGB", (64, 64), "green").save(path)
+    run(f"show {paths[0]} {paths[1]} {SMALL} --keep 0.5 --mass 1.0 --out {tmp_path}")
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["photo-1.png", "photo.png"]
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    run("info")
+    printed = capsys.readouterr().out
+    assert timm.__version__ in printed
+    assert sait_kernels.__version__ in printed
+    assert "compact_attention" in printed

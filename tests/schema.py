@@ -1,0 +1,31 @@
+"""Schema 1 of a results file, as benchmarks/README.md describes it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+HEAD = {"schema", "date", "device", "threads", "versions", "rows"}
+OPTIONAL_HEAD = {"commit", "dirty", "roofs"}
+ROW = {"name", "case", "batch", "dtype", "baseline", "ours_us", "baseline_us", "ratio"}
+MODEL_ROW = ROW | {"model", "plan", "images_per_s", "tokens", "gmac"}
+OPTIONAL_ROW = {"goal", "weights"}
+
+
+def check_results(document: dict[str, Any]) -> None:
+    assert set(document) - OPTIONAL_HEAD == HEAD
+    assert document["schema"] == 1
+    assert datetime.fromisoformat(document["date"]).tzinfo is not None
+    assert set(document["versions"]) == {"python", "torch", "timm", "sait_kernels"}
+    assert ("commit" in document) == ("dirty" in document)
+    for row in document["rows"]:
+        assert set(row) - OPTIONAL_ROW == (MODEL_ROW if row["name"] == "model" else ROW)
+        # Times keep one digit, ratios three, images per second two: half a unit of the last place each.
+        rounding = 0.05 / row["ours_us"] + 0.05 / row["baseline_us"]
+        ratio = row["baseline_us"] / row["ours_us"]
+        assert row["ratio"] == pytest.approx(ratio, abs=5e-4 + ratio * rounding)
+        if row["name"] == "model":
+            rate = row["batch"] / row["ours_us"] * 1e6
+            assert row["images_per_s"] == pytest.approx(rate, abs=5e-3 + rate * rounding)
