@@ -1,11 +1,10 @@
 """Vision Transformers that drop the tokens they do not need: plans, sparsify for timm models, and a reference ViT."""
 
-from sait import vit  # registers the sait_deit models with timm
 from sait.density import kept_mask, selections, set_density
 from sait.macs import macs
 from sait.plan import Plan, Stage
 from sait.sparse import restore, sparsify
-from sait.vit import SaitViT
+from sait.vit import SaitViT  # registers the sait_deit models with timm
 
 __all__ = [
     "Plan",
@@ -17,5 +16,4 @@ __all__ = [
     "selections",
     "set_density",
     "sparsify",
-    "vit",
 ]
