@@ -95,8 +95,8 @@ def can_run(op: str, name: str, *tensors: Any, **options: Any) -> tuple[bool, st
 def choose(op: str, required: dict[str, Any], optional: dict[str, Any] | None = None) -> str:
     """The backend for a call with these tensors, by name: the forced one, else the fastest for the first of them.
 
-    What they are and where they lie is checked here, since it decides which code torch runs at all: None would arrive as
-    an undefined tensor, and a mix with "meta" as a question about shapes, answered with memory that nobody wrote.
+    What they are and where they lie is checked here, since it decides which code torch runs at all: None would arrive
+    as an undefined tensor, and a mix with "meta" as a question about shapes, answered with memory that nobody wrote.
     """
     tensors = required | {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
     for name, tensor in tensors.items():

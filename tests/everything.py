@@ -13,7 +13,7 @@ import sait_kernels as sk
 
 @dataclass
 class Batch:
-    """Inputs of all ops. The images of ``alone`` and ``without`` keep their numbers, at other addresses."""
+    """Inputs of all ops."""
 
     lengths: tuple[int, ...]
     qkv: tuple[Tensor, Tensor, Tensor]  # (T, H, D) each
@@ -23,11 +23,11 @@ class Batch:
     @classmethod
     def random(cls, lengths: tuple[int, ...], dtype: torch.dtype, H: int = 2, D: int = 32, seed: int = 0) -> Batch:
         T = sum(lengths)
-        scores = randn(T, seed=seed + 2).exp()
-        return cls(lengths, make_qkv(Case(lengths, H, D), dtype, seed), randn(T, H * D, dtype=dtype, seed=seed + 1), scores)
+        qkv, x = make_qkv(Case(lengths, H, D), dtype, seed), randn(T, H * D, dtype=dtype, seed=seed + 1)
+        return cls(lengths, qkv, x, randn(T, seed=seed + 2).exp())
 
     def image(self, b: int) -> Batch:
-        """Image b as a batch of its own."""
+        """Image b as a batch of its own, of the same memory."""
         begin, end = bounds_of(cu_of(self.lengths))[b]
         return Batch(
             (self.lengths[b],), tuple(t[begin:end] for t in self.qkv), self.x[begin:end], self.scores[begin:end]

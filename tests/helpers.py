@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +48,8 @@ class Case:
         return max(self.lengths, default=0)
 
 
-# Every odd size, head dimension, head count and layout at least once, empty images at the start, in the middle, at the end.
+# Every odd size, head dimension, head count and layout at least once; empty images at the start, in the middle, at the
+# end.
 CASES = (
     Case((0, 1, 2, 65, 0, 99, 0), H=3, D=64, layout="packed"),
     Case((139, 197), H=6, D=64, layout="offset"),
@@ -65,8 +70,7 @@ def cu_of(lengths: Sequence[int]) -> Tensor:
 
 
 def bounds_of(cu: Tensor) -> list[tuple[int, int]]:
-    offsets = cu.tolist()
-    return list(zip(offsets[:-1], offsets[1:], strict=True))
+    return list(pairwise(cu.tolist()))
 
 
 def among_nan(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
@@ -138,11 +142,10 @@ def max_error(got: Tensor, exact: Tensor) -> float:
 
 
 def assert_as_exact_as_torch(what: str, got: Tensor, exact: Tensor, *in_torch: Tensor) -> None:
-    """The error against float64 is at most twice that of the same-dtype torch expression, or the worst of its forms, plus a
-    rounding.
+    """The error against float64 is at most twice that of the same-dtype torch expression, plus a rounding.
 
     ``exact`` is the float64 result. Its rounding to the output's dtype alone costs half an ulp, and an ulp of a value
-    below m is at most eps * m: hence eps / 2 times the largest magnitude.
+    below m is at most eps * m: hence eps / 2 times the largest magnitude. Of several ``in_torch``, the worst counts.
     """
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     assert got.isfinite().all(), f"{what}: {int((~got.isfinite()).sum())} elements are not finite"
@@ -154,7 +157,7 @@ def assert_as_exact_as_torch(what: str, got: Tensor, exact: Tensor, *in_torch: T
 
 
 def assert_same_bits(what: str, got: Tensor, want: Tensor) -> None:
-    assert got.dtype == want.dtype and got.shape == want.shape, f"{what}: {got.dtype} {got.shape}, {want.dtype} {want.shape}"
+    assert (got.dtype, got.shape) == (want.dtype, want.shape), what
     same = torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
     assert same, f"{what}: largest difference {max_error(got, want.double()):.3e}"
 
@@ -187,6 +190,14 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def run_python(*arguments: str, root: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that imports the package under ``root``, by default the one under test."""
+    root = root or Path(sk.__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONWARNINGS": "default"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
 
 
 def flat(result: Any) -> list[Tensor]:

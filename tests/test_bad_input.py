@@ -1,17 +1,15 @@
-"""Bad arguments end in a Python exception that names the op, the argument, what was expected, what came, and the cure."""
+"""A bad argument ends in a Python exception that names op, argument, what was expected, what came, and the cure."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import cu_of, randn
+from helpers import cu_of, randn, run_python
 from torch import Tensor
 
 import sait_kernels as sk
@@ -82,6 +80,7 @@ def bad_heads(op: str) -> list[Any]:
         bad(op, "q", randn(T, H, 2 * D)[..., ::2], ValueError, "contiguous last dimension", "stride 2"),
         bad(op, "scale", float("nan"), ValueError, "finite", "nan"),
         bad(op, "scale", float("inf"), ValueError, "finite", "inf"),
+        bad(op, "scale", 1e300, ValueError, "finite", "1e+300"),
     ]
     for name in others:
         cases += [
@@ -245,11 +244,18 @@ CASES = [
         "3",
         named="selection.cu_seqlens",
     ),
-    bad("compact_attention", "selection", selection(offsets=(0, 3, 3, 5)), ValueError, "6", "0 to 5", named="selection.cu_seqlens"),
-    bad("compact_attention", "selection", selection(offsets=(1, 3, 3, 6)), ValueError, "0", "1 to 6", named="selection.cu_seqlens"),
-    bad("compact_attention", "selection", selection(offsets=(0, 4, 3, 6)), ValueError, "", named="selection"),
-    bad("compact_attention", "selection", selection(offsets=(0, 2, 2, 6)), ValueError, "[6, 10) for image 2", named="selection.indices"),
-    bad("compact_attention", "selection", selection(offsets=(0, 3, 4, 6)), ValueError, "[6, 6) for image 1", named="selection.indices"),
+    *(
+        bad(
+            "compact_attention", "selection", selection(offsets=offsets), ValueError, *words, named=f"selection.{named}"
+        )
+        for offsets, named, *words in (
+            ((0, 3, 3, 5), "cu_seqlens", "from 0 to 6", "0 to 5"),
+            ((1, 3, 3, 6), "cu_seqlens", "from 0 to 6", "1 to 6"),
+            ((0, 3, 2, 6), "cu_seqlens", "ascending", "3 before 2"),
+            ((0, 2, 2, 6), "indices", "[6, 10) for image 2", "5 to 9"),
+            ((0, 3, 4, 6), "indices", "[6, 6) for image 1", "6 to 6"),
+        )
+    ),
     bad("scatter_tokens", "total", 9, ValueError, "[0, 9)", "9 at position 5", named="selection.indices"),
     bad("scatter_tokens", "total", -1, ValueError, ">= 0", "-1"),
     bad("scatter_tokens", "y", randn(S - 1, C), ValueError, "5", "6", named="selection.indices"),
@@ -281,7 +287,7 @@ CASES = [
 def test_message(
     op: str, argument: str, value: Any, error: type[Exception], named: str, words: tuple[str, ...]
 ) -> None:
-    """"op: argument: expected X, got Y. Cure"."""
+    """ "op: argument: expected X, got Y. Cure"."""
     arguments = GOOD[op]() | {argument: value}
     with pytest.raises(error) as caught:
         getattr(sk, op)(**arguments)
@@ -315,9 +321,9 @@ def test_a_stranger_in_a_selection(op: str) -> None:
 
 @pytest.mark.parametrize("op", PACKED)
 def test_a_stranger_in_place_of_a_number(op: str) -> None:
-    numbers = {"max_seqlen": (None, "6", 6.5, [6])} | ({} if op == "compact_attention" else {"num_prefix": (None, "1", [1])})
-    for name, strangers in numbers.items():
-        for stranger in strangers:
+    names = ("max_seqlen",) if op == "compact_attention" else ("max_seqlen", "num_prefix")
+    for name in names:
+        for stranger in (None, "6", 6.5, [6]):
             with pytest.raises((TypeError, RuntimeError)) as caught:
                 getattr(sk, op)(**GOOD[op]() | {name: stranger})
             assert op in str(caught.value)
@@ -326,16 +332,15 @@ def test_a_stranger_in_place_of_a_number(op: str) -> None:
 
 @pytest.mark.parametrize("op", GOOD)
 def test_device_without_a_kernel(op: str) -> None:
-    arguments = {
-        name: value.to("meta") if isinstance(value, Tensor) else value for name, value in GOOD[op]().items()
-    }
+    arguments = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in GOOD[op]().items()}
     with pytest.raises(RuntimeError, match=rf"^{op}: .*'meta'.*backend\(\"reference\"\)"):
         getattr(sk, op)(**arguments)
 
 
 def test_exactly_one_of_keep_and_mass() -> None:
+    message = r"^prune_attention: keep: expected exactly one of keep and mass, got .*\. \S"
     for given in ({"keep": None}, {"mass": 0.5}):
-        with pytest.raises(ValueError, match=r"^prune_attention: keep: expected exactly one of keep and mass, got .*\. \S"):
+        with pytest.raises(ValueError, match=message):
             sk.prune_attention(**GOOD["prune_attention"]() | given)
 
 
@@ -347,7 +352,7 @@ def test_mass_of_prune_attention(value: float) -> None:
 
 def test_same_messages_from_the_registered_ops() -> None:
     """torch.ops.sait.* check for themselves."""
-    q = heads()
+    q, x, weight = heads(), randn(S, C), randn(C)
     with pytest.raises(ValueError, match="compact_attention: max_seqlen: expected at least 6"):
         torch.ops.sait.compact_attention(q, q, q, cu_of(LENGTHS), 5, None, None, None)
     with pytest.raises(ValueError, match="compact_attention: selection: expected indices and cu_seqlens together"):
@@ -357,8 +362,7 @@ def test_same_messages_from_the_registered_ops() -> None:
     with pytest.raises(ValueError, match="score_tokens_backward: grad: expected shape"):
         torch.ops.sait.score_tokens_backward(randn(3), q, q, None, cu_of(LENGTHS), 6, "cls", 1, None)
     with pytest.raises(ValueError, match="gather_add_norm_backward: grad_normed: expected shape"):
-        x = randn(S, C)
-        torch.ops.sait.gather_add_norm_backward(x, x[:2], x, x, randn(C), None, 1e-6)
+        torch.ops.sait.gather_add_norm_backward(x, x[:2], x, x, weight, None, 1e-6)
     with pytest.raises(ValueError, match="select_topk: keep: expected exactly one"):
         torch.ops.sait.select_topk(randn(T), cu_of(LENGTHS), 6, None, None, 1)
 
@@ -374,13 +378,6 @@ def test_bad_arguments_leave_nothing_behind() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_fuzz(seed: int) -> None:
     """Thousands of calls with random changes, in a process of its own, so that a crash is a failure and not the end."""
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", str(Path(__file__).with_name("fuzz.py")), str(seed), "2000"],
-        capture_output=True,
-        text=True,
-        cwd=Path(sk.__file__).parent.parent,
-        env=None,
-        check=False,
-    )
+    done = run_python("-X", "faulthandler", str(Path(__file__).with_name("fuzz.py")), str(seed), "2000")
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert "2000 calls" in done.stdout

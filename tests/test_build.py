@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ISAS, randn
+from helpers import ISAS, randn, run_python
 from torch.profiler import ProfilerActivity, profile
 
 import sait_kernels as sk
@@ -18,18 +15,6 @@ from sait_kernels import library
 
 PACKAGE = Path(sk.__file__).parent
 TORCH = torch.__version__
-
-
-def run(*arguments: str, folder: Path = PACKAGE.parent) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment | {"PYTHONPATH": str(folder)},
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -75,7 +60,7 @@ def test_instruction_set_can_be_lowered_only() -> None:
 
 
 def test_info() -> None:
-    done = run("-m", "sait_kernels.info")
+    done = run_python("-m", "sait_kernels.info")
     assert done.returncode == 0, done.stderr
     assert sk.__version__ in done.stdout
     assert f"built for torch {TORCH.split('+')[0]}" in done.stdout
@@ -99,9 +84,9 @@ except RuntimeError as error:
 
 def check_unusable(folder: Path, *words: str) -> None:
     """A warning at import, the same problem from can_run, from a call and from info; the reference works."""
-    done = run("-c", REFERENCE_WORKS, folder=folder)
+    done = run_python("-c", REFERENCE_WORKS, root=folder)
     assert done.returncode == 0, done.stderr
-    info = run("-m", "sait_kernels.info", folder=folder)
+    info = run_python("-m", "sait_kernels.info", root=folder)
     assert info.returncode == 0, info.stderr
     warning = next(line for line in done.stderr.splitlines() if "UserWarning" in line)
     answer, error = done.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Several Python threads, and several processes' worth of state in one: results are those of one thread, bit for bit."""
+"""Calls from several Python threads at once: the results are those of one thread, bit for bit."""
 
 from __future__ import annotations
 

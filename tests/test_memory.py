@@ -7,13 +7,11 @@ that kernels take from the C++ heap).
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
+from helpers import run_python
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
 
@@ -73,16 +71,7 @@ with sk.backend(backend):
 @cache
 def peak(op: str, backend: str, dtype: str = "float32") -> dict[str, int]:
     """Bytes above the inputs: {"allocator": ..., "resident": ...}."""
-    arguments = [op, backend, N, H, D, KEEP, dtype]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
+    done = run_python("-c", PROGRAM, *map(str, (op, backend, N, H, D, KEEP, dtype)))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -110,7 +99,7 @@ SCRATCH = 16 * MIB
 
 @pytest.mark.parametrize(("op", "dtype"), [("prune_cls", "float32"), ("prune_column", "bfloat16")])
 def test_prune_attention(op: str, dtype: str) -> None:
-    """Tensors: S rows of the result and two (S,) or (B + 1,) vectors, a (T,) vector of scores per head; no (T, H * D)."""
+    """Tensors: S rows of the result, the indices and offsets, a (T,) vector of scores per head; no (T, H * D)."""
     element = 4 if dtype == "float32" else 2
     kept = int(N * KEEP) + 2
     measured = peak(op, "cpu", dtype)

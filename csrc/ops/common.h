@@ -143,7 +143,7 @@ inline void check_indices(const char* op, const char* name, const at::Tensor& in
 
 // The factor of q . k: D ** -0.5 by default.
 inline double check_scale(const char* op, std::optional<double> scale, int64_t head_dim) {
-  SAIT_CHECK_VALUE(!scale || std::isfinite(*scale), op, "scale", "a finite number", *scale,
+  SAIT_CHECK_VALUE(!scale || std::isfinite(static_cast<float>(*scale)), op, "scale", "a finite float32", *scale,
                    "None means head_dim ** -0.5.");
   return scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
 }

@@ -14,9 +14,11 @@ namespace {
 template <typename Keep>
 void score_and_select(const ScoreTokensParams& params, const KeepRule& rule, Keep keep) {
   const int32_t* offsets = params.batch.cu_seqlens;
+  int64_t longest = 0;  // max_seqlen is a bound only, and may be far above
+  for (int64_t b = 0; b < params.batch.images; ++b) longest = std::max<int64_t>(longest, offsets[b + 1] - offsets[b]);
   cpu::parallel_for(params.batch.images, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(params.batch.max_seqlen);
-    std::vector<int32_t> rows(params.batch.max_seqlen);
+    std::vector<float> scores(longest);
+    std::vector<int32_t> rows(longest);
     for (int64_t b = begin; b < end; ++b) {
       cpu::score_image(params, b, scores.data());
       keep(b, rows.data(),

@@ -163,8 +163,11 @@ def test_trains_a_projection(backend: str) -> None:
     def in_torch(*qkv: Tensor) -> Tensor:
         return expressions.attention(*qkv, cu, selection)
 
-    got, want = (gradients(functools.partial(projected, fn), w)[1] for fn, w in ((ours, weight), (exact, weight.double())))
-    assert_as_exact_as_torch("dweight", got, want, gradients(functools.partial(projected, in_torch), weight)[1])
+    results = [
+        gradients(functools.partial(projected, attention), w)[1]
+        for attention, w in ((ours, weight), (exact, weight.double()), (in_torch, weight))
+    ]
+    assert_as_exact_as_torch("dweight", *results)
 
 
 def test_gradcheck() -> None:

@@ -26,7 +26,7 @@ from torch.library import opcheck
 import sait_kernels as sk
 
 EPS = 1e-6
-# (lengths of the images, channels): DeiT-T, -S and -B have 192, 384 and 768; 2, 7, 100 and 770 are multiples of no vector.
+# (lengths of the images, channels): DeiT-T, -S and -B have 192, 384 and 768; no vector divides 2, 7, 100 or 770.
 CASES = (
     ((0, 1, 2, 65, 0, 99, 0), 192),
     ((139, 197), 384),
@@ -42,12 +42,18 @@ NAMES = ("dx", "dy", "dweight", "dbias", "dgamma")
 
 
 def make(
-    lengths: tuple[int, ...], C: int, dtype: torch.dtype, *, gamma: bool, strided: bool = False, params: torch.dtype | None = None
+    lengths: tuple[int, ...],
+    C: int,
+    dtype: torch.dtype,
+    *,
+    gamma: bool,
+    strided: bool = False,
+    params: torch.dtype | None = None,
 ) -> tuple[tuple[Tensor, ...], sk.Selection]:
     """((x, y, weight, bias[, gamma]), selection); the dropped rows of x are NaN."""
     selection, params = some_rows(lengths), params or dtype
-    S = len(selection.indices)
-    x = among_nan((2 * sum(lengths), C + 3), dtype, 1)[::2, 2 : C + 2] if strided else among_nan((sum(lengths), C), dtype, 0)
+    T, S = sum(lengths), len(selection.indices)
+    x = among_nan((2 * T, C + 3), dtype, 1)[::2, 2 : C + 2] if strided else among_nan((T, C), dtype, 0)
     y = among_nan((S, C + 1), dtype, 0)[:, :C] if strided else among_nan((S, C), dtype, 0)
     x[selection.indices.long()] = randn(S, C, seed=1).to(dtype)
     y.copy_(randn(S, C, seed=2))
@@ -134,9 +140,7 @@ def test_float32_parameters(backend: str, dtype: torch.dtype) -> None:
     """Parameters in float32 with 16-bit activations: gradients come in the type of their parameter."""
     inputs, selection = make((65, 20), 384, dtype, gamma=True, params=torch.float32)
     x, y, weight, bias, gamma = inputs
-    got = gradients(
-        lambda *t: torch.stack(sk.gather_add_norm(*t[:2], selection, *t[2:4], EPS, gamma=t[4])), *inputs
-    )
+    got = gradients(lambda *t: torch.stack(sk.gather_add_norm(*t[:2], selection, *t[2:4], EPS, gamma=t[4])), *inputs)
     assert [t.dtype for t in got] == [dtype, dtype, dtype, torch.float32, torch.float32, torch.float32]
     exact = sk.reference.gather_add_norm(*doubles(x, y), selection, *doubles(weight, bias), EPS, gamma=gamma.double())
     level = expressions.add_norm(x, y, selection, *(t.to(dtype) for t in (weight, bias)), EPS, gamma.to(dtype))

@@ -1,0 +1,17 @@
+"""Small problems: one thread, since waiting for a second one costs more than it computes.
+
+That results are the same bits on any number of threads is tested in test_properties.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from helpers import torch_threads
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    with torch_threads(1):
+        yield
