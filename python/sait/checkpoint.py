@@ -103,7 +103,7 @@ def build(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path}: timm cannot build its model {metadata['model']!r}: {error}") from error
     load_weights(model, checkpoint.tensors, path)
     sparsify(model, _plan_from_json(metadata["plan"]))
-    model._sait.active = None if metadata["active"] is None else _plan_from_json(metadata["active"])
+    state_of(model, "load").active = None if metadata["active"] is None else _plan_from_json(metadata["active"])
     return model.eval()
 
 
