@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -138,6 +139,8 @@ class Config:
             raise TrainingError(
                 f"config: batch: mixup and cutmix pair images, so expected an even number, got {self.batch}."
             )
+        if len(self.crop_scale) != 2:
+            raise TrainingError(f"config: crop_scale: expected [least, greatest], got {self.crop_scale}.")
         if self.logit_alpha and self.teacher is None:
             raise TrainingError("config: logit_alpha: there is no teacher; name one, or set it to 0.")
 
@@ -189,7 +192,7 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
             near = difflib.get_close_matches(str(key), _TYPES, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_TYPES)}."
             raise TrainingError(f"{where}: there is no key {key!r}{hint}")
-    return Config(**values)
+    return Config(**{key: _number(value, _TYPES[key]) for key, value in values.items()})
 
 
 def parse_change(text: str) -> tuple[str, Any]:
@@ -201,6 +204,14 @@ def parse_change(text: str) -> tuple[str, Any]:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise TrainingError(f"--set: {key}: {value!r} is no YAML value.") from error
+
+
+def _number(value: Any, hint: Any) -> Any:
+    """YAML 1.1 takes 1e-3, without a point, for a string; where a number belongs it is one."""
+    if isinstance(value, str) and float in (hint, *typing.get_args(hint)):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -216,9 +227,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         if fits and (not parts or all(isinstance(key, str) for key in value)):
             return
     wanted = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
-    # YAML 1.1 reads 1e-3, without a point, as a string.
-    hint = " Write 1.0e-3, not 1e-3." if isinstance(value, str) and float in allowed else ""
-    raise TrainingError(f"config: {name}: expected {wanted}, got {value!r}.{hint}")
+    raise TrainingError(f"config: {name}: expected {wanted}, got {value!r}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -81,13 +81,13 @@ class Trainer:
         self.config, self.processes, self.command = config, processes, command
         self.out = Path(config.out)
         self.epoch, self.rows = 0, []  # type: int, list[Row]
-        state = self._open_folder(resume)
         self._random_for(0)
         self.kwargs, self.model = create_student(config)
         self.model.to(processes.device)
         self.expected = expected_by(self.model)
         self.data: Data = open_data(config, self.expected, processes)
         self.teacher: Teacher | None = load_teacher(config, self.model, processes.device)
+        state = self._open_folder(resume)  # not before all else is known to be right: it makes the folder
         self.optimizer = create_optimizer_v2(self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -327,8 +327,9 @@ def create_student(config: Config) -> tuple[dict[str, Any], Any]:
     if not timm.is_model(config.model):
         raise TrainingError(f"--model: timm knows no {config.model!r}; see timm.list_models('vit*').")
     kwargs = {**config.model_kwargs, "num_classes": classes}
+    training_only = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     try:
-        model = timm.create_model(config.model, **kwargs, drop_path_rate=config.drop_path)
+        model = timm.create_model(config.model, **kwargs, **training_only)
         sparsify(model, student_plan(config))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TrainingError(f"--model: {config.model}: {' '.join(str(error).split())}") from error
