@@ -78,7 +78,7 @@ def test_eval_counts_right_answers(trained):
         ("train --config nowhere.yaml", "cannot read nowhere.yaml"),
         ("train --set learning=1", "there is no key 'learning'"),
         ("train --set lr", "expected key=value"),
-        ("train --set out=/proc/nowhere", "--out: cannot write into /proc/nowhere"),
+        ("train --config {config} --out /proc/nowhere", "--out: cannot write into /proc/nowhere"),
         ("train --device tpu", "--device"),
         ("eval nowhere.safetensors", "MODEL: cannot read nowhere.safetensors"),
         ("eval vit_of_nobody", "timm knows no 'vit_of_nobody'"),
@@ -91,7 +91,7 @@ def test_eval_counts_right_answers(trained):
 def test_bad_input_is_one_line(trained, tmp_path, capsys, words, message):
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
-    words = words.format(here=tmp_path, model=trained / "out" / "model.safetensors")
+    words = words.format(here=tmp_path, config=trained / "config.yaml", model=trained / "out" / "model.safetensors")
     assert typed(words) != 0
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1

@@ -15,20 +15,21 @@ import short
 import torch
 
 HERE = Path(__file__).parent
+SECONDS = 120  # a run takes ten
 
 
 def torchrun(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--no-python"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     paths = [HERE, HERE.parent, *filter(None, sys.path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launch, sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
+    words = [*launch, sys.executable, *map(str, command)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        try:
+            out, err = run.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            run.terminate()  # torchrun then ends its processes; killed, it would leave them behind
+            raise
+    return subprocess.CompletedProcess(words, run.returncode, out, err)
 
 
 def train(out: Path, dies_in: int = 0, resume: bool = False) -> subprocess.CompletedProcess[str]:

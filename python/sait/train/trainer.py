@@ -327,7 +327,7 @@ def create_student(config: Config) -> tuple[dict[str, Any], Any]:
     if not timm.is_model(config.model):
         raise TrainingError(f"--model: timm knows no {config.model!r}; see timm.list_models('vit*').")
     kwargs = {**config.model_kwargs, "num_classes": classes}
-    training_only = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    training_only: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     try:
         model = timm.create_model(config.model, **kwargs, **training_only)
         sparsify(model, student_plan(config))
