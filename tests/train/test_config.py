@@ -56,6 +56,7 @@ def test_the_configs_of_the_repository_are_valid(name):
         ({"eval_keep": [0.0]}, "keep"),
         ({"mixup": 0.8, "batch": 9}, "batch: mixup and cutmix pair images"),
         ({"logit_alpha": 1.0}, "logit_alpha: there is no teacher"),
+        ({"manifold_alpha": 1.0, "teacher": "x", "mass": 0.9}, "manifold_alpha: expected keep"),
         ({"crop_scale": [0.5]}, "crop_scale: expected [least, greatest]"),
     ],
 )

@@ -8,18 +8,20 @@ import small
 import torch
 from sait.train.config import TrainingError
 from sait.train.distill import Teacher, attention_loss, logit_loss, patch_shares
+from sait.train.manifold import last_features, manifold_loss, same_tokens
 from test_record_scores import attention
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_teachers_attention_is_timms(blocks):
     model, x = sait.restore(small.build()), small.images()
-    got, logits = Teacher(small.build(), blocks, torch.float32)(x)
+    got, logits, features = Teacher(small.build(), blocks, torch.float32)(x)
     rows = [attention(model, x, block)[:, :, 0, 1:].mean(1) for block in range(3 - blocks, 3)]
     want = torch.stack([row / row.sum(1, keepdim=True) for row in rows]).mean(0)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(got.sum(1), torch.ones(3))
     torch.testing.assert_close(logits, model.eval()(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, model.forward_features(x), rtol=1e-4, atol=1e-5)
     assert not got.requires_grad
 
 
@@ -60,9 +62,34 @@ def test_learning_from_attention_alone_moves_the_scores_towards_the_teacher():
         sait.set_density(student, keep=(1.0, 0.5)[step % 2])
         with sait.record_scores(student) as scores:
             student(x)
-        loss = attention_loss(teacher(x)[0], patch_shares(scores[0], 8, 1))
+        loss = attention_loss(teacher(x).attention, patch_shares(scores[0], 8, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_manifold_loss_is_the_difference_of_gram_matrices():
+    teacher, student = torch.randn(4, 9, 16), torch.randn(4, 9, 8)
+    t, s = (x / x.norm(dim=-1, keepdim=True) for x in (teacher, student))
+    within = (torch.einsum("bic,bjc->bij", t, t) - torch.einsum("bic,bjc->bij", s, s)).square().mean()
+    across = (torch.einsum("anc,bnc->nab", t, t) - torch.einsum("anc,bnc->nab", s, s)).square().mean()
+    rows_t, rows_s = t.reshape(36, 16), s.reshape(36, 8)  # fewer than are sampled: all of them
+    everything = (rows_t @ rows_t.T - rows_s @ rows_s.T).square().mean()
+    want = 4 * within + 0.1 * across + 0.2 * everything
+    torch.testing.assert_close(manifold_loss(teacher, student), want)
+    assert manifold_loss(teacher, 3 * teacher) < 1e-10
+
+
+def test_the_teacher_is_compared_at_the_tokens_that_the_student_kept():
+    model, x = small.build(keep=5), small.images()
+    with last_features(model) as features:
+        model(x)
+    assert features[0].shape == (3, 6, 32)
+    (kept,) = sait.selections(model)
+    theirs = torch.arange(3 * 18.0).view(3, 18, 1)  # two prefix tokens, the student has one
+    got = same_tokens(theirs, 2, kept, 1)
+    rows = kept.indices.view(3, 6)[:, 1:]
+    want = torch.stack([18 * b + 2 + (rows[b] - 17 * b - 1) for b in range(3)]).float()
+    assert torch.equal(got[..., 0], want)

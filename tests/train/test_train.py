@@ -80,7 +80,7 @@ def test_what_a_training_leaves(tmp_path, teacher):
     assert [row["epoch"] for row in seen] == [1, 2]
     assert found["model_kwargs"] == small.KWARGS
     assert all(0 <= row[f"accuracy, {name}"] <= 1 for row in seen for name in ("dense", "keep 0.5"))
-    assert all(row["attention_loss"] > 0 for row in seen)
+    assert all(row["attention_loss"] > 0 and row["manifold_loss"] == 0 for row in seen)
     assert [row["epoch"] for row in metrics(out)] == ["1", "2"]
     model = sait.load(path)
     assert model._sait.active == student_plan(config) == sait.Plan([sait.Stage(1, keep=0.3)], "column")
@@ -92,8 +92,9 @@ def test_what_a_training_leaves(tmp_path, teacher):
         {},
         {"ema": 0.9, "drop_path": 0.2, "mixup": 0.8, "cutmix": 1.0, "amp": "bf16"},
         {"mass": 0.6, "keep": None, "logit_alpha": 1.0, "score": "column"},
+        {"manifold_alpha": 1.0, "alpha": 0.0},
     ],
-    ids=["plain", "ema, mixup, bf16", "mass, logits"],
+    ids=["plain", "ema, mixup, bf16", "mass, logits", "manifold"],
 )
 def test_a_resumed_run_is_the_same_run(tmp_path, teacher, changes):
     common = {**changes, "teacher": teacher, "epochs": 4, "clip": 0.5}

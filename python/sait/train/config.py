@@ -48,6 +48,7 @@ class Config:
         alpha: weight of the distillation of attention; 0 turns it off.
         teacher_blocks: over how many of the teacher's last blocks its class attention is averaged.
         logit_alpha: weight of the distillation of logits, KL at ``temperature``.
+        manifold_alpha: weight of manifold distillation (2107.01378) of the last features; with keep, not with mass.
 
         batch: images of a step, over all processes together.
         opt, lr, weight_decay, clip: optimizer of timm, learning rate, weight decay, greatest gradient norm.
@@ -83,6 +84,7 @@ class Config:
     teacher_blocks: int = 1
     logit_alpha: float = 0.0
     temperature: float = 1.0
+    manifold_alpha: float = 0.0
 
     epochs: int = 10
     batch: int = 128
@@ -141,8 +143,11 @@ class Config:
             )
         if len(self.crop_scale) != 2:
             raise TrainingError(f"config: crop_scale: expected [least, greatest], got {self.crop_scale}.")
-        if self.logit_alpha and self.teacher is None:
-            raise TrainingError("config: logit_alpha: there is no teacher; name one, or set it to 0.")
+        for name in ("logit_alpha", "manifold_alpha"):
+            if getattr(self, name) and self.teacher is None:
+                raise TrainingError(f"config: {name}: there is no teacher; name one, or set it to 0.")
+        if self.manifold_alpha and self.mass is not None:
+            raise TrainingError("config: manifold_alpha: expected keep, for with mass images keep different numbers.")
 
     @property
     def density(self) -> tuple[str, list[float]]:
@@ -150,8 +155,12 @@ class Config:
         return ("keep", _ends(self.keep)) if self.mass is None else ("mass", _ends(self.mass))
 
     @property
-    def distills(self) -> bool:
+    def learns_attention(self) -> bool:
         return self.teacher is not None and self.alpha > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.learns_attention or self.logit_alpha > 0 or self.manifold_alpha > 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

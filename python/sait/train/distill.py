@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -14,6 +14,7 @@ from sait.density import record_scores, set_density
 from sait.plan import Plan, Stage
 from sait.sparse import sparsify
 from sait.train.config import Config, TrainingError
+from sait.train.manifold import last_features
 
 
 def patch_shares(scores: Tensor, images: int, num_prefix: int) -> Tensor:
@@ -33,6 +34,20 @@ def logit_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) at temperature T, mean over the images (1503.02531)."""
     log_teacher, log_student = ((logits.float() / temperature).log_softmax(1) for logits in (teacher, student))
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+class Lesson(NamedTuple):
+    """What a teacher makes of a batch.
+
+    Attributes:
+        attention: (B, patches) float32, class attention over the patches, the mean of its last blocks.
+        logits: (B, classes).
+        features: (B, N, C), tokens after the final norm.
+    """
+
+    attention: Tensor
+    logits: Tensor
+    features: Tensor
 
 
 class Teacher:
@@ -55,17 +70,21 @@ class Teacher:
         self.dtype = dtype
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(class attention over the patches (B, patches) float32, the mean of the blocks; logits (B, classes))."""
-        with record_scores(self.model) as scores, torch.autocast(images.device.type, enabled=False):
+    def __call__(self, images: Tensor) -> Lesson:
+        """What there is to learn about these images."""
+        with (
+            record_scores(self.model) as scores,
+            last_features(self.model) as features,
+            torch.autocast(images.device.type, enabled=False),
+        ):
             logits = self.model(images.to(self.dtype))
         shares = [patch_shares(of_block, len(images), self.model.num_prefix_tokens) for of_block in scores]
-        return torch.stack(shares).mean(0), logits
+        return Lesson(torch.stack(shares).mean(0), logits, features[0])
 
 
 def load_teacher(config: Config, student: Any, device: torch.device) -> Teacher | None:
     """The teacher of a config, or None; TrainingError if it cannot teach this student."""
-    if config.teacher is None or not (config.distills or config.logit_alpha):
+    if config.teacher is None or not config.needs_teacher:
         return None
     model: Any
     if timm.is_model(config.teacher):

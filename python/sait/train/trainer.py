@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sait import checkpoint
-from sait.density import record_scores, set_density
+from sait.density import record_scores, selections, set_density
 from sait.plan import Plan, Stage
 from sait.sparse import sparsify
 from sait.throughput import Density
@@ -31,6 +31,7 @@ from sait.train.config import Config, TrainingError
 from sait.train.data import Data, class_names, expected_by, open_data
 from sait.train.distill import Teacher, attention_loss, load_teacher, logit_loss, patch_shares
 from sait.train.evaluate import evaluate
+from sait.train.manifold import last_features, manifold_loss, same_tokens
 from sait.train.processes import Processes
 
 MODEL, STATE, METRICS = "model.safetensors", "last.pt", "metrics.csv"
@@ -81,6 +82,12 @@ class Trainer:
         self.config, self.processes, self.command = config, processes, command
         self.out = Path(config.out)
         self.epoch, self.rows = 0, []  # type: int, list[Row]
+        self.weights = {
+            "label_loss": 1.0,
+            "attention_loss": config.alpha,
+            "logit_loss": config.logit_alpha,
+            "manifold_loss": config.manifold_alpha,
+        }
         self._random_for(0)
         self.kwargs, self.model = create_student(config)
         self.model.to(processes.device)
@@ -143,7 +150,7 @@ class Trainer:
         densities = np.random.default_rng([config.seed, epoch])
         option, ends = config.density
         mode = self.mode(epoch)
-        sums: dict[str, float] = {"loss": 0.0, "label_loss": 0.0, "attention_loss": 0.0, "logit_loss": 0.0}
+        sums = dict.fromkeys(("loss", *self.weights), 0.0)
         self.parallel.train()
         start = time.perf_counter()
         for step, (images, labels) in enumerate(self.data.train_batches(epoch)):
@@ -175,21 +182,24 @@ class Trainer:
         if self.mixup is not None:
             images, labels = self.mixup(images, labels)
         with contextlib.ExitStack() as stack:
-            scores = stack.enter_context(record_scores(self.model)) if config.distills else []
+            scores = stack.enter_context(record_scores(self.model)) if config.learns_attention else []
+            features = stack.enter_context(last_features(self.model)) if config.manifold_alpha else []
             stack.enter_context(torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp == "bf16"))
             logits = self.parallel(images)
         logits = logits.float()
         smoothing = 0.0 if self.mixup is not None else config.smoothing  # mixup has smoothed the labels already
         parts = {"label_loss": F.cross_entropy(logits, labels, label_smoothing=smoothing)}
-        weights = {"label_loss": 1.0, "attention_loss": config.alpha, "logit_loss": config.logit_alpha}
         if self.teacher is not None:
-            attention, answers = self.teacher(images)
-            if config.distills:
-                student = patch_shares(scores[0], len(images), self.model.num_prefix_tokens)
-                parts["attention_loss"] = attention_loss(attention, student)
+            lesson, prefix = self.teacher(images), self.model.num_prefix_tokens
+            if config.learns_attention:
+                parts["attention_loss"] = attention_loss(lesson.attention, patch_shares(scores[0], len(images), prefix))
             if config.logit_alpha:
-                parts["logit_loss"] = logit_loss(answers, logits, config.temperature)
-        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+                parts["logit_loss"] = logit_loss(lesson.logits, logits, config.temperature)
+            if config.manifold_alpha:
+                (kept,), theirs = selections(self.model), self.teacher.model.num_prefix_tokens
+                wanted = same_tokens(lesson.features, theirs, kept, prefix)
+                parts["manifold_loss"] = manifold_loss(wanted, features[0][:, prefix:])
+        loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         self._check_finite("the loss", loss, where)
         self.optimizer.zero_grad()
         loss.backward()
