@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sait import checkpoint
 from sait.train import TrainingError, train
-from sait.train.data import CanvasData
+from sait.train.data import CanvasData, expected_by, open_data
 from sait.train.trainer import Trainer, student_plan
 
 TIMES = ("seconds", "images_per_s")
@@ -219,6 +221,43 @@ def test_a_resumed_run_on_a_folder_is_the_same_run(tmp_path):
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
+def test_labels_of_train_and_val_are_the_same(tmp_path):
+    """Also where val has no image of some class, and timm by itself would number the rest anew."""
+    root = folder(tmp_path / "data", classes=("cat", "dog", "elk"))
+    for image in (root / "val" / "cat").iterdir():
+        image.unlink()
+    data = open_data(short.config(tmp_path, data=str(root)), expected_by(small.build()), short.alone())
+    labels = torch.cat([labels for _, labels in data.test_batches()])
+    assert sorted(labels.tolist()) == [1, 1, 1, 2, 2, 2]
+
+
+def test_event_files(tmp_path, monkeypatch):
+    """By a stand-in for the package, and one line without it."""
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path / "out")
+
+        def __enter__(self) -> SummaryWriter:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            written.append((name, epoch))
+
+    package = types.ModuleType("torch.utils.tensorboard")
+    package.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    short.run(tmp_path / "out", tensorboard=True)
+    assert {("loss", 1), ("loss", 2), ("accuracy, dense", 2)} <= set(written)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(TrainingError, match="pip install tensorboard"):
+        short.run(tmp_path / "other", tensorboard=True)
+
+
 def bad_data(root: Path, what: str) -> Path:
     if what == "missing":
         return root / "nowhere"
@@ -227,6 +266,9 @@ def bad_data(root: Path, what: str) -> Path:
         (data / "val").rename(data / "other")
     elif what == "empty":
         for image in (data / "train").rglob("*.png"):
+            image.unlink()
+    elif what == "empty class":
+        for image in (data / "train" / "dog").iterdir():
             image.unlink()
     elif what == "another class":
         (data / "val" / "dog").rename(data / "val" / "wolf")
@@ -239,6 +281,7 @@ def bad_data(root: Path, what: str) -> Path:
         ("missing", "there is no folder .*nowhere"),
         ("no val", "val is missing"),
         ("empty", "found no image"),
+        ("empty class", "dog: found no image"),
         ("another class", "the same classes in train and val, got 2 and 2; in one of them only: dog, wolf"),
         ("few", "an epoch has fewer images than a batch of 64"),
     ],

@@ -1,4 +1,4 @@
-"""The command line ``sait``: bench, show, train, eval, info.
+"""The command line ``sait``: bench, show, train, eval, tune, info.
 
 One file per command; torch and timm are loaded when a command runs.
 """
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import typer
 
-from sait.cli import bench, eval, info, show, train
+from sait.cli import bench, eval, info, show, train, tune
 
 app = typer.Typer(
     help="Vision Transformers that drop the tokens they do not need. "
-    "Try: sait bench, sait show, sait train, sait eval, sait info.",
+    "Try: sait bench, sait show, sait train, sait eval, sait tune, sait info.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -24,6 +24,7 @@ app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=show.EXAMPLES)(show.show)
 app.command(epilog=train.EXAMPLES)(train.train)
 app.command("eval", epilog=eval.EXAMPLES)(eval.evaluate)
+app.command(epilog=tune.EXAMPLES)(tune.tune)
 app.command()(info.info)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.data import create_dataset, create_loader, get_img_extensions, resolve_model_data_config
+from timm.utils import natural_key
 from torch import Tensor
 from torch.utils.data import DistributedSampler, Subset
 
@@ -54,13 +55,20 @@ def class_names(data: str) -> list[str]:
     """What there is to tell apart; TrainingError if there is no such data."""
     if data == "canvas":
         return [str(digit) for digit in range(canvas.CLASSES)]
-    train, val = (_classes(folder) for folder in _split_folders(data))
+    folders = _split_folders(data)
+    for folder in folders:
+        if not _has_image(folder):
+            raise TrainingError(f"--data: {folder}: expected a folder of images for each class, found no image.")
+    train, val = map(_classes, folders)
     if train != val:
         alone = sorted(set(train) ^ set(val))
         raise TrainingError(
             f"--data: {data}: expected the same classes in train and val, got {len(train)} and {len(val)}; "
             f"in one of them only: {', '.join(alone[:3])}."
         )
+    empty = next((name for name in train if not _has_image(folders[0] / name)), None)
+    if empty is not None:
+        raise TrainingError(f"--data: {folders[0] / empty}: found no image; expected some of every class.")
     return train
 
 
@@ -109,6 +117,8 @@ class FolderData:
 
     def __init__(self, config: Config, expected: Expected, processes: Processes) -> None:
         train, val = _split_folders(config.data)
+        # Left to itself, timm numbers the classes of each folder by the images it finds there.
+        classes = {name: i for i, name in enumerate(class_names(config.data))}
         device = torch.device(processes.device)
         common: dict[str, Any] = {
             "input_size": expected.size,
@@ -124,7 +134,7 @@ class FolderData:
             "persistent_workers": False,
         }
         self.train = create_loader(
-            create_dataset("", root=str(train), is_training=True),
+            create_dataset("", root=str(train), is_training=True, class_map=classes),
             is_training=True,
             distributed=processes.world_size > 1,
             scale=(config.crop_scale[0], config.crop_scale[1]),
@@ -134,7 +144,7 @@ class FolderData:
             re_mode="pixel",
             **common,
         )
-        images = create_dataset("", root=str(val))
+        images = create_dataset("", root=str(val), class_map=classes)
         self.steps, self.test_images = len(self.train), len(images)
         # timm's own sampler repeats images until all processes have equally many, and then counts them twice.
         share: Any = Shard(images, range(processes.rank, self.test_images, processes.world_size))
@@ -178,15 +188,10 @@ def _split_folders(data: str) -> tuple[Path, Path]:
 
 
 def _classes(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    images = create_dataset_or_none(folder) if names else None
-    if images is None:
-        raise TrainingError(f"--data: {folder}: expected a folder of images for each class, found no image.")
-    return names
+    """The folder's folders, in timm's order."""
+    return sorted((path.name for path in folder.iterdir() if path.is_dir()), key=natural_key)
 
 
-def create_dataset_or_none(folder: Path) -> Any:
-    try:
-        return create_dataset("", root=str(folder))
-    except RuntimeError:  # timm's way of saying that there is no image
-        return None
+def _has_image(folder: Path) -> bool:
+    endings = get_img_extensions(as_set=True)
+    return any(path.suffix.lower() in endings for path in folder.rglob("*"))
