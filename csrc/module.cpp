@@ -1,4 +1,4 @@
-// The pybind11 module sait_kernels._C: build facts and CPU features. Importing it registers the torch ops of this library.
+// The pybind11 module sait_kernels._C: build facts and CPU features. Importing it registers the torch ops.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 

@@ -23,7 +23,9 @@ KERNELS: dict[str, tuple[str, ...]] = {}
 
 _forced: ContextVar[str | None] = ContextVar("sait_kernels_backend", default=None)
 # torch.compile guards on globals but not on context variables: the same choice again, for compiled code only. Where
-# threads force different backends at once, compiled code follows the last one to enter.
+# threads force different backends at once, compiled code follows the last one to enter. They may leave in any order, so
+# each enters under a key of its own.
+_entered: dict[object, str] = {}
 _forced_for_compiled: str | None = None
 
 
@@ -48,13 +50,16 @@ def backend(name: str) -> Iterator[None]:
     global _forced_for_compiled
     if name not in BACKENDS:
         raise ValueError(f"backend: name: expected one of {', '.join(BACKENDS)}, got {name!r}.")
-    token = _forced.set(name)
-    before, _forced_for_compiled = _forced_for_compiled, name
+    tracing = torch.compiler.is_compiling()  # Dynamo traces no context variable, and compiled code reads none
+    token, key = None if tracing else _forced.set(name), object()
+    _entered[key] = _forced_for_compiled = name
     try:
         yield
     finally:
-        _forced.reset(token)
-        _forced_for_compiled = before
+        if token is not None:
+            _forced.reset(token)
+        del _entered[key]
+        _forced_for_compiled = list(_entered.values())[-1] if _entered else None
 
 
 def forced_backend() -> str | None:
@@ -87,15 +92,35 @@ def can_run(op: str, name: str, *tensors: Any, **options: Any) -> tuple[bool, st
     return True, f"{op} has a {name} kernel for {first.dtype} on {first.device.type}"
 
 
-def choose(op: str, first: Any) -> str:
-    """The backend for a call whose first tensor is ``first``: the forced one, else the fastest there is."""
-    name = forced_backend()
-    if name is not None:
-        ok, reason = can_run(op, name, first)
+def choose(op: str, required: dict[str, Any], optional: dict[str, Any] | None = None) -> str:
+    """The backend for a call with these tensors, by name: the forced one, else the fastest for the first of them.
+
+    What they are and where they lie is checked here, since it decides which code torch runs at all: None would arrive as
+    an undefined tensor, and a mix with "meta" as a question about shapes, answered with memory that nobody wrote.
+    """
+    tensors = required | {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{op}: {name}: expected a Tensor, got {type(tensor).__name__}. Convert it with torch.as_tensor."
+            )
+    first = next(iter(tensors.values()))
+    backend_name = forced_backend()
+    if backend_name is not None:
+        ok, reason = can_run(op, backend_name, first)
         if not ok:
-            raise RuntimeError(f"{op}: the forced backend {name!r} cannot serve this call: {reason}.")
-        return name
-    device = first.device.type if isinstance(first, Tensor) else "cpu"
+            raise RuntimeError(f"{op}: the forced backend {backend_name!r} cannot serve this call: {reason}.")
+    else:
+        backend_name = _fastest(op, first.device.type)
+    for name, tensor in tensors.items():
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {name}: expected device {first.device}, got {tensor.device}. Move all arguments to one device."
+            )
+    return backend_name
+
+
+def _fastest(op: str, device: str) -> str:
     for name in ("cuda", "triton", "cpu"):
         if DEVICE_OF[name] == device and name in KERNELS[op]:
             return name
@@ -109,7 +134,9 @@ def choose(op: str, first: Any) -> str:
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype that autocast asks of a matrix product; unchanged outside autocast."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not torch.amp.is_autocast_available(first.device.type):
+        return tensors
+    if not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in KERNEL_DTYPES else t for t in tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,16 @@ class Selection(NamedTuple):
     indices: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+
+
+def check_selection(op: str, selection: Any) -> Selection:
+    """The selection, if it is one."""
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            f"{op}: selection: expected a Selection, got {type(selection).__name__}. Take it from select_topk or "
+            "select_mass, or make one: Selection(indices, cu_seqlens, max_seqlen)."
+        )
+    return selection
 
 
 def uniform_cu_seqlens(B: int, N: int, device: torch.device | str | None = None) -> Tensor:

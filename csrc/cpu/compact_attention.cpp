@@ -16,8 +16,8 @@ namespace attention {
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr int64_t kMaxBlock = 128;
 
-// Query rows per product: as many as keep S and P in cache, in blocks of equal size so that little is padding: 197 rows go
-// as 100 + 97, not as 128 + 69. Rows count in fours: brgemm compiles a kernel per shape, about 50 us each.
+// Query rows per product: as many as keep S and P in cache, in blocks of equal size so that little is padding: 197 rows
+// go as 100 + 97, not as 128 + 69. Rows count in fours: brgemm compiles a kernel per shape, about 50 us each.
 inline int64_t block_rows(int64_t rows, int64_t ld) {
   const int64_t most = std::clamp<int64_t>(32768 / ld, 16, kMaxBlock);
   const int64_t blocks = (rows + most - 1) / most;
@@ -257,7 +257,8 @@ void compact_attention(const CompactAttentionParams& p) {
   const int64_t parts = tasks == 0 || tasks >= 2 * threads ? 1 : (2 * threads + tasks - 1) / tasks;
   visit_dtype(p.dtype, [&](auto element) {
     using E = decltype(element);
-    parallel_for(tasks * parts, 1, [&](int64_t begin, int64_t end) { attention::attend_range<E>(p, parts, begin, end); });
+    parallel_for(tasks * parts, 1,
+                 [&](int64_t begin, int64_t end) { attention::attend_range<E>(p, parts, begin, end); });
   });
 }
 

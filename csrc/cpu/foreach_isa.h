@@ -14,9 +14,9 @@
 //   }
 //   #endif
 //
-// Every standard header a kernel needs is included here, before the first target pragma: code of a wider instruction set
-// must not end up in an inline function that the linker may pick for everybody. For the same reason kernel code lives in
-// namespace SAIT_ISA, and lambdas (which some compilers do not give the target) only call functions.
+// Every standard header a kernel needs is included here, before the first target pragma: code of a wider instruction
+// set must not end up in an inline function that the linker may pick for everybody. For the same reason kernel code
+// lives in namespace SAIT_ISA. GCC only: clang does not know the pragma, and compiles the portable code.
 #ifndef SAIT_ISA
 
 #include <algorithm>
@@ -32,9 +32,8 @@
 #include "cpu/runtime.h"
 #include "sait/types.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef SAIT_X86
 #include <immintrin.h>
-#define SAIT_X86 1
 
 #define SAIT_ISA avx2
 #define SAIT_VEC_AVX2 1
@@ -63,12 +62,12 @@
 #undef SAIT_VEC_AVX512
 #undef SAIT_ISA
 
-#define SAIT_DISPATCH(function, ...)                                 \
-  switch (isa()) {                                                   \
+#define SAIT_DISPATCH(function, ...)                                  \
+  switch (isa()) {                                                    \
     case Isa::kAvx512Bf16: return avx512_bf16::function(__VA_ARGS__); \
-    case Isa::kAvx512: return avx512::function(__VA_ARGS__);         \
-    case Isa::kAvx2: return avx2::function(__VA_ARGS__);             \
-    default: return portable::function(__VA_ARGS__);                 \
+    case Isa::kAvx512: return avx512::function(__VA_ARGS__);          \
+    case Isa::kAvx2: return avx2::function(__VA_ARGS__);              \
+    default: return portable::function(__VA_ARGS__);                  \
   }
 #else
 #define SAIT_DISPATCH(function, ...) return portable::function(__VA_ARGS__)

@@ -49,8 +49,8 @@ void gather_add_norm(const GatherAddNormParams& p, int64_t begin, int64_t end) {
   visit_dtype(p.dtype, [&](auto e) { forward_rows<decltype(e)>(p, begin, end); });
 }
 
-// With z = (r - mean) rstd and g = grad_normed * weight, LayerNorm gives dr = rstd (g - mean(g) - z mean(g z)), to which
-// the residual's own gradient is added. dweight += grad_normed z, dbias += grad_normed, dgamma += dr y.
+// With z = (r - mean) rstd and g = grad_normed * weight, LayerNorm gives dr = rstd (g - mean(g) - z mean(g z)); the
+// residual's own gradient is added to it. dweight += grad_normed z, dbias += grad_normed, dgamma += dr y.
 template <typename E>
 void backward_rows(const GatherAddNormBackwardParams& p, int64_t begin, int64_t end, float* partials) {
   using T = typename E::type;
@@ -68,13 +68,17 @@ void backward_rows(const GatherAddNormBackwardParams& p, int64_t begin, int64_t 
 
     const float sum = sum_over(channels, [=](int64_t i, int n) { return load_lanes<E>(residual + i, n); });
     const Moments m = moments<E>(residual, sum, channels, p.eps);
-    const float mean_g = sum_over(channels, [=, &p](int64_t i, int n) {
-      return load_lanes<E>(grad_normed + i, n) * load_lanes<F32>(p.weight + i, n);
-    }) / count;
-    const float mean_gz = sum_over(channels, [=, &p](int64_t i, int n) {
-      const Vec z = (load_lanes<E>(residual + i, n) - set(m.mean)) * set(m.rstd);
-      return load_lanes<E>(grad_normed + i, n) * load_lanes<F32>(p.weight + i, n) * z;
-    }) / count;
+    const float mean_g = sum_over(channels,
+                                  [=, &p](int64_t i, int n) {
+                                    return load_lanes<E>(grad_normed + i, n) * load_lanes<F32>(p.weight + i, n);
+                                  }) /
+                         count;
+    const float mean_gz = sum_over(channels,
+                                   [=, &p](int64_t i, int n) {
+                                     const Vec z = (load_lanes<E>(residual + i, n) - set(m.mean)) * set(m.rstd);
+                                     return load_lanes<E>(grad_normed + i, n) * load_lanes<F32>(p.weight + i, n) * z;
+                                   }) /
+                          count;
     for_each_vec(channels, [=, &p](int64_t i, int n) {
       const Vec z = (load_lanes<E>(residual + i, n) - set(m.mean)) * set(m.rstd);
       const Vec grad = load_lanes<E>(grad_normed + i, n);

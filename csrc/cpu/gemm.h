@@ -1,8 +1,8 @@
 // Matrix products and packing for the CPU kernels. Included once per instruction set, after vec.h.
 //
-// From AVX-512 on the products are oneDNN's brgemm, which compiles a kernel per shape and thread: pad the sizes that vary
-// with the data (kKeyAlign for a number of keys, kRowAlign for a number of rows) so that there are few shapes. Elsewhere,
-// and where oneDNN is switched off, a register-tiled loop does the same.
+// From AVX-512 on the products are oneDNN's brgemm, which compiles a kernel per shape and thread: pad the sizes that
+// vary with the data (kKeyAlign for a number of keys, kRowAlign for a number of rows) so that there are few shapes.
+// Elsewhere, and where oneDNN is switched off, a register-tiled loop does the same.
 namespace sait::cpu::SAIT_ISA {
 
 constexpr int64_t kKeyAlign = 16;
@@ -48,8 +48,8 @@ inline void gemm_tile(int64_t K, const float* A, int64_t lda, const float* B, in
 }
 
 // C (M, N) = A (M, K) B (K, N), += when accumulate. Row-major, leading dimensions in elements.
-inline void gemm_f32(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C,
-                     int64_t ldc, bool accumulate) {
+inline void gemm_f32(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb,
+                     float* C, int64_t ldc, bool accumulate) {
 #if defined(SAIT_VEC_AVX512)
   if (has_brgemm_f32()) return brgemm_f32(M, N, K, A, lda, B, ldb, C, ldc, accumulate);
 #endif
@@ -99,7 +99,7 @@ inline void transpose16(__m512i r[16]) {
   }
 }
 
-// out (columns, ldo) = in (rows, ldi)^T in dwords; rows past `rows` up to `padded` (a multiple of 16) come out as zeros.
+// out (columns, ldo) = in (rows, ldi)^T in dwords; rows past `rows` up to `padded` (a multiple of 16) come out as 0.
 inline void transpose_dwords(const uint32_t* in, int64_t ldi, int64_t rows, int64_t padded, int64_t columns,
                              uint32_t* out, int64_t ldo) {
   for (int64_t j = 0; j < padded; j += 16) {
@@ -131,7 +131,7 @@ inline void transpose_f32(const float* in, int64_t ldi, int64_t rows, int64_t pa
 #endif
 }
 
-// Rows of one head as contiguous float (count, D), times `factor`; rows `indices[0..count)` minus `offset`, or 0..count.
+// Rows of one head as contiguous float (count, D), times `factor`: rows indices[0..count) - offset, or 0..count.
 template <typename E>
 inline void pack_rows_f32(const typename E::type* head, int64_t row_stride, const int32_t* indices, int64_t offset,
                           int64_t count, int64_t padded, int64_t D, float factor, float* out) {

@@ -20,7 +20,7 @@ inline void for_each_vec(int64_t size, Body body) {
   if (i < size) body(i, lanes_at(i, size));
 }
 
-// The sum of body(i, n) over a row; lanes past n must be zero. Two sums in turn, since each addition waits for the last.
+// The sum of body(i, n) over a row; lanes past n must be zero. Two sums in turn: each addition waits for its last.
 template <typename Body>
 inline float sum_over(int64_t size, Body body) {
   Vec even = set(0.f), odd = set(0.f);
@@ -33,10 +33,12 @@ inline float sum_over(int64_t size, Body body) {
   return sum(even + odd);
 }
 
-// The sums of kWidth vectors, one per lane. Each level adds the halves of two vectors side by side: 45 operations for 16
-// sums, where 16 single ones take 128.
+// The sums of kWidth vectors, one per lane. Each level adds the halves of two vectors side by side: 45 operations for
+// 16 sums, where one after the other takes 128.
 #if defined(SAIT_VEC_AVX512)
-inline __m512 add_pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+inline __m512 add_pairs(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+}
 inline __m512 add_quads(__m512 a, __m512 b) {
   const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
   return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
@@ -58,7 +60,8 @@ inline Vec sums(const Vec* a) {
 inline Vec sums(const Vec* a) {
   __m256 quads[2];
   for (int i = 0; i < 2; ++i) {
-    quads[i] = _mm256_hadd_ps(_mm256_hadd_ps(a[4 * i].v, a[4 * i + 1].v), _mm256_hadd_ps(a[4 * i + 2].v, a[4 * i + 3].v));
+    quads[i] =
+        _mm256_hadd_ps(_mm256_hadd_ps(a[4 * i].v, a[4 * i + 1].v), _mm256_hadd_ps(a[4 * i + 2].v, a[4 * i + 3].v));
   }
   return {_mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
                         _mm256_permute2f128_ps(quads[0], quads[1], 0x31))};

@@ -12,7 +12,7 @@
 namespace sait::cpu {
 
 Isa best_isa() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef SAIT_X86
   static const Isa best = [] {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

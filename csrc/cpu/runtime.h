@@ -1,17 +1,21 @@
-// What a CPU kernel needs from the host: threads, ATen's brgemm, and the instruction set in force. No torch header here;
-// runtime.cpp is the one file that bridges to ATen.
+// What a CPU kernel needs from the host: threads, ATen's brgemm, and the instruction set in force. No torch header
+// here; runtime.cpp is the one file that bridges to ATen.
 #pragma once
 
 #include <cstdint>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SAIT_X86 1  // the vector instruction sets of foreach_isa.h can be compiled
+#endif
 
 namespace sait::cpu {
 
 // Ordered: a later one includes the earlier ones.
 enum class Isa : int { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
-Isa best_isa();              // what this machine can run
-Isa isa();                   // what is in force: best_isa() unless lowered
-void set_isa(Isa isa);       // lowers it (tests); raising it above best_isa() throws
+Isa best_isa();  // what this machine can run
+Isa isa();  // what is in force: best_isa() unless lowered
+void set_isa(Isa isa);  // lowers it (tests); raising it above best_isa() throws
 const char* isa_name(Isa isa);
 Isa isa_from_name(const char* name);
 

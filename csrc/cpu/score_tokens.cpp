@@ -31,15 +31,14 @@ struct Image {
         v(p.v.data == nullptr ? nullptr : static_cast<const T*>(p.v.data) + begin * p.v.row_stride) {}
 };
 
-// row[0, n) = exp(scale (s - s*)), s* the s of the largest exponent; zero from n to `padded`. Returns the sum. Subtracted
-// before it is scaled, s - s* is exact where it matters: near 0, where the exponential is large.
+// row[0, n) = exp(scale (s - s*)), s* the s of the largest exponent; zero from n to `padded`. Returns the sum. The
+// difference is taken before it is scaled: near 0, where the exponential is large, it is exact.
 inline float softmax_numerators(float* row, int64_t n, int64_t padded, float scale) {
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
   const Vec sign = set(scale < 0.f ? -1.f : 1.f), factor = set(scale * kLog2e);
   Vec largest = set(kLowest);
-  for_each_vec(n, [&](int64_t i, int m) {
-    largest = max(largest, first(load_lanes<F32>(row + i, m) * sign, m, kLowest));
-  });
+  for_each_vec(
+      n, [&](int64_t i, int m) { largest = max(largest, first(load_lanes<F32>(row + i, m) * sign, m, kLowest)); });
   const Vec shift = set(max(largest)) * sign;
   const float total = sum_over(n, [=](int64_t i, int m) {
     const Vec numerators = first(exp2<false>((load_lanes<F32>(row + i, m) - shift) * factor), m, 0.f);
@@ -158,7 +157,7 @@ void class_scores(const ScoreTokensParams& p, int64_t image, float* scores) {
 //   cls        c_j = g_j / H
 //   cls_value  with u_j = a_j r_j, a_j = sum_h A_hj, r_j = ||v_j||, U = sum of u over the patches, s_j = u_j / U:
 //              du_j = (g_j - [j is a patch] sum_i g_i s_i) / U,  c_j = du_j r_j,  dv_j = du_j a_j v_j / r_j
-// and from there dlogit_hj = A_hj (c_j - sum_i A_hi c_i), dk_hj = scale dlogit_hj q_h, dq_h = scale sum_j dlogit_hj k_hj.
+// and from there, with scale in it, l_hj = scale A_hj (c_j - sum_i A_hi c_i), dk_hj = l_hj q_h, dq_h = sum_j l_hj k_hj.
 template <typename E>
 void class_backward(const ScoreTokensBackwardParams& b, int64_t image) {
   using T = typename E::type;
@@ -202,7 +201,8 @@ void class_backward(const ScoreTokensBackwardParams& b, int64_t image) {
     float* weights = A + h * stride;
     const T* q = x.q + h * p.q.head_stride;
     float* total = dq_first + h * D;
-    const float mean = sum_over(x.n, [=](int64_t j, int m) { return load_lanes<F32>(weights + j, m) * load_lanes<F32>(c + j, m); });
+    const float mean =
+        sum_over(x.n, [=](int64_t j, int m) { return load_lanes<F32>(weights + j, m) * load_lanes<F32>(c + j, m); });
     for (int64_t j = 0; j < x.n; ++j) {
       const Vec dlogit = set(p.scale * weights[j] * (c[j] - mean));
       const T* k = x.k + j * p.k.row_stride + h * p.k.head_stride;
@@ -217,7 +217,9 @@ void class_backward(const ScoreTokensBackwardParams& b, int64_t image) {
   std::fill(dq + row, dq + x.n * row, T(0));
 }
 
-inline float column_share(int64_t heads, int64_t n) { return 1.f / (static_cast<float>(heads) * static_cast<float>(n)); }
+inline float column_share(int64_t heads, int64_t n) {
+  return 1.f / (static_cast<float>(heads) * static_cast<float>(n));
+}
 
 // Query rows of a block: equal blocks, so that little is padding.
 inline int64_t block_rows(int64_t n, int64_t align) {
@@ -242,8 +244,8 @@ void column_sums(const ScoreTokensParams& p, int64_t image, int64_t head, float*
   std::fill(out, out + x.n, 0.f);
   for (int64_t i0 = 0; i0 < x.n; i0 += block) {
     const int64_t rows = std::min(block, x.n - i0);
-    pack_rows_f32<E>(x.q + i0 * p.q.row_stride + head * p.q.head_stride, p.q.row_stride, nullptr, 0, rows, block, D, 1.f,
-                     queries);
+    pack_rows_f32<E>(x.q + i0 * p.q.row_stride + head * p.q.head_stride, p.q.row_stride, nullptr, 0, rows, block, D,
+                     1.f, queries);
     gemm_f32(block, ld, D, queries, D, keys_t, ld, S, ld, false);
     std::fill(S + rows * ld, S + block * ld, 0.f);
     std::fill(sums, sums + ld, 0.f);
@@ -295,13 +297,15 @@ void column_backward(const ScoreTokensBackwardParams& b, int64_t image, int64_t 
   };
   for (int64_t i0 = 0; i0 < x.n; i0 += block) {
     const int64_t rows = std::min(block, x.n - i0);
-    pack_rows_f32<E>(x.q + i0 * p.q.row_stride + head * p.q.head_stride, p.q.row_stride, nullptr, 0, rows, block, D, 1.f,
-                     queries);
+    pack_rows_f32<E>(x.q + i0 * p.q.row_stride + head * p.q.head_stride, p.q.row_stride, nullptr, 0, rows, block, D,
+                     1.f, queries);
     gemm_f32(block, ld, D, queries, D, keys_t, ld, S, ld, false);
     for (int64_t i = 0; i < rows; ++i) {
       float* s = S + i * ld;
       const float inverse = 1.f / softmax_numerators(s, x.n, ld, p.scale);
-      const float mean = inverse * sum_over(ld, [=](int64_t j, int m) { return load_lanes<F32>(s + j, m) * load_lanes<F32>(dA + j, m); });
+      const float mean = inverse * sum_over(ld, [=](int64_t j, int m) {
+                           return load_lanes<F32>(s + j, m) * load_lanes<F32>(dA + j, m);
+                         });
       const Vec factor = set(p.scale * inverse);
       for (int64_t j = 0; j < ld; j += kWidth) store(s + j, load(s + j) * factor * (load(dA + j) - set(mean)));
     }
@@ -420,7 +424,8 @@ void score_tokens_backward(const ScoreTokensBackwardParams& b) {
     parallel_for(images, 1, [&](int64_t first, int64_t last) { score_images_backward(b, first, last); });
     return;
   }
-  parallel_for(images * b.forward.heads, 1, [&](int64_t first, int64_t last) { column_heads_backward(b, first, last); });
+  parallel_for(images * b.forward.heads, 1,
+               [&](int64_t first, int64_t last) { column_heads_backward(b, first, last); });
 }
 
 }  // namespace sait::cpu

@@ -1,5 +1,5 @@
-// select_topk and select_mass on the CPU: how many patches stay, the score of the last of them, then one pass that keeps
-// what reaches it, already in ascending order.
+// select_topk and select_mass on the CPU: how many patches stay, the score of the last of them, then one pass that
+// keeps what reaches it, already in ascending order.
 #define SAIT_KERNEL_FILE "cpu/select.cpp"
 #include "cpu/foreach_isa.h"
 #include "sait/select.h"
@@ -18,8 +18,8 @@ void order_keys(const float* scores, int64_t n, int32_t* keys) {
   }
 }
 
-// A key that at least k keys reach and fewer than k exceed, by bisection over the 2^32 values: each step counts all keys
-// without a branch on data, which for the few hundred keys of an image beats every partition. 1 <= k <= n.
+// A key that at least k keys reach and at most k exceed, by bisection over the 2^32 values: each step counts all keys
+// without a branch on data, where a partition mispredicts every other one. 1 <= k <= n.
 int32_t threshold(const int32_t* keys, int64_t n, int64_t k) {
   int64_t low = std::numeric_limits<int32_t>::min(), high = std::numeric_limits<int32_t>::max();
   while (low < high) {
@@ -40,7 +40,9 @@ int32_t threshold(const int32_t* keys, int64_t n, int64_t k) {
 namespace sait::cpu {
 namespace {
 
-constexpr int64_t kGrainRows = 4096;  // a few microseconds: what waking a second thread costs
+// A few microseconds, what waking a second thread costs, in rows; select_mass sorts.
+constexpr int64_t kTopkGrain = 4096;
+constexpr int64_t kMassGrain = 512;
 
 void order_keys(const float* scores, int64_t n, int32_t* keys) { SAIT_DISPATCH(order_keys, scores, n, keys); }
 int32_t threshold(const int32_t* keys, int64_t n, int64_t k) { SAIT_DISPATCH(threshold, keys, n, k); }
@@ -85,8 +87,8 @@ int64_t topk_patches(const KeepRule& rule, int64_t patches) {
   return std::max<int64_t>(1, static_cast<int64_t>(std::ceil(rule.rate * static_cast<double>(patches) - 1e-6)));
 }
 
-int64_t select_image(
-    const float* scores, int64_t begin, int64_t end, int64_t num_prefix, const KeepRule& rule, int32_t* kept) {
+int64_t select_image(const float* scores, int64_t begin, int64_t end, int64_t num_prefix, const KeepRule& rule,
+                     int32_t* kept) {
   const int64_t prefix = std::min(num_prefix, end - begin), n = end - begin - prefix;
   for (int64_t i = 0; i < prefix; ++i) kept[i] = static_cast<int32_t>(begin + i);
   if (n == 0) return prefix;
@@ -121,12 +123,13 @@ void select(const SelectParams& p) {
   const int64_t images = p.batch.images;
   if (images == 0) return;
   const int32_t* cu = p.batch.cu_seqlens;
-  const int64_t grain = std::max<int64_t>(1, kGrainRows * images / std::max(1, cu[images]));
+  const int64_t rows = p.rule.mass > 0 ? kMassGrain : kTopkGrain;
+  const int64_t grain = std::max<int64_t>(1, rows * images / std::max(1, cu[images]));
   parallel_for(images, grain, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
-      const int64_t rows =
+      const int64_t length =
           select_image(p.scores + cu[b], cu[b], cu[b + 1], p.num_prefix, p.rule, p.indices + p.offsets[b]);
-      if (p.lengths != nullptr) p.lengths[b] = static_cast<int32_t>(rows);
+      if (p.lengths != nullptr) p.lengths[b] = static_cast<int32_t>(length);
     }
   });
 }

@@ -1,5 +1,5 @@
-// Vec: one hardware vector of float, and what kernels do with it. Included once per instruction set (see foreach_isa.h),
-// so no include guard. `n` is a number of leading lanes, 0 <= n <= kWidth; lanes past it load as zero, are not stored.
+// Vec: one hardware vector of float, and what kernels do with it. Included once per instruction set (foreach_isa.h), so
+// no include guard. `n` is a number of leading lanes, 0 <= n <= kWidth; lanes past it load as zero, are not stored.
 namespace sait::cpu::SAIT_ISA {
 
 #if defined(SAIT_VEC_AVX512)
@@ -88,13 +88,12 @@ inline Vec first(Vec a, int n, float rest) {
 }
 // x * 2^k for integral k, by two multiplications so that the smallest results do not overflow the exponent field
 inline Vec scale_by_power(Vec x, Vec k) {
-  const __m256i power = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(k.v, _mm256_set1_ps(252.f)),
-                                                         _mm256_set1_ps(-252.f)));
+  const __m256i power =
+      _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(k.v, _mm256_set1_ps(252.f)), _mm256_set1_ps(-252.f)));
   const __m256i half = _mm256_srai_epi32(power, 1);
   const __m256i bias = _mm256_set1_epi32(127);
   const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
-  const __m256 high =
-      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(power, half), bias), 23));
+  const __m256 high = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(power, half), bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(x.v, low), high)};
 }
 inline Vec round_to_nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -109,9 +108,10 @@ inline __m128i narrow(Vec a, DType type) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
-  const __m256i result = _mm256_srli_epi32(
-      _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded),
-                                           _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan)), 16);
+  const __m256i result =
+      _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded),
+                                                             _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan)),
+                        16);
   return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
 }
 inline __m128i load_half(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
@@ -143,27 +143,47 @@ inline Vec map(Lane lane) {
   for (int i = 0; i < kWidth; ++i) r.v[i] = lane(i);
   return r;
 }
-inline Vec set(float x) { return map([=](int) { return x; }); }
-inline Vec load(const float* p) { return map([=](int i) { return p[i]; }); }
-inline Vec load(const float* p, int n) { return map([=](int i) { return i < n ? p[i] : 0.f; }); }
+inline Vec set(float x) {
+  return map([=](int) { return x; });
+}
+inline Vec load(const float* p) {
+  return map([=](int i) { return p[i]; });
+}
+inline Vec load(const float* p, int n) {
+  return map([=](int i) { return i < n ? p[i] : 0.f; });
+}
 inline void store(float* p, Vec a) { std::memcpy(p, a.v, sizeof(a.v)); }
 inline void store(float* p, Vec a, int n) { std::memcpy(p, a.v, n * sizeof(float)); }
-inline Vec operator+(Vec a, Vec b) { return map([&](int i) { return a.v[i] + b.v[i]; }); }
-inline Vec operator-(Vec a, Vec b) { return map([&](int i) { return a.v[i] - b.v[i]; }); }
-inline Vec operator*(Vec a, Vec b) { return map([&](int i) { return a.v[i] * b.v[i]; }); }
-inline Vec max(Vec a, Vec b) { return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-inline Vec min(Vec a, Vec b) { return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
-inline Vec fma(Vec a, Vec b, Vec c) { return map([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }  // a * b + c
-inline float sum(Vec a) {
-  return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
+inline Vec operator+(Vec a, Vec b) {
+  return map([&](int i) { return a.v[i] + b.v[i]; });
 }
+inline Vec operator-(Vec a, Vec b) {
+  return map([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Vec operator*(Vec a, Vec b) {
+  return map([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline Vec max(Vec a, Vec b) {
+  return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Vec min(Vec a, Vec b) {
+  return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return map([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+inline float sum(Vec a) { return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7])); }
 inline float max(Vec a) { return *std::max_element(a.v, a.v + kWidth); }
-inline Vec first(Vec a, int n, float rest) { return map([&](int i) { return i < n ? a.v[i] : rest; }); }
+inline Vec first(Vec a, int n, float rest) {
+  return map([&](int i) { return i < n ? a.v[i] : rest; });
+}
 // x * 2^k for integral k
 inline Vec scale_by_power(Vec x, Vec k) {
   return map([&](int i) { return std::ldexp(x.v[i], static_cast<int>(max(min(k, set(300.f)), set(-300.f)).v[i])); });
 }
-inline Vec round_to_nearest(Vec a) { return map([&](int i) { return std::nearbyint(a.v[i]); }); }
+inline Vec round_to_nearest(Vec a) {
+  return map([&](int i) { return std::nearbyint(a.v[i]); });
+}
 
 inline float widen(uint16_t half, DType type) {
   uint32_t bits;
@@ -204,7 +224,9 @@ inline uint16_t narrow(float x, DType type) {
   }
   return sign | static_cast<uint16_t>((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13);
 }
-inline Vec widen(Half half, DType type) { return map([&](int i) { return widen(half.v[i], type); }); }
+inline Vec widen(Half half, DType type) {
+  return map([&](int i) { return widen(half.v[i], type); });
+}
 inline Half narrow(Vec a, DType type) {
   Half r;
   for (int i = 0; i < kWidth; ++i) r.v[i] = narrow(a.v[i], type);
@@ -263,26 +285,9 @@ inline void store_as(typename E::type* p, Vec a, int n) {
 // Lanes of the vector that starts at i of a row of `size` elements.
 inline int lanes_at(int64_t i, int64_t size) { return static_cast<int>(std::min<int64_t>(kWidth, size - i)); }
 
-// exp(x) = 2^k * p(r) with k = round(x log2 e), r = x - k ln 2 in two steps, p the degree-6 Taylor polynomial; |r| <= 0.347
-// leaves a truncation error of 1.2e-7 * 2^-3, below half an ulp. Below -104 the result is 0.
-inline Vec exp(Vec x) {
-  const Vec clamped = max(set(-104.f), x);  // in this order a NaN stays a NaN
-  const Vec k = round_to_nearest(clamped * set(1.44269504088896341f));
-  Vec r = fma(k, set(-0.693359375f), clamped);
-  r = fma(k, set(2.12194440e-4f), r);
-  Vec p = set(1.f / 720.f);
-  p = fma(p, r, set(1.f / 120.f));
-  p = fma(p, r, set(1.f / 24.f));
-  p = fma(p, r, set(1.f / 6.f));
-  p = fma(p, r, set(0.5f));
-  p = fma(p, r, set(1.f));
-  p = fma(p, r, set(1.f));
-  return scale_by_power(p, k);
-}
-
 // 2^t for attention weights (t <= 0). AVX-512 takes floor and rest in one instruction each, so its polynomial lives on
-// [0, 1); the others round, and theirs lives on [-1/2, 1/2]. Relative minimax polynomials: degree 4 is off by 2.6e-6, far
-// below the 2e-3 of a bfloat16 result; degree 6 by 1.9e-9, below float's own round-off.
+// [0, 1); the others round, and theirs lives on [-1/2, 1/2]. Relative minimax polynomials: degree 4 is off by 2.6e-6,
+// far below the 2e-3 of a bfloat16 result; degree 6 by 1.9e-9, below float's own round-off.
 template <bool kBFloat16Result>
 inline Vec exp2(Vec t) {
 #if defined(SAIT_VEC_AVX512)

@@ -18,11 +18,11 @@ namespace sait {
 
 // "compact_attention: k: expected shape (197, 6, 64), got shape (196, 6, 64). Take q, k and v from one QKV projection."
 // `expected` and `got` may be chains of <<; they are evaluated only when the check fails.
-#define SAIT_MESSAGE(op, argument, expected, got, cure)                            \
-  ([&] {                                                                           \
-    std::ostringstream message;                                                    \
+#define SAIT_MESSAGE(op, argument, expected, got, cure)                                                \
+  ([&] {                                                                                               \
+    std::ostringstream message;                                                                        \
     message << op << ": " << argument << ": expected " << expected << ", got " << got << ". " << cure; \
-    return message.str();                                                          \
+    return message.str();                                                                              \
   }())
 #define SAIT_CHECK_VALUE(condition, ...) TORCH_CHECK_VALUE(condition, SAIT_MESSAGE(__VA_ARGS__))
 #define SAIT_CHECK_TYPE(condition, ...) TORCH_CHECK_TYPE(condition, SAIT_MESSAGE(__VA_ARGS__))
@@ -53,8 +53,8 @@ inline void check_dtype(const char* op, const char* name, const at::Tensor& t) {
 // Same device and dtype as `like`, the op's first tensor.
 inline void check_same(const char* op, const char* name, const at::Tensor& t, const char* like_name,
                        const at::Tensor& like) {
-  SAIT_CHECK_VALUE(t.device() == like.device(), op, name, "device " << like.device() << " as " << like_name,
-                   t.device(), "Move all arguments to one device.");
+  SAIT_CHECK_VALUE(t.device() == like.device(), op, name, "device " << like.device() << " as " << like_name, t.device(),
+                   "Move all arguments to one device.");
   SAIT_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, name,
                   "dtype " << like.scalar_type() << " as " << like_name, t.scalar_type(),
                   "Convert the arguments to one dtype.");

@@ -28,8 +28,8 @@ Kept check_kept(const char* op, const at::Tensor& q, const at::Tensor& cu_seqlen
       const int32_t first = kept.cu_seqlens[b], last = kept.cu_seqlens[b + 1];
       SAIT_CHECK_VALUE(first <= last && last <= kept.rows, op, "selection.cu_seqlens", "ascending offsets",
                        first << " before " << last << " at image " << b, "");
-      SAIT_CHECK_VALUE(first == last || (kept.indices[first] >= images[b] && kept.indices[last - 1] < images[b + 1]), op,
-                       "selection.indices", "rows [" << images[b] << ", " << images[b + 1] << ") for image " << b,
+      SAIT_CHECK_VALUE(first == last || (kept.indices[first] >= images[b] && kept.indices[last - 1] < images[b + 1]),
+                       op, "selection.indices", "rows [" << images[b] << ", " << images[b + 1] << ") for image " << b,
                        "rows " << kept.indices[first] << " to " << kept.indices[last - 1],
                        "Take the selection from the same batch.");
     }
@@ -37,15 +37,14 @@ Kept check_kept(const char* op, const at::Tensor& q, const at::Tensor& cu_seqlen
   return kept;
 }
 
-at::Tensor compact_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens,
-                             int64_t max_seqlen, const OptionalTensor& indices, const OptionalTensor& kept_cu_seqlens,
-                             std::optional<double> scale) {
+at::Tensor compact_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& cu_seqlens, int64_t max_seqlen, const OptionalTensor& indices,
+                             const OptionalTensor& kept_cu_seqlens, std::optional<double> scale) {
   constexpr const char* op = "compact_attention";
   const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, 0, scale);
   const Kept kept = check_kept(op, q, cu_seqlens, indices, kept_cu_seqlens);
   at::Tensor out = at::empty({kept.rows, q.size(1) * q.size(2)}, q.options());
-  cpu::compact_attention(
-      attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, out.mutable_data_ptr()));
+  cpu::compact_attention(attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, out.mutable_data_ptr()));
   return out;
 }
 

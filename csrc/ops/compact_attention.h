@@ -20,8 +20,8 @@ inline double check_attention(const char* op, const at::Tensor& q, const at::Ten
 inline CompactAttentionParams attention_params(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                const at::Tensor& cu_seqlens, int64_t max_seqlen, const Kept& kept,
                                                double scale, void* out) {
-  return {head_view(q), head_view(k), head_view(v),  batch_view(cu_seqlens, max_seqlen), kept, q.size(0),
-          q.size(1),    q.size(2),    dtype_of(q),   static_cast<float>(scale),          out};
+  return {head_view(q), head_view(k), head_view(v), batch_view(cu_seqlens, max_seqlen), kept, q.size(0),
+          q.size(1),    q.size(2),    dtype_of(q),  static_cast<float>(scale),          out};
 }
 
 }  // namespace sait

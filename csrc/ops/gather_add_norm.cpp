@@ -11,7 +11,8 @@ namespace {
 // (C,) in float32, whatever floating-point type it comes in.
 at::Tensor channel_vector(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x) {
   SAIT_CHECK_VALUE(t.dim() == 1 && t.size(0) == x.size(1), op, name,
-                   "shape (" << x.size(1) << ",), one value per channel", shape_of(t), "");
+                   "shape (" << x.size(1) << ",), one value per channel", shape_of(t),
+                   "Take it from a LayerNorm or LayerScale over the channels of x.");
   SAIT_CHECK_VALUE(t.device() == x.device(), op, name, "device " << x.device() << " as the rows", t.device(),
                    "Move all arguments to one device.");
   check_dtype(op, name, t);
@@ -19,8 +20,10 @@ at::Tensor channel_vector(const char* op, const char* name, const at::Tensor& t,
 }
 
 void check_norm(const char* op, const at::Tensor& rows, double eps) {
-  SAIT_CHECK_VALUE(rows.size(1) >= 1, op, "x", "at least one channel", shape_of(rows), "");
-  SAIT_CHECK_VALUE(std::isfinite(eps) && eps > 0, op, "eps", "a finite number > 0", eps,
+  SAIT_CHECK_VALUE(rows.size(1) >= 1, op, "x", "at least one channel", shape_of(rows),
+                   "There is nothing to normalise.");
+  const float eps32 = static_cast<float>(eps);
+  SAIT_CHECK_VALUE(std::isfinite(eps32) && eps32 > 0, op, "eps", "a finite float32 > 0", eps,
                    "Pass the eps of the LayerNorm, such as 1e-6.");
 }
 
@@ -31,10 +34,11 @@ std::tuple<at::Tensor, at::Tensor> gather_add_norm(const at::Tensor& x, const at
   check_rows(op, "x", x);
   check_rows(op, "y", y);
   check_same(op, "y", y, "x", x);
-  SAIT_CHECK_VALUE(y.size(1) == x.size(1), op, "y", x.size(1) << " channels as x", shape_of(y), "");
+  SAIT_CHECK_VALUE(y.size(1) == x.size(1), op, "y", x.size(1) << " channels as x", shape_of(y),
+                   "y is added to rows of x.");
   check_indices(op, "selection.indices", indices, x, x.size(0));
-  SAIT_CHECK_VALUE(y.size(0) == indices.size(0), op, "y", indices.size(0) << " rows, one per selected row",
-                   shape_of(y), "Compute y with the same selection.");
+  SAIT_CHECK_VALUE(y.size(0) == indices.size(0), op, "y", indices.size(0) << " rows, one per selected row", shape_of(y),
+                   "Compute y with the same selection.");
   check_norm(op, x, eps);
   const at::Tensor weights = channel_vector(op, "weight", weight, x), biases = channel_vector(op, "bias", bias, x);
   const at::Tensor gammas = gamma ? channel_vector(op, "gamma", *gamma, x) : at::Tensor();
@@ -54,7 +58,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gather_ad
   const auto check_like = [&](const char* name, const at::Tensor& t) {
     check_rows(op, name, t);
     check_same(op, name, t, "residual", residual);
-    SAIT_CHECK_VALUE(t.sizes() == residual.sizes(), op, name, shape_of(residual) << " as residual", shape_of(t), "");
+    SAIT_CHECK_VALUE(t.sizes() == residual.sizes(), op, name, shape_of(residual) << " as residual", shape_of(t),
+                     "Pass what the forward call took and returned.");
   };
   check_like("grad_residual", grad_residual);
   check_like("grad_normed", grad_normed);
@@ -70,12 +75,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gather_ad
   at::Tensor dweight = at::empty({channels}, weights.options()), dbias = at::empty({channels}, weights.options());
   at::Tensor dgamma = at::empty({gamma ? channels : 0}, weights.options());
   const at::Tensor partials = at::empty({chunks, 3, channels}, weights.options());
-  cpu::gather_add_norm_backward({row_view(residual), row_view(y), row_view(grad_residual), row_view(grad_normed),
-                                 weights.const_data_ptr<float>(), gamma ? gammas.const_data_ptr<float>() : nullptr,
-                                 rows, channels, static_cast<float>(eps), dtype_of(residual),
-                                 dresidual.mutable_data_ptr(), gamma ? dy.mutable_data_ptr() : nullptr,
-                                 dweight.mutable_data_ptr<float>(), dbias.mutable_data_ptr<float>(),
-                                 dgamma.mutable_data_ptr<float>(), partials.mutable_data_ptr<float>()});
+  cpu::gather_add_norm_backward(
+      {row_view(residual), row_view(y), row_view(grad_residual), row_view(grad_normed), weights.const_data_ptr<float>(),
+       gamma ? gammas.const_data_ptr<float>() : nullptr, rows, channels, static_cast<float>(eps), dtype_of(residual),
+       dresidual.mutable_data_ptr(), gamma ? dy.mutable_data_ptr() : nullptr, dweight.mutable_data_ptr<float>(),
+       dbias.mutable_data_ptr<float>(), dgamma.mutable_data_ptr<float>(), partials.mutable_data_ptr<float>()});
   return {dresidual, dy, dweight, dbias, dgamma};
 }
 
@@ -83,10 +87,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gather_ad
 }  // namespace sait
 
 TORCH_LIBRARY_FRAGMENT(sait, m) {
-  m.def("gather_add_norm(Tensor x, Tensor y, Tensor indices, Tensor weight, Tensor bias, Tensor? gamma, float eps) -> "
-        "(Tensor, Tensor)");
-  m.def("gather_add_norm_backward(Tensor grad_residual, Tensor grad_normed, Tensor residual, Tensor y, Tensor weight, "
-        "Tensor? gamma, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gather_add_norm(Tensor x, Tensor y, Tensor indices, Tensor weight, Tensor bias, Tensor? gamma, float eps) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "gather_add_norm_backward(Tensor grad_residual, Tensor grad_normed, Tensor residual, Tensor y, Tensor weight, "
+      "Tensor? gamma, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) {

@@ -16,13 +16,9 @@ at::Tensor gather_tokens(const at::Tensor& x, const at::Tensor& indices) {
   check_indices(op, "selection.indices", indices, x, x.size(0));
   at::Tensor out = at::empty({indices.size(0), x.size(1)}, x.options());
   const int64_t size = x.element_size();
-  const GatherTokensParams params{x.const_data_ptr(),
-                                  out.mutable_data_ptr(),
-                                  indices.const_data_ptr<int32_t>(),
-                                  indices.size(0),
-                                  x.size(0),
-                                  x.size(1) * size,
-                                  x.stride(0) * size};
+  const GatherTokensParams params{
+      x.const_data_ptr(), out.mutable_data_ptr(), indices.const_data_ptr<int32_t>(), indices.size(0), x.size(0),
+      x.size(1) * size,   x.stride(0) * size};
 #ifdef SAIT_WITH_CUDA
   if (x.is_cuda()) {
     launch(op, x, [&](void* stream) { return cuda::gather_tokens(params, stream); });
@@ -50,8 +46,8 @@ at::Tensor scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_
   at::Tensor out = at::empty({total, y.size(1)}, y.options());
   const int64_t size = y.element_size();
   cpu::scatter_tokens({y.const_data_ptr(), base ? base->const_data_ptr() : nullptr, out.mutable_data_ptr(),
-                       indices.const_data_ptr<int32_t>(), indices.size(0), total, y.size(1) * size,
-                       y.stride(0) * size, base ? base->stride(0) * size : 0});
+                       indices.const_data_ptr<int32_t>(), indices.size(0), total, y.size(1) * size, y.stride(0) * size,
+                       base ? base->stride(0) * size : 0});
   return out;
 }
 

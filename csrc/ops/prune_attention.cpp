@@ -53,10 +53,12 @@ std::tuple<at::Tensor, at::Tensor> kept_rows(const char* op, const ScoreTokensPa
   return {indices, kept_cu};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens, int64_t max_seqlen,
-    std::optional<double> rate, std::optional<int64_t> count, std::optional<double> mass, std::string_view kind,
-    int64_t num_prefix, std::optional<double> scale) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention(const at::Tensor& q, const at::Tensor& k,
+                                                               const at::Tensor& v, const at::Tensor& cu_seqlens,
+                                                               int64_t max_seqlen, std::optional<double> rate,
+                                                               std::optional<int64_t> count, std::optional<double> mass,
+                                                               std::string_view kind, int64_t num_prefix,
+                                                               std::optional<double> scale) {
   constexpr const char* op = "prune_attention";
   const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, num_prefix, scale);
   SAIT_CHECK_VALUE(!mass || !(rate || count), op, "mass", "either keep or mass", "both", "Pass one of them.");

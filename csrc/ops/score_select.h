@@ -12,10 +12,11 @@ namespace sait {
 
 inline ScoreKind score_kind(const char* op, std::string_view kind, int64_t num_prefix) {
   SAIT_CHECK_VALUE(kind == "cls" || kind == "column" || kind == "cls_value", op, "kind",
-                   "one of 'cls', 'column', 'cls_value'", "'" << kind << "'", "");
+                   "one of 'cls', 'column', 'cls_value'", "'" << kind << "'", "Choose one of them.");
   if (kind == "column") return ScoreKind::kColumn;
-  SAIT_CHECK_VALUE(num_prefix >= 1, op, "num_prefix", "at least 1 for kind '" << kind << "', which reads the class token",
-                   num_prefix, "For a model without a class token use kind='column'.");
+  SAIT_CHECK_VALUE(num_prefix >= 1, op, "num_prefix",
+                   "at least 1 for kind '" << kind << "', which reads the class token", num_prefix,
+                   "For a model without a class token use kind='column'.");
   return kind == "cls" ? ScoreKind::kCls : ScoreKind::kClsValue;
 }
 
@@ -30,9 +31,9 @@ inline KeepRule topk_rule(const char* op, std::optional<double> rate, std::optio
 
 inline KeepRule mass_rule(const char* op, double mass, int64_t min_keep, std::optional<int64_t> max_keep) {
   SAIT_CHECK_VALUE(mass > 0 && mass <= 1, op, "mass", "a number in (0, 1]", mass, "Pass a share such as 0.9.");
-  SAIT_CHECK_VALUE(min_keep >= 1, op, "min_keep", "a whole number >= 1", min_keep, "");
+  SAIT_CHECK_VALUE(min_keep >= 1, op, "min_keep", "a whole number >= 1", min_keep, "At least one patch stays.");
   SAIT_CHECK_VALUE(!max_keep || *max_keep >= min_keep, op, "max_keep", "at least min_keep = " << min_keep, *max_keep,
-                   "");
+                   "Raise it, or pass None for no limit.");
   return {0, 0, mass, min_keep, max_keep.value_or(-1)};
 }
 

@@ -51,16 +51,20 @@ at::Tensor score_tokens(const at::Tensor& q, const at::Tensor& k, const std::opt
   return scores;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> score_tokens_backward(
-    const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& v,
-    const at::Tensor& cu_seqlens, int64_t max_seqlen, std::string_view kind, int64_t num_prefix,
-    std::optional<double> scale) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> score_tokens_backward(const at::Tensor& grad, const at::Tensor& q,
+                                                                     const at::Tensor& k,
+                                                                     const std::optional<at::Tensor>& v,
+                                                                     const at::Tensor& cu_seqlens, int64_t max_seqlen,
+                                                                     std::string_view kind, int64_t num_prefix,
+                                                                     std::optional<double> scale) {
   constexpr const char* op = "score_tokens_backward";
   const ScoreTokensParams params = checked_params(op, q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale);
   SAIT_CHECK_VALUE(grad.dim() == 1 && grad.size(0) == q.size(0), op, "grad", "shape (" << q.size(0) << ",)",
-                   shape_of(grad), "");
-  SAIT_CHECK_VALUE(grad.device() == q.device(), op, "grad", "device " << q.device() << " as q", grad.device(), "");
-  SAIT_CHECK_TYPE(grad.scalar_type() == at::kFloat, op, "grad", "dtype Float (float32)", grad.scalar_type(), "");
+                   shape_of(grad), "It is the gradient of the scores.");
+  SAIT_CHECK_VALUE(grad.device() == q.device(), op, "grad", "device " << q.device() << " as q", grad.device(),
+                   "Move all arguments to one device.");
+  SAIT_CHECK_TYPE(grad.scalar_type() == at::kFloat, op, "grad", "dtype Float (float32)", grad.scalar_type(),
+                  "Convert with .float().");
   SAIT_CHECK_VALUE(grad.is_contiguous(), op, "grad", "a contiguous tensor", "stride " << grad.stride(0),
                    "Call .contiguous() on it.");
   at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(q.sizes(), q.options()), dv;
@@ -76,10 +80,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> score_tokens_backward(
 }  // namespace sait
 
 TORCH_LIBRARY_FRAGMENT(sait, m) {
-  m.def("score_tokens(Tensor q, Tensor k, Tensor? v, Tensor cu_seqlens, SymInt max_seqlen, str kind, SymInt num_prefix, "
-        "float? scale) -> Tensor");
-  m.def("score_tokens_backward(Tensor grad, Tensor q, Tensor k, Tensor? v, Tensor cu_seqlens, SymInt max_seqlen, "
-        "str kind, SymInt num_prefix, float? scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "score_tokens(Tensor q, Tensor k, Tensor? v, Tensor cu_seqlens, SymInt max_seqlen, str kind, SymInt num_prefix, "
+      "float? scale) -> Tensor");
+  m.def(
+      "score_tokens_backward(Tensor grad, Tensor q, Tensor k, Tensor? v, Tensor cu_seqlens, SymInt max_seqlen, "
+      "str kind, SymInt num_prefix, float? scale) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) {

@@ -60,10 +60,12 @@ std::tuple<at::Tensor, at::Tensor> select_mass(const at::Tensor& scores, const a
 }  // namespace sait
 
 TORCH_LIBRARY_FRAGMENT(sait, m) {
-  m.def("select_topk(Tensor scores, Tensor cu_seqlens, SymInt max_seqlen, float? rate, SymInt? count, "
-        "SymInt num_prefix) -> (Tensor, Tensor)");
-  m.def("select_mass(Tensor scores, Tensor cu_seqlens, SymInt max_seqlen, float mass, SymInt num_prefix, "
-        "SymInt min_keep, SymInt? max_keep) -> (Tensor, Tensor)");
+  m.def(
+      "select_topk(Tensor scores, Tensor cu_seqlens, SymInt max_seqlen, float? rate, SymInt? count, "
+      "SymInt num_prefix) -> (Tensor, Tensor)");
+  m.def(
+      "select_mass(Tensor scores, Tensor cu_seqlens, SymInt max_seqlen, float mass, SymInt num_prefix, "
+      "SymInt min_keep, SymInt? max_keep) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) {

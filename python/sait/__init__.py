@@ -1,12 +1,12 @@
 """Vision Transformers that drop the tokens they do not need: plans, sparsify for timm models, and a reference ViT."""
 
-from sait import data, vit  # vit registers the sait_deit models with timm
+from sait import data
 from sait.checkpoint import load, save
 from sait.density import kept_mask, record_scores, selections, set_density
 from sait.macs import macs
 from sait.plan import Plan, Stage
 from sait.sparse import restore, sparsify
-from sait.vit import SaitViT
+from sait.vit import SaitViT  # registers the sait_deit models with timm
 
 __all__ = [
     "Plan",
@@ -22,5 +22,4 @@ __all__ = [
     "selections",
     "set_density",
     "sparsify",
-    "vit",
 ]

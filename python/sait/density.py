@@ -68,7 +68,8 @@ def set_density(model: Any, *, keep: float | int | None = None, mass: float | No
     Dense runs the forward of the unpatched model: the same result bit for bit. ``keep=1.0`` keeps all tokens, too, and
     scores none, but runs the attention kernels of sait_kernels: equal up to rounding, and the faster of the two where
     they are. (SaitViT has one forward: its dense is the same as keep=1.0.) Change the density between forwards, not
-    while another thread runs one.
+    while another thread runs one. torch.compile compiles each density once; for more than eight of them raise
+    ``torch._dynamo.config.recompile_limit``.
 
     Args:
         model: from sparsify, or a SaitViT.

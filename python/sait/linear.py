@@ -34,7 +34,7 @@ def _fused(module: Any, x: Tensor, activation: str) -> Tensor:
 
 def _serves(module: Any, x: Tensor) -> bool:
     """Plain inference on a CPU, one dtype, nobody listening. Compiled code fuses for itself."""
-    return (
+    return bool(
         type(module) is nn.Linear
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import PatchEmbed
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sait.density import State, check_blocks
 from sait.plan import Plan
 from sait.support import check_model
-from sait.vit import SaitViT
 from sait_kernels.ops.select import kept_bound, split_keep
 
 
@@ -40,8 +41,8 @@ def macs(
         The count, rounded.
 
     Raises:
-        TypeError, ValueError: an unsupported model or patch embedding, a plan that does not fit it, or a plan with mass
-            and neither ``kept`` nor a forward at that plan.
+        TypeError, ValueError: an unsupported model, a plan that does not fit it, or a plan with mass and neither
+            ``kept`` nor a forward at that plan.
     """
     state = getattr(model, "_sait", None)
     if not isinstance(state, State):
@@ -49,25 +50,36 @@ def macs(
     vit: Any = model
     if plan is None and state is not None:
         plan = state.active
-    patches = _patches(vit, img_size)
-    tokens = patches + vit.num_prefix_tokens
-    if plan is None:
-        return round(_count(vit, patches, None, ()))
-    check_blocks(plan, len(vit.blocks))
-    if kept is not None:
-        if len(kept) != len(plan.stages) or any(not 0 < n <= tokens for n in kept):
-            raise ValueError(
-                f"macs: kept: expected {len(plan.stages)} counts, one per stage, in (0, {tokens}], got {list(kept)}."
-            )
-        return round(_count(vit, patches, plan, kept))
-    if not plan.ragged:
-        return round(_count(vit, patches, plan, _fixed_counts(plan, tokens, vit.num_prefix_tokens)))
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size or vit.patch_embed.img_size
+    rows, columns = vit.patch_embed.dynamic_feat_size(size)
+    tokens = rows * columns + vit.num_prefix_tokens
+    per_image: Sequence[Sequence[float]] = [()]
+    if plan is not None:
+        check_blocks(plan, len(vit.blocks))
+        if kept is not None:
+            per_image = [_checked_counts(plan, tokens, kept)]
+        elif plan.ragged:
+            per_image = _recorded_counts(plan, tokens, state)
+        else:
+            per_image = [_fixed_counts(plan, tokens, vit.num_prefix_tokens)]
+    blocks = [_blocks_and_head(vit, tokens, plan, counts) for counts in per_image]
+    return round(_embedding(vit, size) + sum(blocks) / len(blocks))
+
+
+def _checked_counts(plan: Plan, tokens: int, kept: Sequence[float]) -> Sequence[float]:
+    if len(kept) != len(plan.stages) or any(not 0 < n <= tokens for n in kept):
+        raise ValueError(
+            f"macs: kept: expected {len(plan.stages)} counts, one per stage, in (0, {tokens}], got {list(kept)}."
+        )
+    return kept
+
+
+def _recorded_counts(plan: Plan, tokens: int, state: State | None) -> list[tuple[int, ...]]:
+    """[image][stage] of the last forward."""
     last = state.last if state is not None and state.active == plan else None
-    if last is None or last.tokens != tokens or not last.selections[0].cu_seqlens[1:].numel():
+    if last is None or last.tokens != tokens or last.selections[0].cu_seqlens.shape[0] == 1:
         raise ValueError("macs: kept: with mass the images decide. Run the model at this plan first, or pass counts.")
-    images = zip(*(selection.cu_seqlens.diff().tolist() for selection in last.selections), strict=True)
-    costs = [_count(vit, patches, plan, counts) for counts in images]
-    return round(sum(costs) / len(costs))
+    return list(zip(*(selection.cu_seqlens.diff().tolist() for selection in last.selections), strict=True))
 
 
 def _fixed_counts(plan: Plan, tokens: int, num_prefix: int) -> list[int]:
@@ -78,21 +90,18 @@ def _fixed_counts(plan: Plan, tokens: int, num_prefix: int) -> list[int]:
     return counts
 
 
-def _patches(vit: Any, img_size: int | tuple[int, int] | None) -> int:
-    embed = vit.patch_embed
-    if not isinstance(vit, SaitViT) and type(embed) is not PatchEmbed:
-        raise TypeError(f"macs: model: expected a plain patch embedding, got {type(embed).__name__}.")
-    if img_size is None:
-        rows, columns = vit.patch_embed.grid_size
-    else:
-        rows, columns = embed.dynamic_feat_size((img_size, img_size) if isinstance(img_size, int) else img_size)
-    return rows * columns
+def _embedding(vit: Any, size: tuple[int, int]) -> int:
+    """Of the patch embedding, one convolution or a whole network, as torch counts it without computing it."""
+    embed = copy.deepcopy(vit.patch_embed).eval().to("meta")
+    image = torch.empty(1, vit.in_chans, *size, dtype=next(embed.parameters()).dtype, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        embed(image)
+    return counter.get_total_flops() // 2
 
 
-def _count(vit: Any, patches: int, plan: Plan | None, kept: Sequence[float]) -> float:
+def _blocks_and_head(vit: Any, tokens: int, plan: Plan | None, kept: Sequence[float]) -> float:
     """kept: tokens of an image after each stage of the plan."""
-    total = float(patches * vit.patch_embed.proj.weight.numel())
-    n: float = patches + vit.num_prefix_tokens
+    total, n = 0.0, float(tokens)
     after = iter(kept)
     for i, block in enumerate(vit.blocks):
         stage = plan.stage_at(i) if plan is not None else None

@@ -104,7 +104,6 @@ class SparseModel(VisionTransformer):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         plan = self._sait.active
         if plan is None:
-            self._sait.publish(None)
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         tokens = _forward_tokens(self, plan, x, attn_mask, is_causal)
         if tokens.ragged:

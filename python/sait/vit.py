@@ -104,7 +104,7 @@ class SaitViT(nn.Module):
         plan = Plan((Stage(block, keep, mass),), score)
         check_blocks(plan, depth)
         self._sait = State(plan, active=plan)
-        self.num_classes = num_classes
+        self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))

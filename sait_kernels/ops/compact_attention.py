@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sait_kernels import library
 from sait_kernels.backend import autocast, choose, register
-from sait_kernels.selection import Selection, image_bounds
+from sait_kernels.selection import Selection, check_selection, image_bounds
 
 
 def compact_attention(
@@ -42,9 +42,12 @@ def compact_attention(
         ValueError, TypeError: a wrong shape, dtype or device; on the CPU also offsets or indices that do not fit.
     """
     q, k, v = autocast(q, k, v)
-    if choose("compact_attention", q) == "reference":
+    tensors, indices, kept = {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}, None, None
+    if selection is not None:
+        indices, kept, _ = check_selection("compact_attention", selection)
+        tensors |= {"selection.indices": indices, "selection.cu_seqlens": kept}
+    if choose("compact_attention", tensors) == "reference":
         return compact_attention_reference(q, k, v, cu_seqlens, max_seqlen, selection=selection, scale=scale)
-    indices, kept = (None, None) if selection is None else (selection.indices, selection.cu_seqlens)
     return torch.ops.sait.compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept, scale)
 
 

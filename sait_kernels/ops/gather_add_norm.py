@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sait_kernels import library
 from sait_kernels.backend import choose, register
-from sait_kernels.selection import Selection
+from sait_kernels.selection import Selection, check_selection
 
 
 def gather_add_norm(
@@ -41,12 +41,14 @@ def gather_add_norm(
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device; on the CPU also an index out of range.
     """
-    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype != y.dtype:
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point() and y.is_floating_point():
         wider = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(wider), y.to(wider)
-    if choose("gather_add_norm", x) == "reference":
+    indices = check_selection("gather_add_norm", selection).indices
+    tensors = {"x": x, "y": y, "selection.indices": indices, "weight": weight, "bias": bias}
+    if choose("gather_add_norm", tensors, {"gamma": gamma}) == "reference":
         return gather_add_norm_reference(x, y, selection, weight, bias, eps, gamma=gamma)
-    return torch.ops.sait.gather_add_norm(x, y, selection.indices, weight, bias, gamma, eps)
+    return torch.ops.sait.gather_add_norm(x, y, indices, weight, bias, gamma, eps)
 
 
 def gather_add_norm_reference(

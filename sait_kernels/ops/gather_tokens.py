@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sait_kernels import library
 from sait_kernels.backend import choose, register
-from sait_kernels.selection import Selection
+from sait_kernels.selection import Selection, check_selection
 
 
 def gather_tokens(x: Tensor, selection: Selection) -> Tensor:
@@ -25,9 +25,10 @@ def gather_tokens(x: Tensor, selection: Selection) -> Tensor:
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device; on the CPU also an index out of range.
     """
-    if choose("gather_tokens", x) == "reference":
+    indices = check_selection("gather_tokens", selection).indices
+    if choose("gather_tokens", {"x": x, "selection.indices": indices}) == "reference":
         return gather_tokens_reference(x, selection)
-    return torch.ops.sait.gather_tokens(x, selection.indices)
+    return torch.ops.sait.gather_tokens(x, indices)
 
 
 def scatter_tokens(y: Tensor, selection: Selection, total: int, *, base: Tensor | None = None) -> Tensor:
@@ -45,9 +46,10 @@ def scatter_tokens(y: Tensor, selection: Selection, total: int, *, base: Tensor 
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device; on the CPU also an index out of range.
     """
-    if choose("scatter_tokens", y) == "reference":
+    indices = check_selection("scatter_tokens", selection).indices
+    if choose("scatter_tokens", {"y": y, "selection.indices": indices}, {"base": base}) == "reference":
         return scatter_tokens_reference(y, selection, total, base=base)
-    return torch.ops.sait.scatter_tokens(y, selection.indices, total, base)
+    return torch.ops.sait.scatter_tokens(y, indices, total, base)
 
 
 def gather_tokens_reference(x: Tensor, selection: Selection) -> Tensor:

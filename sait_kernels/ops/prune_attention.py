@@ -49,12 +49,15 @@ def prune_attention(
         ValueError, TypeError: as the three ops; also when both or neither of keep and mass are given.
     """
     if (keep is None) == (mass is None):
-        raise ValueError(f"prune_attention: expected exactly one of keep and mass, got keep={keep!r}, mass={mass!r}.")
+        raise ValueError(
+            f"prune_attention: keep: expected exactly one of keep and mass, got keep={keep!r} and mass={mass!r}. "
+            "Pass keep for a fixed share, mass for as many as carry a share of the score."
+        )
     rate, count = (None, None) if keep is None else split_keep("prune_attention", keep)
     if mass is not None:
         mass, _ = check_mass("prune_attention", mass)
     q, k, v = autocast(q, k, v)
-    if choose("prune_attention", q) == "reference":
+    if choose("prune_attention", {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}) == "reference":
         return prune_attention_reference(
             q, k, v, cu_seqlens, max_seqlen, keep=keep, mass=mass, kind=kind, num_prefix=num_prefix, scale=scale
         )
@@ -109,6 +112,7 @@ if library.module is not None:
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         images = cu.shape[0] - 1
+        rows: int | torch.SymInt
         if mass is None and guard_or_false(q.shape[0] == images * max_seqlen):  # equal lengths: the size is known
             rows = images * kept_bound(max_seqlen, num_prefix, rate, count)
         else:

@@ -50,7 +50,7 @@ def score_tokens(
         ValueError, TypeError: a wrong shape, dtype, device or kind; on the CPU also offsets that do not fit.
     """
     q, k, v = autocast(q, k, v)
-    if choose("score_tokens", q) == "reference":
+    if choose("score_tokens", {"q": q, "k": k, "cu_seqlens": cu_seqlens}, {"v": v}) == "reference":
         return score_tokens_reference(q, k, cu_seqlens, max_seqlen, kind=kind, num_prefix=num_prefix, v=v, scale=scale)
     return torch.ops.sait.score_tokens(q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale)
 

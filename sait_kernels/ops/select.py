@@ -38,7 +38,7 @@ def select_topk(
         ValueError, TypeError: a wrong shape, dtype or device, keep outside its range, or an image with fewer patches.
     """
     rate, count = split_keep("select_topk", keep)
-    if choose("select_topk", scores) == "reference":
+    if choose("select_topk", {"scores": scores, "cu_seqlens": cu_seqlens}) == "reference":
         return select_topk_reference(scores, cu_seqlens, max_seqlen, keep=keep, num_prefix=num_prefix)
     indices, kept = torch.ops.sait.select_topk(scores, cu_seqlens, max_seqlen, rate, count, num_prefix)
     return Selection(indices, kept, kept_bound(max_seqlen, num_prefix, rate, count))
@@ -75,7 +75,7 @@ def select_mass(
         ValueError, TypeError: a wrong shape, dtype or device, or a limit outside its range.
     """
     mass, max_keep = check_mass("select_mass", mass, min_keep, max_keep)
-    if choose("select_mass", scores) == "reference":
+    if choose("select_mass", {"scores": scores, "cu_seqlens": cu_seqlens}) == "reference":
         return select_mass_reference(
             scores,
             cu_seqlens,
@@ -89,7 +89,7 @@ def select_mass(
     return Selection(indices, kept, max_seqlen if max_keep is None else min(max_seqlen, num_prefix + max_keep))
 
 
-def split_keep(op: str, keep: Any) -> tuple[float | None, int | None]:
+def split_keep(op: str, keep: Any) -> tuple[float | None, Any]:
     """keep as (rate, None) or (None, count), checked."""
     cure = "Pass a share such as 0.45, or a whole number of patches."
     if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
@@ -108,10 +108,16 @@ def check_mass(op: str, mass: Any, min_keep: Any = 1, max_keep: Any = None) -> t
         raise TypeError(f"{op}: mass: expected a number in (0, 1], got {mass!r}. Pass a share such as 0.9.")
     if not 0.0 < mass <= 1.0:
         raise ValueError(f"{op}: mass: expected a number in (0, 1], got {mass!r}. Pass a share such as 0.9.")
+    for name, count in (("min_keep", min_keep), ("max_keep", max_keep)):
+        optional = name == "max_keep" and count is None
+        if not optional and (isinstance(count, bool) or not isinstance(count, (int, torch.SymInt))):
+            raise TypeError(f"{op}: {name}: expected a whole number, got {count!r}. Pass a number of patches.")
     if min_keep < 1:
-        raise ValueError(f"{op}: min_keep: expected a whole number >= 1, got {min_keep!r}.")
+        raise ValueError(f"{op}: min_keep: expected a whole number >= 1, got {min_keep!r}. An image keeps a patch.")
     if max_keep is not None and max_keep < min_keep:
-        raise ValueError(f"{op}: max_keep: expected at least min_keep = {min_keep}, got {max_keep!r}.")
+        raise ValueError(
+            f"{op}: max_keep: expected at least min_keep = {min_keep}, got {max_keep!r}. Raise it, or lower min_keep."
+        )
     return float(mass), max_keep
 
 
@@ -199,6 +205,7 @@ if library.module is not None:
         scores: Tensor, cu: Tensor, max_seqlen: int, rate: float | None, count: int | None, num_prefix: int
     ) -> tuple[Tensor, Tensor]:
         images = cu.shape[0] - 1
+        rows: int | torch.SymInt
         if guard_or_false(scores.shape[0] == images * max_seqlen):  # equal lengths: the size is known
             rows = images * kept_bound(max_seqlen, num_prefix, rate, count)
         else:

@@ -14,6 +14,7 @@ BAD = {
     "bench --model deit_smal_patch16_224": "deit_small_patch16_224",  # a near match
     "bench --model resnet50": "its class defines another forward",
     "bench --model zzzzzzzzzzzz": "timm knows no",
+    "bench --model deit_tiny_patch16_224.nobody": "tag",
     "bench --block 12": "0 to 11",
     "bench --block -1": "--block",
     "bench --keep 0": "(0, 1]",

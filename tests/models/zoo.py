@@ -42,6 +42,7 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "swiglu": ("vit_small_patch16_224", {"mlp_layer": SwiGLU, "mlp_ratio": 2}),
     "scale_norms": ("vit_small_patch16_224", {"scale_attn_norm": True, "scale_mlp_norm": True}),
     "rms_norm": ("vit_small_patch16_224", {"norm_layer": RmsNorm, "init_values": 1e-5}),
+    "hybrid": ("vit_tiny_r_s16_p8_224", {"img_size": 160}),
     "prr": ("vit_small_patch16_224", {"global_pool": "prr"}),
 }
 NO_PREFIX = ("gap", "siglip")

@@ -19,8 +19,8 @@ struct GatherAddNormParams {
   void* normed;    // (rows, channels), contiguous
 };
 
-// The gradients of weight, bias and gamma are sums over rows: first over chunks of this many rows in float, then over the
-// chunks in their order in double, so that the result does not depend on the number of threads.
+// The gradients of weight, bias and gamma are sums over rows: first over chunks of this many rows in float, then over
+// the chunks in their order in double, so that the result does not depend on the number of threads.
 constexpr int64_t kGatherAddNormChunk = 32;
 
 struct GatherAddNormBackwardParams {

@@ -30,8 +30,8 @@ int64_t topk_patches(const KeepRule& rule, int64_t patches);
 
 // Writes the rows that image [begin, end) keeps, ascending, prefix rows included; returns how many, and writes no more.
 // `scores` is indexed from 0 = row `begin`. A count must not exceed the image's patches.
-int64_t select_image(
-    const float* scores, int64_t begin, int64_t end, int64_t num_prefix, const KeepRule& rule, int32_t* kept);
+int64_t select_image(const float* scores, int64_t begin, int64_t end, int64_t num_prefix, const KeepRule& rule,
+                     int32_t* kept);
 
 void select(const SelectParams& params);
 }  // namespace cpu

@@ -65,12 +65,12 @@ def bench(
     console.print(f"{model}, {described}; {pictured}; batch {batch}, block {block}, score {score}")
     rows: list[dict[str, Any]] = []
     for kind in dtype:
-        subject = copy.deepcopy(loaded).to(place, kind.torch())
+        subject = copy.deepcopy(loaded).to(place, kind.as_torch())
         with options.progress() as bar, options.running_on(backend):
             task = bar.add_task(f"measuring {kind}", total=throughput.samples(densities, repeats))
             figures = throughput.measure(
                 subject,
-                images.to(place, kind.torch()),
+                images.to(place, kind.as_torch()),
                 densities,
                 block=block,
                 score=score.value,

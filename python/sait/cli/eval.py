@@ -70,7 +70,7 @@ def evaluate(
                 source,
                 densities,
                 processes,
-                dtype=dtype.torch(),
+                dtype=dtype.as_torch(),
                 advance=lambda: bar.advance(task),
             )
         if not processes.first:

@@ -33,7 +33,7 @@ class DType(StrEnum):
     bf16 = "bf16"
     fp16 = "fp16"
 
-    def torch(self) -> torch.dtype:
+    def as_torch(self) -> torch.dtype:
         import torch
 
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self]
@@ -148,42 +148,44 @@ def load_model(name: str, weights: str) -> tuple[nn.Module, str]:
     import sait  # noqa: F401  (registers its models with timm)
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        bad(
-            "--model",
-            f"timm knows no {name!r}; " + (f"near: {', '.join(near)}." if near else "see timm.list_models()."),
-        )
-    torch.manual_seed(0)
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
+        bad("--model", f"timm knows no {name!r}; " + (f"near: {near}." if near else "see timm.list_models()."))
+    try:
+        torch.manual_seed(0)
+        model = timm.create_model(name).eval()
+    except RuntimeError as error:  # the architecture is there, its pretrained tag is not
+        bad("--model", one_line(error))
     if weights == "random":
-        return timm.create_model(name).eval(), "random weights"
-    if weights != "auto":
-        if not Path(weights).is_file():
-            bad("--weights", f"expected auto, random or a checkpoint file; there is no file {weights!r}.")
-        try:
-            return timm.create_model(name, checkpoint_path=weights).eval(), f"weights of {Path(weights).name}"
-        except Exception as error:  # whatever a damaged or foreign file makes the unpickler and the model say
-            bad("--weights", f"{weights} does not load into {name}: {one_line(error)[:200]}")
-    return _pretrained(name)
+        return model, "random weights"
+    if weights == "auto":
+        return _pretrained(name) or (model, f"random weights (the hub gave none within {HUB_SECONDS:g} s)")
+    if not Path(weights).is_file():
+        bad("--weights", f"expected auto, random or a checkpoint file; there is no file {weights!r}.")
+    try:
+        return timm.create_model(name, checkpoint_path=weights).eval(), f"weights of {Path(weights).name}"
+    except Exception as error:  # whatever a damaged or foreign file makes the unpickler and the model say
+        bad("--weights", f"{weights} does not load into {name}: {one_line(error)[:200]}")
 
 
-def _pretrained(name: str) -> tuple[nn.Module, str]:
-    """Pretrained weights from the hub, else from its cache; else random ones, and why."""
+def _pretrained(name: str) -> tuple[nn.Module, str] | None:
+    """The model with weights of the hub, else of its cache; None if neither has them."""
     import timm
     from huggingface_hub import try_to_load_from_cache
 
     known = timm.get_pretrained_cfg(name)
-    repository = known.hf_hub_id if known else None
-    if not repository:
-        return timm.create_model(name).eval(), "random weights (timm has no pretrained ones)"
-    if hub_answers(repository):
-        return timm.create_model(name, pretrained=True).eval(), "pretrained weights"
-    # Left to itself, timm would ask again and again for half a minute before it looks into the cache.
-    cached = try_to_load_from_cache(repository, "model.safetensors")
-    if isinstance(cached, str):
-        return timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={"file": cached}
-        ).eval(), "pretrained weights"
-    return timm.create_model(name).eval(), f"random weights (the hub did not answer within {HUB_SECONDS:g} s)"
+    if known is None or not known.hf_hub_id:
+        return None
+    overlay: dict[str, str] = {}
+    if not hub_answers(known.hf_hub_id):
+        # Left to itself, timm would ask again and again for half a minute before it looks into the cache.
+        cached = try_to_load_from_cache(known.hf_hub_id, "model.safetensors")
+        if not isinstance(cached, str):
+            return None
+        overlay = {"file": cached}
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval(), "pretrained weights"
+    except Exception:  # whatever a network that breaks off makes the client of the hub raise
+        return None
 
 
 def hub_answers(repository: str) -> bool:
@@ -231,7 +233,7 @@ def preprocessing(model: nn.Module) -> Preprocessing:
 
 def open_photos(paths: list[Path]) -> dict[str, Image.Image]:
     """name -> photo; without paths the two that scikit-learn ships."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     from sait.photos import sample_photos
 
@@ -240,7 +242,7 @@ def open_photos(paths: list[Path]) -> dict[str, Image.Image]:
     photos: dict[str, Image.Image] = {}
     for path in paths:
         try:
-            photo = Image.open(path).convert("RGB")
+            photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         except UnidentifiedImageError:
             bad("IMAGES", f"{path} is no image that Pillow can read.")
         except OSError as error:

@@ -47,12 +47,12 @@ def show(
     options.make_folder(out, "--out")
     loaded, described = options.load_model(model, weights)
     expected = options.preprocessing(loaded)
-    batch = torch.stack([to_tensor(photo, expected) for photo in photos.values()]).to(place, dtype.torch())
+    batch = torch.stack([to_tensor(photo, expected) for photo in photos.values()]).to(place, dtype.as_torch())
     densities = [*(Density(keep=k) for k in keep), *(Density(mass=m) for m in mass)]
     options.check_prunable(loaded, block, score.value, densities)
     kept = {}
     with options.progress() as bar, options.running_on(backend), torch.inference_mode():
-        sait.sparsify(loaded.to(place, dtype.torch()), block=block, keep=1.0, score=score.value)
+        sait.sparsify(loaded.to(place, dtype.as_torch()), block=block, keep=1.0, score=score.value)
         for density in bar.track(densities, description="choosing patches"):
             sait.set_density(loaded, keep=density.keep, mass=density.mass)(batch)
             mask, grid = sait.kept_mask(loaded)

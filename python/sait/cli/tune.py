@@ -81,7 +81,7 @@ def tune(
             sample.to(place),
             blocks=blocks,
             densities=densities,
-            dtype=dtype.torch(),
+            dtype=dtype.as_torch(),
             repeats=repeats,
             advance=lambda: bar.advance(task),
         )

@@ -88,6 +88,7 @@ class Totals:
     right: int = 0
     tokens: float = 0.0
     macs: float = 0.0
+    macs_of_image: float = 0.0  # the same for all images, or the mean of the last batch's
     seconds: float = 0.0
 
     def add(self, model: Any, density: Density, images: Tensor, labels: Tensor) -> None:
@@ -100,7 +101,9 @@ class Totals:
         self.images += len(images)
         self.right += int((logits.argmax(1) == labels).sum())
         self.tokens += int(selections(model)[-1].cu_seqlens[-1])
-        self.macs += macs(model, img_size=(images.shape[2], images.shape[3])) * len(images)
+        if density.mass is not None or self.macs == 0:
+            self.macs_of_image = macs(model, img_size=(images.shape[2], images.shape[3]))
+        self.macs += self.macs_of_image * len(images)
 
     def result(self, density: Density, processes: Processes) -> Result:
         rate = self.images / self.seconds if self.seconds else 0.0

@@ -1,0 +1,386 @@
+"""Bad arguments end in a Python exception that names the op, the argument, what was expected, what came, and the cure."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import cu_of, randn
+from torch import Tensor
+
+import sait_kernels as sk
+
+LENGTHS = (6, 0, 4)
+T, H, D, C, S = 10, 2, 16, 32, 6
+INDICES = (0, 2, 5, 6, 8, 9)
+
+
+def selection(indices: Any = INDICES, offsets: Any = (0, 3, 3, 6), dtype: torch.dtype = torch.int32) -> sk.Selection:
+    return sk.Selection(torch.tensor(indices, dtype=dtype), torch.tensor(offsets, dtype=torch.int32), 3)
+
+
+def heads() -> Tensor:
+    return randn(T, H, D)
+
+
+def batch() -> dict[str, Any]:
+    return {"cu_seqlens": cu_of(LENGTHS), "max_seqlen": 6}
+
+
+GOOD: dict[str, Callable[[], dict[str, Any]]] = {
+    "score_tokens": lambda: {"q": heads(), "k": heads(), **batch()},
+    "select_topk": lambda: {"scores": randn(T), **batch(), "keep": 0.5},
+    "select_mass": lambda: {"scores": randn(T), **batch(), "mass": 0.5},
+    "compact_attention": lambda: {"q": heads(), "k": heads(), "v": heads(), **batch(), "selection": selection()},
+    "prune_attention": lambda: {"q": heads(), "k": heads(), "v": heads(), **batch(), "keep": 0.5},
+    "gather_tokens": lambda: {"x": randn(T, C), "selection": selection()},
+    "scatter_tokens": lambda: {"y": randn(S, C), "selection": selection(), "total": T, "base": randn(T, C)},
+    "gather_add_norm": lambda: {
+        "x": randn(T, C),
+        "y": randn(S, C),
+        "selection": selection(),
+        "weight": randn(C),
+        "bias": randn(C),
+        "eps": 1e-6,
+        "gamma": randn(C),
+    },
+}
+PACKED = ("score_tokens", "select_topk", "select_mass", "compact_attention", "prune_attention")
+ATTENTION = ("score_tokens", "compact_attention", "prune_attention")
+SELECTED = ("compact_attention", "gather_tokens", "scatter_tokens", "gather_add_norm")
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_the_good_arguments_are_good(op: str) -> None:
+    getattr(sk, op)(**GOOD[op]())
+
+
+def bad(op: str, argument: str, value: Any, error: type[Exception], *words: str, named: str | None = None) -> Any:
+    """A call with one argument changed; ``named`` is what the message calls it, where that is another name."""
+    label = re.sub(r"[^\w.,<>=-]+", " ", " ".join(words))[:40]
+    return pytest.param(op, argument, value, error, named or argument, words, id=f"{op}-{named or argument}-{label}")
+
+
+def bad_heads(op: str) -> list[Any]:
+    others = ("k",) if op == "score_tokens" else ("k", "v")
+    cases = [
+        bad(op, "q", randn(T, C), ValueError, "(T, H, D)", "(10, 32)"),
+        bad(op, "q", randn(2, 5, H, D), ValueError, "(T, H, D)", "(2, 5, 2, 16)"),
+        bad(op, "q", heads().long(), TypeError, "float32, bfloat16 or float16", "Long"),
+        bad(op, "q", heads().double(), TypeError, "float32, bfloat16 or float16", "Double", "reference"),
+        bad(op, "q", randn(T, 0, D), ValueError, "one head", "(10, 0, 16)"),
+        bad(op, "q", randn(T, H, 12), ValueError, "multiple of 8", "12"),
+        bad(op, "q", randn(T, H, 0), ValueError, "multiple of 8", "0"),
+        bad(op, "q", randn(T, H, 264), ValueError, "from 8 to 256", "264"),
+        bad(op, "q", randn(T, D, H).transpose(1, 2), ValueError, "contiguous last dimension", "stride 2"),
+        bad(op, "q", randn(T, H, 2 * D)[..., ::2], ValueError, "contiguous last dimension", "stride 2"),
+        bad(op, "scale", float("nan"), ValueError, "finite", "nan"),
+        bad(op, "scale", float("inf"), ValueError, "finite", "inf"),
+    ]
+    for name in others:
+        cases += [
+            bad(op, name, randn(T, C), ValueError, "(10, 2, 16) as q", "(10, 32)"),
+            bad(op, name, randn(T - 1, H, D), ValueError, "(10, 2, 16) as q", "(9, 2, 16)"),
+            bad(op, name, randn(T, H + 1, D), ValueError, "(10, 2, 16) as q", "(10, 3, 16)"),
+            bad(op, name, randn(T, H, D + 8), ValueError, "(10, 2, 16) as q", "(10, 2, 24)"),
+            bad(op, name, heads().half(), TypeError, "dtype Float as q", "Half"),
+            bad(op, name, randn(T, D, H).transpose(1, 2), ValueError, "contiguous last dimension", "stride 2"),
+            bad(op, name, torch.empty(T, H, D, device="meta"), ValueError, "device cpu", "meta"),
+        ]
+    return cases
+
+
+def bad_offsets(op: str) -> list[Any]:
+    def cu(*offsets: int) -> Tensor:
+        return torch.tensor(offsets, dtype=torch.int32)
+
+    return [
+        bad(op, "cu_seqlens", cu_of(LENGTHS).long(), TypeError, "int32", "Long"),
+        bad(op, "cu_seqlens", cu_of(LENGTHS).float(), TypeError, "int32", "Float"),
+        bad(op, "cu_seqlens", cu_of(LENGTHS)[None], ValueError, "1-D", "(1, 4)"),
+        bad(op, "cu_seqlens", torch.tensor(0, dtype=torch.int32), ValueError, "1-D", "()"),
+        bad(op, "cu_seqlens", cu(0, 9, 6, 9, 6, 9, 10)[::2], ValueError, "contiguous", "stride 2"),
+        bad(op, "cu_seqlens", cu(), ValueError, "(B + 1,) offsets", "(0,)"),
+        bad(op, "cu_seqlens", cu(0), ValueError, "last value of 10", "0"),
+        bad(op, "cu_seqlens", cu(1, 6, 10), ValueError, "first value of 0", "1"),
+        bad(op, "cu_seqlens", cu(-1, 6, 10), ValueError, "first value of 0", "-1"),
+        bad(op, "cu_seqlens", cu(0, 6, 4, 10), ValueError, "ascending", "-2 at image 1"),
+        bad(op, "cu_seqlens", cu(0, 6, -4, 10), ValueError, "ascending", "-10 at image 1"),
+        bad(op, "cu_seqlens", cu(0, 2**31 - 1, -(2**31), 10), ValueError, f"at least {2**31 - 1}", named="max_seqlen"),
+        bad(op, "cu_seqlens", cu(0, 6, 9), ValueError, "last value of 10, the number of rows", "9"),
+        bad(op, "cu_seqlens", cu(0, 6, 11), ValueError, "last value of 10, the number of rows", "11"),
+        bad(op, "cu_seqlens", torch.empty(4, dtype=torch.int32, device="meta"), ValueError, "device cpu", "meta"),
+        bad(op, "max_seqlen", 5, ValueError, "at least 6, the length of image 0", "5"),
+        bad(op, "max_seqlen", 0, ValueError, "at least 6", "0"),
+        bad(op, "max_seqlen", -1, ValueError, ">= 0", "-1"),
+    ]
+
+
+def bad_prefix(op: str) -> list[Any]:
+    return [
+        bad(op, "num_prefix", 5, ValueError, "at most 4, the length of image 2", "5"),
+        bad(op, "num_prefix", -1, ValueError, ">= 0", "-1"),
+        bad(op, "num_prefix", 2**40, ValueError, "at most 6", str(2**40)),
+    ]
+
+
+def bad_kind(op: str) -> list[Any]:
+    return [
+        bad(op, "kind", "class", ValueError, "'cls', 'column', 'cls_value'", "'class'"),
+        bad(op, "kind", "", ValueError, "'cls', 'column', 'cls_value'", "''"),
+        bad(op, "num_prefix", 0, ValueError, "at least 1 for kind 'cls'", "0", "kind='column'"),
+    ]
+
+
+def bad_keep(op: str) -> list[Any]:
+    return [
+        *(bad(op, "keep", value, ValueError, "(0, 1]", repr(value)) for value in (0.0, -0.1, 1.0001, 55.0)),
+        *(bad(op, "keep", value, ValueError, "(0, 1]", repr(value)) for value in (float("nan"), float("inf"))),
+        *(bad(op, "keep", value, ValueError, ">= 1", repr(value)) for value in (0, -3)),
+        bad(op, "keep", 4, ValueError, "at most 3, the patches of image 2", "4"),
+        bad(op, "keep", 2**40, ValueError, "at most 5, the patches of image 0", str(2**40)),
+        *(bad(op, "keep", value, TypeError, "float in (0, 1]", repr(value)) for value in ("half", True, [0.5])),
+    ]
+
+
+def bad_mass(op: str) -> list[Any]:
+    return [
+        *(bad(op, "mass", value, ValueError, "(0, 1]", repr(value)) for value in (0.0, -0.1, 1.0001, 2, 0)),
+        *(bad(op, "mass", value, ValueError, "(0, 1]", repr(value)) for value in (float("nan"), float("inf"))),
+        *(bad(op, "mass", value, TypeError, "(0, 1]", repr(value)) for value in ("most", True, [0.5])),
+    ]
+
+
+def bad_selection(op: str) -> list[Any]:
+    def with_indices(*rows: int) -> sk.Selection:
+        return selection(rows)
+
+    indices = "selection.indices"
+    cases = [
+        bad(op, "selection", with_indices(0, 2, 5, 6, 8, 10), ValueError, "[0, 10)", "10 at position 5", named=indices),
+        bad(op, "selection", with_indices(-1, 2, 5, 6, 8, 9), ValueError, "[0, 10)", "-1 at position 0", named=indices),
+        bad(op, "selection", with_indices(0, 2, 2, 6, 8, 9), ValueError, "ascending", "2 after 2", named=indices),
+        bad(op, "selection", with_indices(2, 0, 5, 6, 8, 9), ValueError, "ascending", "0 after 2", named=indices),
+        bad(op, "selection", selection(dtype=torch.int64), TypeError, "int32", "Long", named=indices),
+        bad(op, "selection", selection([INDICES]), ValueError, "1-D", "(1, 6)", named=indices),
+        bad(
+            op,
+            "selection",
+            selection([i for i in INDICES for _ in range(2)])._replace(
+                indices=torch.tensor([i for i in INDICES for _ in range(2)], dtype=torch.int32)[::2]
+            ),
+            ValueError,
+            "contiguous",
+            "stride 2",
+            named=indices,
+        ),
+        bad(
+            op,
+            "selection",
+            selection()._replace(indices=torch.empty(S, dtype=torch.int32, device="meta")),
+            ValueError,
+            "device cpu",
+            "meta",
+            named=indices,
+        ),
+        *(bad(op, "selection", value, TypeError, "Selection", type(value).__name__) for value in (7, "all", [0, 2])),
+        bad(op, "selection", torch.tensor(INDICES).int(), TypeError, "Selection", "Tensor"),
+    ]
+    if op != "compact_attention":
+        cases.append(bad(op, "selection", None, TypeError, "Selection", "NoneType"))
+    return cases
+
+
+def bad_rows(op: str, name: str) -> list[Any]:
+    rows = S if name == "y" else T
+    return [
+        bad(op, name, randn(rows), ValueError, "(T, C)", f"({rows},)"),
+        bad(op, name, randn(rows, 2, C), ValueError, "(T, C)", f"({rows}, 2, 32)"),
+        bad(op, name, randn(rows, C).int(), TypeError, "float32, bfloat16 or float16", "Int"),
+        bad(op, name, randn(rows, 2 * C)[:, ::2], ValueError, "contiguous last dimension", "stride 2"),
+    ]
+
+
+CASES = [
+    *(case for op in ATTENTION for case in bad_heads(op)),
+    *(case for op in PACKED for case in bad_offsets(op)),
+    *(case for op in PACKED if op != "compact_attention" for case in bad_prefix(op)),
+    *(case for op in ("score_tokens", "prune_attention") for case in bad_kind(op)),
+    *(case for op in ("select_topk", "prune_attention") for case in bad_keep(op)),
+    *bad_mass("select_mass"),
+    *(case for op in SELECTED for case in bad_selection(op)),
+    *bad_rows("gather_tokens", "x"),
+    *bad_rows("scatter_tokens", "y"),
+    *bad_rows("gather_add_norm", "x"),
+    *bad_rows("gather_add_norm", "y"),
+    bad("score_tokens", "kind", "cls_value", ValueError, "values", "None", named="v"),
+    bad("select_mass", "min_keep", 0, ValueError, ">= 1", "0"),
+    bad("select_mass", "min_keep", None, TypeError, "whole number", "None"),
+    bad("select_mass", "min_keep", 1.5, TypeError, "whole number", "1.5"),
+    bad("select_mass", "max_keep", 0, ValueError, "at least min_keep = 1", "0"),
+    bad("select_mass", "max_keep", "few", TypeError, "whole number", "'few'"),
+    *(
+        case
+        for op in ("select_topk", "select_mass")
+        for case in (
+            bad(op, "scores", randn(2, 5), ValueError, "(T,)", "(2, 5)"),
+            bad(op, "scores", randn(T).half(), TypeError, "float32", "Half"),
+            bad(op, "scores", randn(T).double(), TypeError, "float32", "Double"),
+            bad(op, "scores", randn(T).long(), TypeError, "float32", "Long"),
+            bad(op, "scores", randn(T + 1), ValueError, "last value of 11", "10", named="cu_seqlens"),
+        )
+    ),
+    bad(
+        "compact_attention",
+        "selection",
+        selection(offsets=(0, 3, 6)),
+        ValueError,
+        "(B + 1,) = 4",
+        "3",
+        named="selection.cu_seqlens",
+    ),
+    bad("compact_attention", "selection", selection(offsets=(0, 3, 3, 5)), ValueError, "6", "0 to 5", named="selection.cu_seqlens"),
+    bad("compact_attention", "selection", selection(offsets=(1, 3, 3, 6)), ValueError, "0", "1 to 6", named="selection.cu_seqlens"),
+    bad("compact_attention", "selection", selection(offsets=(0, 4, 3, 6)), ValueError, "", named="selection"),
+    bad("compact_attention", "selection", selection(offsets=(0, 2, 2, 6)), ValueError, "[6, 10) for image 2", named="selection.indices"),
+    bad("compact_attention", "selection", selection(offsets=(0, 3, 4, 6)), ValueError, "[6, 6) for image 1", named="selection.indices"),
+    bad("scatter_tokens", "total", 9, ValueError, "[0, 9)", "9 at position 5", named="selection.indices"),
+    bad("scatter_tokens", "total", -1, ValueError, ">= 0", "-1"),
+    bad("scatter_tokens", "y", randn(S - 1, C), ValueError, "5", "6", named="selection.indices"),
+    bad("scatter_tokens", "base", randn(T, C - 1), ValueError, "(10, 32)", "(10, 31)"),
+    bad("scatter_tokens", "base", randn(T - 1, C), ValueError, "(10, 32)", "(9, 32)"),
+    bad("scatter_tokens", "base", randn(T, C).half(), TypeError, "Float as y", "Half"),
+    bad("scatter_tokens", "base", torch.empty(T, C, device="meta"), ValueError, "device cpu", "meta"),
+    bad("gather_add_norm", "y", randn(S + 1, C), ValueError, "6 rows", "(7, 32)"),
+    bad("gather_add_norm", "y", randn(S, C + 1), ValueError, "32 channels", "(6, 33)"),
+    bad("gather_add_norm", "y", torch.empty(S, C, device="meta"), ValueError, "device cpu", "meta"),
+    *(
+        case
+        for name in ("weight", "bias", "gamma")
+        for case in (
+            bad("gather_add_norm", name, randn(C + 1), ValueError, "(32,)", "(33,)"),
+            bad("gather_add_norm", name, randn(1, C), ValueError, "(32,)", "(1, 32)"),
+            bad("gather_add_norm", name, randn(C).int(), TypeError, "float32", "Int"),
+            bad("gather_add_norm", name, torch.empty(C, device="meta"), ValueError, "device cpu", "meta"),
+        )
+    ),
+    *(
+        bad("gather_add_norm", "eps", value, ValueError, "> 0", f"{value:.0g}")
+        for value in (0.0, -1e-6, float("nan"), float("inf"))
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "argument", "value", "error", "named", "words"), CASES)
+def test_message(
+    op: str, argument: str, value: Any, error: type[Exception], named: str, words: tuple[str, ...]
+) -> None:
+    """"op: argument: expected X, got Y. Cure"."""
+    arguments = GOOD[op]() | {argument: value}
+    with pytest.raises(error) as caught:
+        getattr(sk, op)(**arguments)
+    assert type(caught.value) is error
+    message = str(caught.value)
+    assert re.match(rf"{op}: {re.escape(named)}[\w.]*: expected .+, got .+\. \S", message, re.DOTALL), message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_a_stranger_in_place_of_a_tensor(op: str) -> None:
+    for name, value in GOOD[op]().items():
+        if not isinstance(value, Tensor):
+            continue
+        for stranger in (None, 3, "x", [1.0], object()):
+            if stranger is None and name in ("base", "gamma"):
+                continue
+            found = type(stranger).__name__
+            with pytest.raises(TypeError, match=rf"^{op}: {name}: expected a Tensor, got {found}\. \S"):
+                getattr(sk, op)(**GOOD[op]() | {name: stranger})
+
+
+@pytest.mark.parametrize("op", SELECTED)
+def test_a_stranger_in_a_selection(op: str) -> None:
+    for stranger in (None, 3, [0, 2]):
+        broken = selection()._replace(indices=stranger)
+        with pytest.raises(TypeError, match=rf"^{op}: selection.indices: expected a Tensor, got .*\. \S"):
+            getattr(sk, op)(**GOOD[op]() | {"selection": broken})
+
+
+@pytest.mark.parametrize("op", PACKED)
+def test_a_stranger_in_place_of_a_number(op: str) -> None:
+    numbers = {"max_seqlen": (None, "6", 6.5, [6])} | ({} if op == "compact_attention" else {"num_prefix": (None, "1", [1])})
+    for name, strangers in numbers.items():
+        for stranger in strangers:
+            with pytest.raises((TypeError, RuntimeError)) as caught:
+                getattr(sk, op)(**GOOD[op]() | {name: stranger})
+            assert op in str(caught.value)
+            assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_device_without_a_kernel(op: str) -> None:
+    arguments = {
+        name: value.to("meta") if isinstance(value, Tensor) else value for name, value in GOOD[op]().items()
+    }
+    with pytest.raises(RuntimeError, match=rf"^{op}: .*'meta'.*backend\(\"reference\"\)"):
+        getattr(sk, op)(**arguments)
+
+
+def test_exactly_one_of_keep_and_mass() -> None:
+    for given in ({"keep": None}, {"mass": 0.5}):
+        with pytest.raises(ValueError, match=r"^prune_attention: keep: expected exactly one of keep and mass, got .*\. \S"):
+            sk.prune_attention(**GOOD["prune_attention"]() | given)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.1, float("nan")])
+def test_mass_of_prune_attention(value: float) -> None:
+    with pytest.raises(ValueError, match=r"^prune_attention: mass: expected .* got .*\. \S"):
+        sk.prune_attention(**GOOD["prune_attention"]() | {"keep": None, "mass": value})
+
+
+def test_same_messages_from_the_registered_ops() -> None:
+    """torch.ops.sait.* check for themselves."""
+    q = heads()
+    with pytest.raises(ValueError, match="compact_attention: max_seqlen: expected at least 6"):
+        torch.ops.sait.compact_attention(q, q, q, cu_of(LENGTHS), 5, None, None, None)
+    with pytest.raises(ValueError, match="compact_attention: selection: expected indices and cu_seqlens together"):
+        torch.ops.sait.compact_attention(q, q, q, cu_of(LENGTHS), 6, selection().indices, None, None)
+    with pytest.raises(ValueError, match="compact_attention_backward: grad: expected shape"):
+        torch.ops.sait.compact_attention_backward(randn(T, 3), q, q, q, cu_of(LENGTHS), 6, None, None, None)
+    with pytest.raises(ValueError, match="score_tokens_backward: grad: expected shape"):
+        torch.ops.sait.score_tokens_backward(randn(3), q, q, None, cu_of(LENGTHS), 6, "cls", 1, None)
+    with pytest.raises(ValueError, match="gather_add_norm_backward: grad_normed: expected shape"):
+        x = randn(S, C)
+        torch.ops.sait.gather_add_norm_backward(x, x[:2], x, x, randn(C), None, 1e-6)
+    with pytest.raises(ValueError, match="select_topk: keep: expected exactly one"):
+        torch.ops.sait.select_topk(randn(T), cu_of(LENGTHS), 6, None, None, 1)
+
+
+def test_bad_arguments_leave_nothing_behind() -> None:
+    """A refused call does not disturb the next one."""
+    want = sk.prune_attention(**GOOD["prune_attention"]())[0]
+    with pytest.raises(ValueError, match="max_seqlen"):
+        sk.prune_attention(**GOOD["prune_attention"]() | {"max_seqlen": 1})
+    assert torch.equal(sk.prune_attention(**GOOD["prune_attention"]())[0], want)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_fuzz(seed: int) -> None:
+    """Thousands of calls with random changes, in a process of its own, so that a crash is a failure and not the end."""
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", str(Path(__file__).with_name("fuzz.py")), str(seed), "2000"],
+        capture_output=True,
+        text=True,
+        cwd=Path(sk.__file__).parent.parent,
+        env=None,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert "2000 calls" in done.stdout

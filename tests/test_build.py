@@ -1,0 +1,158 @@
+"""The compiled library: what it tells of itself, and what happens where it is missing or built for another torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ISAS, randn
+from torch.profiler import ProfilerActivity, profile
+
+import sait_kernels as sk
+from sait_kernels import library
+
+PACKAGE = Path(sk.__file__).parent
+TORCH = torch.__version__
+
+
+def run(*arguments: str, folder: Path = PACKAGE.parent) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(folder)},
+        check=False,
+    )
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A folder with a copy of the package that a test may damage."""
+    shutil.copytree(PACKAGE, tmp_path / "sait_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_library_is_there() -> None:
+    assert library.module is not None, library.problem
+    assert library.problem == ""
+
+
+def test_facts() -> None:
+    built = library.module
+    assert built is not None
+    assert built.torch_version.split("+")[0] == TORCH.split("+")[0]
+    assert built.compiler
+    assert bool(built.cuda_version) == bool(built.cuda_archs)
+    assert built.best_isa() in ISAS
+    assert built.isa() == built.best_isa()
+    assert isinstance(built.has_brgemm_f32(), bool)
+    assert isinstance(built.has_brgemm_bf16(), bool)
+
+
+def test_instruction_set_can_be_lowered_only() -> None:
+    built = library.module
+    assert built is not None
+    best = built.best_isa()
+    try:
+        for name in ISAS[: ISAS.index(best) + 1]:
+            built.set_isa(name)
+            assert built.isa() == name
+        with pytest.raises(ValueError, match=r"set_isa: expected 'portable', .* got 'sse9'"):
+            built.set_isa("sse9")
+        for name in ISAS[ISAS.index(best) + 1 :]:
+            with pytest.raises(ValueError, match=f"this machine has no {name}; its best is {best}"):
+                built.set_isa(name)
+        assert built.isa() == best
+    finally:
+        built.set_isa(best)
+
+
+def test_info() -> None:
+    done = run("-m", "sait_kernels.info")
+    assert done.returncode == 0, done.stderr
+    assert sk.__version__ in done.stdout
+    assert f"built for torch {TORCH.split('+')[0]}" in done.stdout
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    for op in ("score_tokens", "select_topk", "select_mass", "compact_attention", "prune_attention", "gather_add_norm"):
+        assert "cpu: yes" in lines[op]
+
+
+REFERENCE_WORKS = """
+import torch, sait_kernels as sk
+x, selection = torch.randn(4, 3), sk.Selection(torch.tensor([0, 2]), torch.tensor([0, 2]), 2)
+with sk.backend("reference"):
+    assert torch.equal(sk.gather_tokens(x, selection), x[[0, 2]])
+print("can:", sk.can_run("gather_tokens", "cpu"))
+try:
+    sk.gather_tokens(x, selection)
+except RuntimeError as error:
+    print("error:", error)
+"""
+
+
+def check_unusable(folder: Path, *words: str) -> None:
+    """A warning at import, the same problem from can_run, from a call and from info; the reference works."""
+    done = run("-c", REFERENCE_WORKS, folder=folder)
+    assert done.returncode == 0, done.stderr
+    info = run("-m", "sait_kernels.info", folder=folder)
+    assert info.returncode == 0, info.stderr
+    warning = next(line for line in done.stderr.splitlines() if "UserWarning" in line)
+    answer, error = done.stdout.splitlines()
+    assert answer.startswith("can: (False")
+    assert error.startswith("error: gather_tokens")
+    for message in (warning, answer, error, info.stdout):
+        for word in (*words, TORCH, "pip install --no-build-isolation ."):
+            assert word in message
+    assert 'backend("reference")' in warning
+    assert 'backend("reference")' in error
+
+
+def test_built_for_another_torch(copy: Path) -> None:
+    (copy / "sait_kernels/_build_info.py").write_text('TORCH = "1.13.1+cu117"\nCUDA = "11.7"\nBUILT = ""\n')
+    check_unusable(copy, "was built for torch 1.13.1+cu117 (CUDA 11.7)")
+
+
+def test_no_library(copy: Path) -> None:
+    for file in (*(copy / "sait_kernels").glob("_C*"), copy / "sait_kernels/_build_info.py"):
+        file.unlink()
+    check_unusable(copy, "no compiled library")
+
+
+def test_library_that_does_not_load(copy: Path) -> None:
+    for file in (copy / "sait_kernels").glob("_C*"):
+        file.write_bytes(b"not a library")
+    check_unusable(copy, f"was built for torch {TORCH}", "does not load")
+
+
+def test_library_gone_but_its_facts_left(copy: Path) -> None:
+    for file in (copy / "sait_kernels").glob("_C*"):
+        file.unlink()
+    check_unusable(copy, f"was built for torch {TORCH}", "does not load")
+
+
+def test_poisoned_memory_reaches_the_ops() -> None:
+    """The fixture that fills fresh memory with NaN holds for what the library allocates, too."""
+    x, cu = randn(8, 1, 8), sk.uniform_cu_seqlens(1, 8)
+    selection = sk.select_topk(x[:, 0, 0].contiguous(), cu, 8, keep=0.5)
+    calls = {
+        "gather_tokens": lambda: sk.gather_tokens(x.flatten(1), selection),
+        "score_tokens": lambda: sk.score_tokens(x, x, cu, 8),
+        "compact_attention": lambda: sk.compact_attention(x, x, x, cu, 8),
+        "select_topk": lambda: sk.select_topk(x[:, 0, 0].contiguous(), cu, 8, keep=0.5),
+    }
+    for op, call in calls.items():
+        with profile(activities=[ProfilerActivity.CPU]) as measured:
+            call()
+        (event,) = (event for event in measured.events() if event.name == f"sait::{op}")
+
+        def names(event) -> list[str]:
+            return [event.name, *(name for child in event.cpu_children for name in names(child))]
+
+        assert names(event).count("aten::fill_") >= 1, op
