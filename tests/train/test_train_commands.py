@@ -92,10 +92,16 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys, words, message):
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
     words = words.format(here=tmp_path, config=trained / "config.yaml", model=trained / "out" / "model.safetensors")
-    assert typed(words) != 0
+    assert typed(words) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_run_that_stops_is_one_line_too(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    assert typed(f"train --config {trained / 'config.yaml'} --out {tmp_path}") == 1
+    assert capsys.readouterr().err.startswith("sait: the gradient is nan in epoch 1, step 1 of 2 (dense); there is no")
 
 
 def test_eval_of_a_model_for_other_classes(tmp_path, capsys, monkeypatch):

@@ -98,11 +98,13 @@ def line(row: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def training(device: str | None) -> Iterator[Processes | None]:
     """The processes that train on a device, if one is named; what stops a training is one line."""
-    from sait.train import TrainingError
+    from sait.train import StoppedError, TrainingError
     from sait.train.processes import processes
 
     try:
         with processes(device) if device else contextlib.nullcontext() as found:
             yield found
     except TrainingError as error:
-        raise typer.TyperException(options.one_line(error)) from error
+        failure = typer.TyperException(options.one_line(error))
+        failure.exit_code = 1 if isinstance(error, StoppedError) else 2
+        raise failure from error

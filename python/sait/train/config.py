@@ -22,7 +22,11 @@ Range = float | list[float] | None
 
 
 class TrainingError(RuntimeError):
-    """What stops a training; its message is one line that says what to do."""
+    """Why a training cannot run as it is asked to; the message is one line that says what to do."""
+
+
+class StoppedError(TrainingError):
+    """Why a training that was asked for rightly cannot go on."""
 
 
 @dataclass(frozen=True)

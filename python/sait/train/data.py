@@ -99,7 +99,7 @@ class CanvasData:
         try:
             self.test = canvas.Canvas("test", self.test_images, **self.look)
         except ValueError as error:
-            raise TrainingError(f"--data: {error}") from error
+            raise TrainingError(f"--data: {error} Set model_kwargs={{img_size: 64, patch_size: 8}}.") from error
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         """The same global batches for any number of processes, each of which takes every world_size-th image."""

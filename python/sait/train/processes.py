@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 
-from sait.train.config import TrainingError
+from sait.train.config import StoppedError, TrainingError
 
 # What gloo and nccl say when the other end of a connection has vanished.
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "NCCL error")
@@ -53,7 +53,7 @@ def processes(device: str) -> Iterator[Processes]:
         yield Processes(found["global_rank"], found["world_size"], torch.device(found["device"]))
     except RuntimeError as error:
         if not isinstance(error, TrainingError) and any(words in str(error) for words in GONE):
-            raise TrainingError(
+            raise StoppedError(
                 f"process {found['global_rank']}: another process of this run is gone; its own message says why. "
                 "Start again with --resume: the last checkpoint is whole."
             ) from error

@@ -27,7 +27,7 @@ from sait.density import record_scores, selections, set_density
 from sait.plan import Plan, Stage
 from sait.sparse import sparsify
 from sait.throughput import Density
-from sait.train.config import Config, TrainingError
+from sait.train.config import Config, StoppedError, TrainingError
 from sait.train.data import Data, class_names, expected_by, open_data
 from sait.train.distill import Teacher, attention_loss, load_teacher, logit_loss, patch_shares
 from sait.train.evaluate import evaluate
@@ -212,7 +212,7 @@ class Trainer:
         if math.isfinite(value.item()):
             return
         kept = f"{self.out / STATE} holds epoch {self.epoch}" if self.epoch else "there is no checkpoint yet"
-        raise TrainingError(
+        raise StoppedError(
             f"{what} is {value.item()} in {where}; {kept}. Lower lr or clip, or set amp to none, and use --resume."
         )
 
