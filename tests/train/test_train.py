@@ -177,7 +177,7 @@ def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path, monkeyp
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
         where = r"the gradient is inf in epoch 2, step 2 of 2 \(sparse\)"
     out = tmp_path / "out"
-    with pytest.raises(TrainingError, match=where + ".*last.pt holds epoch 1"):
+    with pytest.raises(TrainingError, match=where + ".*model.safetensors holds epoch 1"):
         short.run(out, epochs=3)
     monkeypatch.undo()
     assert [row["epoch"] for row in metrics(out)] == ["1"]

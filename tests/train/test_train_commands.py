@@ -117,3 +117,12 @@ def test_eval_of_a_model_for_other_classes(tmp_path, capsys, monkeypatch):
 def test_help_has_examples(command, capsys):
     assert typed(f"{command} --help") == 0
     assert f"sait {command} " in capsys.readouterr().out
+
+
+def test_show_draws_easy_and_hard_digits(trained, tmp_path, capsys):
+    assert typed(f"show --model {trained / 'out' / 'model.safetensors'} --keep 0.5 --mass 0.9 --out {tmp_path}") == 0
+    names = [f"{ease}-{label}.png" for ease in ("easy", "hard") for label in range(3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert "trained weights; block 1, score cls" in " ".join(capsys.readouterr().out.split())
+    assert typed("show --model nowhere.safetensors") == 2
+    assert "--model: cannot read nowhere.safetensors" in capsys.readouterr().err

@@ -211,10 +211,10 @@ class Trainer:
     def _check_finite(self, what: str, value: Tensor, where: str) -> None:
         if math.isfinite(value.item()):
             return
-        kept = f"{self.out / STATE} holds epoch {self.epoch}" if self.epoch else "there is no checkpoint yet"
-        raise StoppedError(
-            f"{what} is {value.item()} in {where}; {kept}. Lower lr or clip, or set amp to none, and use --resume."
-        )
+        kept = "there is no checkpoint yet"
+        if self.epoch:
+            kept = f"{self.out / MODEL} holds epoch {self.epoch}, to go on from with --init and another --out"
+        raise StoppedError(f"{what} is {value.item()} in {where}; {kept}. Lower lr or clip, or set amp to none.")
 
     def _evaluate(self, advance: Advance) -> Row:
         config = self.config
