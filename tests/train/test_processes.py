@@ -98,6 +98,20 @@ def test_a_killed_process_ends_the_run_and_it_can_go_on(together, tmp_path):
         torch.testing.assert_close(weights[key], whole[key], rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_left_of_a_run_says_in_one_line_that_another_process_is_gone(monkeypatch):
+    from sait.train import StoppedError
+    from sait.train import processes as module
+
+    monkeypatch.setattr(module, "is_distributed_env", lambda: True)
+    found = {"global_rank": 1, "world_size": 2, "device": "cpu"}
+    monkeypatch.setattr(module, "init_distributed_device_so", lambda _: found)
+    monkeypatch.setattr(module.dist, "destroy_process_group", lambda: None)
+    with pytest.raises(StoppedError, match="process 1: another process of this run is gone"), module.processes("cpu"):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5000")
+    with pytest.raises(RuntimeError, match=r"^a shape is wrong$"), module.processes("cpu"):
+        raise RuntimeError("a shape is wrong")
+
+
 def test_a_batch_is_shared_evenly():
     import small
     from sait.train.config import TrainingError
