@@ -1,6 +1,7 @@
 # make demo     set up, build, and run `sait bench` and `sait show` into demo/
 # make install  set up and build
 # make test     the test suite                    make check   lint, format, types
+# make paper    train every variant on canvas (hours), and write docs/accuracy.md
 # make bench    every op and model against torch  make report  README tables from the newest results
 # make clean    remove what was built (not .venv)
 #
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RESULTS := benchmarks/results
 
-.PHONY: demo install test check bench report clean
+.PHONY: demo install test check bench report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -50,6 +51,9 @@ bench: install $(VENV)/.requirements-dev
 
 report: $(VENV)/.requirements
 	$(BIN)/python benchmarks/report.py
+
+paper: install
+	$(BIN)/python benchmarks/paper.py
 
 clean:
 	rm -rf build dist demo *.egg-info python/*.egg-info sait_kernels/*.so sait_kernels/_build_info.py $(VENV)/.build

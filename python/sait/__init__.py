@@ -1,6 +1,8 @@
 """Vision Transformers that drop the tokens they do not need: plans, sparsify for timm models, and a reference ViT."""
 
-from sait.density import kept_mask, selections, set_density
+from sait import data
+from sait.checkpoint import load, save
+from sait.density import kept_mask, record_scores, selections, set_density
 from sait.macs import macs
 from sait.plan import Plan, Stage
 from sait.sparse import restore, sparsify
@@ -10,9 +12,13 @@ __all__ = [
     "Plan",
     "SaitViT",
     "Stage",
+    "data",
     "kept_mask",
+    "load",
     "macs",
+    "record_scores",
     "restore",
+    "save",
     "selections",
     "set_density",
     "sparsify",

@@ -31,34 +31,30 @@ class Tokens(NamedTuple):
 
 
 def run_block(
-    block: Any, tokens: Tokens, stage: Stage | None, score: str, num_prefix: int
-) -> tuple[Tokens, Selection | None]:
+    block: Any, tokens: Tokens, stage: Stage | None, score: str, num_prefix: int, wants_scores: bool = False
+) -> tuple[Tokens, Selection | None, Tensor | None]:
     """What the block makes of its tokens; with a stage, of those that stay, and which these are.
 
     All that follows the softmax is row-wise, so the dropped rows are dropped before their attention is computed.
+    With ``wants_scores`` the scores of the stage are the third result, (T,), differentiable, of tokens kept or not.
     """
     attn = block.attn
     normed = block.norm1(tokens.x)
     qkv = packed(linear(attn.qkv, normed))
     q, k, v = qkv.unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)  # (T, H, D) each
     q, k = attn.q_norm(q), attn.k_norm(k)
+    scores = None
+    if wants_scores and stage is not None:
+        values = v if score == "cls_value" else None
+        lengths = (tokens.cu_seqlens, tokens.max_seqlen)
+        scores = sk.score_tokens(q, k, *lengths, kind=score, num_prefix=num_prefix, v=values)
     if stage is None or stage.keeps_all:
         out = sk.compact_attention(q, k, v, tokens.cu_seqlens, tokens.max_seqlen)
         y = _project(attn, out.view(*tokens.x.shape[:2], attn.attn_dim), normed)
         x = tokens.x + drop_path(block.drop_path1, block.ls1(y), tokens)
-        return _mlp(block, tokens._replace(x=x), block.norm2(x)), None
+        return _mlp(block, tokens._replace(x=x), block.norm2(x)), None, scores
 
-    out, selection = sk.prune_attention(
-        q,
-        k,
-        v,
-        tokens.cu_seqlens,
-        tokens.max_seqlen,
-        keep=stage.keep,
-        mass=stage.mass,
-        kind=score,
-        num_prefix=num_prefix,
-    )
+    out, selection = _prune(q, k, v, tokens, stage, score, num_prefix, scores)
     ragged = tokens.ragged or stage.mass is not None
     shape = (1, out.shape[0]) if ragged else (tokens.images, selection.max_seqlen)
     if attn.gate is not None:
@@ -76,7 +72,32 @@ def run_block(
         x = sk.gather_tokens(packed(tokens.x), selection).view(y.shape)
         x = x + drop_path(block.drop_path1, block.ls1(y), kept)
         normed = block.norm2(x)
-    return _mlp(block, kept._replace(x=x), normed), selection
+    return _mlp(block, kept._replace(x=x), normed), selection, scores
+
+
+def _prune(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tokens,
+    stage: Stage,
+    score: str,
+    num_prefix: int,
+    scores: Tensor | None,
+) -> tuple[Tensor, Selection]:
+    """Attention of the rows that a stage keeps, and which these are; by ``scores`` where they are known already."""
+    lengths = (tokens.cu_seqlens, tokens.max_seqlen)
+    if scores is None:
+        return sk.prune_attention(
+            q, k, v, *lengths, keep=stage.keep, mass=stage.mass, kind=score, num_prefix=num_prefix
+        )
+    known = scores.detach()
+    if stage.keep is not None:
+        selection = sk.select_topk(known, *lengths, keep=stage.keep, num_prefix=num_prefix)
+    else:
+        assert stage.mass is not None
+        selection = sk.select_mass(known, *lengths, mass=stage.mass, num_prefix=num_prefix)
+    return sk.compact_attention(q, k, v, *lengths, selection=selection), selection
 
 
 def packed(x: Tensor) -> Tensor:

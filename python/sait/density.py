@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +34,7 @@ class State:
         self.plan = plan
         self.active = active  # None: dense
         self.last: Record | None = None
+        self.recorded: list[Tensor] | None = None  # where record_scores asks for the scores
 
     def __reduce__(self) -> tuple[Any, ...]:
         return State, (self.plan, self.active)  # the record of a forward is not the copy's
@@ -122,6 +125,36 @@ def kept_mask(model: nn.Module) -> tuple[Tensor, tuple[int, int]]:
     mask = torch.zeros(images * last.tokens, dtype=torch.bool, device=kept.indices.device)
     mask[kept.indices.long()] = True
     return mask.view(images, last.tokens)[:, last.num_prefix :], last.grid
+
+
+@contextlib.contextmanager
+def record_scores(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the scores of every stage in the forwards of this block: what distillation of the scores learns from.
+
+    A stage with keep=1.0 is scored, too, though it drops nothing; a dense model (set_density without arguments) is
+    not. Not for a model that another thread runs meanwhile.
+
+    Args:
+        model: from sparsify.
+
+    Returns:
+        A list that grows by one tensor a stage and forward: (T,) float32, a score for each row that the stage's block
+        saw, prefix rows included; differentiable.
+
+    Raises:
+        TypeError: the model is not one that sparsify changed.
+    """
+    state = state_of(model, "record_scores")
+    if not hasattr(model, "_sait_original"):
+        raise TypeError(
+            f"record_scores: model: expected one that sait.sparsify changed, got {type(model).__name__}. Build the "
+            "timm model of the same weights and sparsify it."
+        )
+    before, state.recorded = state.recorded, []
+    try:
+        yield state.recorded
+    finally:
+        state.recorded = before
 
 
 def all_rows(images: int, tokens: int, device: torch.device) -> Selection:

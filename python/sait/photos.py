@@ -37,6 +37,26 @@ def sample_photos() -> dict[str, Image.Image]:
     return {name: Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower")}
 
 
+def canvas_examples(side: int, each: int = 3) -> dict[str, Image.Image]:
+    """name -> image of canvas's test split: digits of ``each`` classes, an easy and a hard one of each.
+
+    Easy is large and of high contrast, hard is small and pale.
+    """
+    from sait.data import Canvas
+
+    canvas = Canvas("test", 500, img_size=side)
+    place = canvas.placements
+    ease = place.side * place.contrast
+    chosen = {}
+    for label in range(each):
+        of_label = (place.label == label).nonzero().flatten()
+        for name, best in (("easy", ease[of_label].argmax()), ("hard", ease[of_label].argmin())):
+            image, _ = canvas[int(of_label[best])]
+            pixels = ((image * canvas.std + canvas.mean) * 255).round().byte().permute(1, 2, 0).numpy()
+            chosen[f"{name}-{label}"] = Image.fromarray(pixels)
+    return chosen
+
+
 def fit(photo: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The largest centred crop of the shape ``size`` (height, width), resized to it."""
     height, width = size

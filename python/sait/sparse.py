@@ -169,13 +169,16 @@ def _forward_tokens(model: Any, plan: Plan, x: Tensor, attn_mask: Tensor | None,
     cu_seqlens = sk.uniform_cu_seqlens(B, N, x.device)
     tokens = Tokens(x, cu_seqlens, N, ragged=False)
     kept: list[Selection] = []
+    recorded = model._sait.recorded
     for i, block in enumerate(model.blocks):
         stage = plan.stage_at(i)
-        arguments = (block, tokens, stage, plan.score, model.num_prefix_tokens)
+        arguments = (block, tokens, stage, plan.score, model.num_prefix_tokens, recorded is not None)
         if model.grad_checkpointing:
-            tokens, selection = checkpoint(run_block, *arguments, use_reentrant=False)
+            tokens, selection, scores = checkpoint(run_block, *arguments, use_reentrant=False)
         else:
-            tokens, selection = run_block(*arguments)
+            tokens, selection, scores = run_block(*arguments)
+        if recorded is not None and scores is not None:
+            recorded.append(scores)
         if selection is not None:
             kept.append(in_original_rows(selection, kept[-1] if kept else None))
         elif stage is not None:  # keep=1.0

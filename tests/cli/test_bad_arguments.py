@@ -40,7 +40,7 @@ BAD = {
     f"show {NO_IMAGE}": "no image",
     f"show --out {NO_IMAGE}": "cannot write",
     "show --model vit_base_patch16_gap_224": "column",  # no class token: the cure is another score
-    "train": "No such command",
+    "distil": "No such command",
     "bench --fast": "No such option",
 }
 
@@ -53,7 +53,7 @@ def test_one_line_and_exit_code_two(typed: str, capsys: pytest.CaptureFixture[st
     if "--weights" not in arguments:
         arguments += ["--weights", "random"]
     with pytest.raises(SystemExit) as exit_:
-        main(arguments if arguments[0] != "train" else ["train"])
+        main(arguments if arguments[0] != "distil" else ["distil"])
     output = capsys.readouterr()
     assert exit_.value.code == 2
     assert output.out == ""

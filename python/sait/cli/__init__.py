@@ -1,4 +1,7 @@
-"""The command line ``sait``: bench, show, info. One file per command; torch and timm are loaded when a command runs."""
+"""The command line ``sait``: bench, show, train, eval, tune, info.
+
+One file per command; torch and timm are loaded when a command runs.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from collections.abc import Sequence
 
 import typer
 
-from sait.cli import bench, info, show
+from sait.cli import bench, eval, info, show, train, tune
 
 app = typer.Typer(
-    help="Vision Transformers that drop the tokens they do not need. Try: sait bench, sait show, sait info.",
+    help="Vision Transformers that drop the tokens they do not need. "
+    "Try: sait bench, sait show, sait train, sait eval, sait tune, sait info.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -18,6 +22,9 @@ app = typer.Typer(
 )
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=show.EXAMPLES)(show.show)
+app.command(epilog=train.EXAMPLES)(train.train)
+app.command("eval", epilog=eval.EXAMPLES)(eval.evaluate)
+app.command(epilog=tune.EXAMPLES)(tune.tune)
 app.command()(info.info)
 
 

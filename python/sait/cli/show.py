@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,14 +17,20 @@ Examples:
 * sait show
 * sait show cat.jpg dog.png --keep 0.5 --keep 0.25 --out pictures
 * sait show --model vit_base_patch16_224 --block 5 --mass 0.8 --score column
+* sait show --model runs/sait/model.safetensors --keep 0.3 --mass 0.9 --out pictures
 """
 
 
 def show(
     images: Annotated[
-        list[Path] | None, typer.Argument(help="By default the two photos that scikit-learn ships.")
+        list[Path] | None,
+        typer.Argument(
+            help="By default the two photos that scikit-learn ships; for a checkpoint, test images of canvas."
+        ),
     ] = None,
-    model: options.Model = "deit_small_patch16_224",
+    model: Annotated[
+        str, typer.Option(help="Any timm Vision Transformer; or a checkpoint of `sait train`, which has its own block.")
+    ] = "deit_small_patch16_224",
     block: options.Block = 3,
     keep: options.Keep = [0.7, 0.45, 0.3],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [0.9],  # noqa: B006
@@ -39,29 +45,37 @@ def show(
     import torch
 
     import sait
-    from sait.photos import draw_kept, fit_to_grid, side_by_side, to_tensor
+    from sait.photos import canvas_examples, draw_kept, fit_to_grid, side_by_side, to_tensor
     from sait.throughput import Density
 
     place = options.check_device(device, backend)
     photos = options.open_photos(images or [])
     options.make_folder(out, "--out")
-    loaded, described = options.load_model(model, weights)
+    ranks = score.value
+    if model.endswith(".safetensors"):
+        loaded, block, ranks = load_checkpoint(model)
+        described = "trained weights"
+    else:
+        loaded, described = options.load_model(model, weights)
     expected = options.preprocessing(loaded)
+    if model.endswith(".safetensors"):
+        expected = expected._replace(size=loaded.patch_embed.img_size)
+        photos = photos if images else canvas_examples(expected.size[0])
     batch = torch.stack([to_tensor(photo, expected) for photo in photos.values()]).to(place, dtype.as_torch())
     densities = [*(Density(keep=k) for k in keep), *(Density(mass=m) for m in mass)]
-    options.check_prunable(loaded, block, score.value, densities)
+    options.check_prunable(loaded, block, ranks, densities)
     kept = {}
     with options.progress() as bar, options.running_on(backend), torch.inference_mode():
-        sait.sparsify(loaded.to(place, dtype.as_torch()), block=block, keep=1.0, score=score.value)
+        sait.sparsify(loaded.to(place, dtype.as_torch()), block=block, keep=1.0, score=ranks)
         for density in bar.track(densities, description="choosing patches"):
             sait.set_density(loaded, keep=density.keep, mass=density.mass)(batch)
             mask, grid = sait.kept_mask(loaded)
             kept[density] = mask.unflatten(1, grid)
     console = Console(highlight=False)
-    console.print(f"{model}, {described}; block {block}, score {score}")
+    console.print(f"{model}, {described}; block {block}, score {ranks}")
     if described.startswith("random"):
         console.print("With random weights the choice of patches carries no meaning.")
-    title = f"{model}, {described.partition(' (')[0]}: patches kept at block {block} by {score} score"
+    title = f"{model}, {described.partition(' (')[0]}: patches kept at block {block} by {ranks} score"
     for i, (name, photo) in enumerate(photos.items()):
         panels = [("photo", fit_to_grid(photo, grid))]
         for density, masks in kept.items():
@@ -70,3 +84,18 @@ def show(
         path = out / f"{name}.png"
         side_by_side(panels, title).save(path)
         console.print(f"written: {path}")
+
+
+def load_checkpoint(path: str) -> tuple[Any, int, str]:
+    """(the model, the first block where it drops tokens, its score)."""
+    from sait import checkpoint
+    from sait.density import state_of
+
+    try:
+        model = checkpoint.load(path)
+    except OSError as error:
+        options.bad("--model", f"cannot read {path}: {error.strerror}.")
+    except ValueError as error:
+        options.bad("--model", options.one_line(error))
+    plan = state_of(model, "show").plan
+    return model, plan.stages[0].block, plan.score

@@ -1,0 +1,166 @@
+"""The evidence for the method on canvas: trains every variant with several seeds, measures, writes docs/accuracy.md.
+
+``python benchmarks/paper.py`` or ``make paper``. Trainings that are done already are not repeated, and one that was
+interrupted goes on, so that the whole may take several sittings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import paper_report
+import sait
+import torch
+from rich.console import Console
+from sait import checkpoint, measure
+from sait.cli.train import line
+from sait.throughput import Density
+from sait.train import Config, evaluate, train
+from sait.train.config import read_config
+from sait.train.data import expected_by, open_data
+from sait.train.processes import Processes
+from sait.train.trainer import MODEL, STATE
+
+ROOT = Path(__file__).resolve().parents[1]
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+# name -> what is different from the config file. All but plain learn from the plain model of their seed.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"mode": "dense"},
+    "SaiT": {},
+    "SaiT, no distillation": {"alpha": 0.0},
+    "SaiT, column": {"score": "column"},
+    "sparse only": {"mode": "sparse", "keep": 0.45},
+}
+KEEPS = (0.85, 0.7, 0.6, 0.45, 0.3, 0.2, 0.15)
+MASSES = (0.95, 0.9, 0.8, 0.7, 0.5)
+SPEED_BATCH = 64
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "canvas.yaml")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "paper", help="folder of the trainings")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of tables, plots and figures")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=5000, help="test images")
+    options = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        models = {name: trained(name, seed, options.config, options.runs) for name in VARIANTS}
+        for name, path in models.items():
+            rows += accuracy_rows(name, seed, path, options.config, options.images)
+        rows += difficulty_rows(seed, models["SaiT"], options.images)
+    rows += speed_rows(models["SaiT"])
+    config = read_config(options.config, {})
+    document = measure.results(rows, config=config.to_dict(), parameters=parameters(models["SaiT"]))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "accuracy.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    paper_report.write(document, options.out)
+
+
+def trained(name: str, seed: int, config_file: Path, runs: Path) -> Path:
+    """The checkpoint of a variant, trained unless it is there."""
+    out = folder(name, seed, runs)
+    changes = {**VARIANTS[name], "seed": seed, "out": str(out)}
+    if name != "plain":
+        changes["teacher"] = str(folder("plain", seed, runs) / MODEL)
+    config: Config = read_config(config_file, changes)
+    path = out / MODEL
+    if path.exists() and checkpoint.read(path).metadata["metrics"][-1]["epoch"] == config.epochs:
+        return path
+    console = Console(stderr=True, highlight=False)
+    console.print(f"{name}, seed {seed}", style="bold")
+    resume = (out / STATE).exists()
+    return train(
+        config,
+        ALONE,
+        resume=resume,
+        command=f"python benchmarks/paper.py  # {name}, seed {seed}",
+        on_epoch=lambda row: console.print(line(row), soft_wrap=True),
+    )
+
+
+def folder(name: str, seed: int, runs: Path) -> Path:
+    return runs / f"{name.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
+
+
+def accuracy_rows(name: str, seed: int, path: Path, config_file: Path, images: int) -> Iterator[dict[str, Any]]:
+    """Every density; for SaiT also, for each mass, the fixed number of patches that is its mean."""
+    model = sait.load(path)
+    config = read_config(config_file, {"canvas_test_images": images})
+    data = open_data(config, expected_by(model), ALONE)
+    densities = [Density(), *map(Density, KEEPS), *(Density(mass=mass) for mass in MASSES)]
+    results = evaluate(model, data, densities, ALONE)
+    for result in results:
+        yield row(name, seed, result)
+    if name == "SaiT":
+        adaptive = [result for result in results if result.density.mass is not None]
+        counts = [Density(keep=round(result.tokens) - 1) for result in adaptive]
+        for twin, result in zip(adaptive, evaluate(model, data, counts, ALONE), strict=True):
+            yield {**row(name, seed, result), "twin": twin.label}
+
+
+def row(name: str, seed: int, result: Any) -> dict[str, Any]:
+    return {
+        "name": "accuracy",
+        "model": name,
+        "seed": seed,
+        "case": result.label,
+        "images": result.images,
+        "accuracy": result.accuracy,
+        "tokens": round(result.tokens, 2),
+        "gmac": result.gmac,
+    }
+
+
+@torch.no_grad()
+def difficulty_rows(seed: int, path: Path, images: int) -> Iterator[dict[str, Any]]:
+    """Patches that adaptive density keeps of the quarter with the greatest and the least digits, and contrasts."""
+    model = sait.set_density(sait.load(path), mass=0.9)
+    expected = expected_by(model)
+    canvas = sait.data.Canvas("test", images, img_size=expected.size[1], mean=expected.mean, std=expected.std)
+    kept = []
+    for batch, _ in canvas.batches(128):
+        model(batch)
+        kept.append(sait.selections(model)[-1].cu_seqlens.diff() - model.num_prefix_tokens)
+    patches = torch.cat(kept).float()
+    for what, values in (("size", canvas.placements.side), ("contrast", canvas.placements.contrast)):
+        order, quarter = values.argsort(), len(values) // 4
+        for quartile, chosen in (("greatest", order[-quarter:]), ("least", order[:quarter])):
+            yield {
+                "name": "difficulty",
+                "case": f"{quartile} {what}",
+                "seed": seed,
+                "patches": round(patches[chosen].mean().item(), 2),
+            }
+
+
+def speed_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Forwards of one batch at every density, interleaved; speed does not depend on the seed."""
+    model = sait.load(path)
+    expected = expected_by(model)
+    canvas = sait.data.Canvas("test", SPEED_BATCH, img_size=expected.size[1], mean=expected.mean, std=expected.std)
+    images, _ = canvas.batch(range(SPEED_BATCH))
+    densities = [Density(), *map(Density, KEEPS), *(Density(mass=mass) for mass in MASSES)]
+
+    def forward(density: Density) -> Any:
+        return lambda: sait.set_density(model, keep=density.keep, mass=density.mass)(images)
+
+    with torch.inference_mode():
+        seconds = measure.interleave([forward(density) for density in densities], 20)
+    for density, taken in zip(densities, seconds, strict=True):
+        case = "dense" if density == Density() else density.label
+        yield {"name": "speed", "case": case, "batch": SPEED_BATCH, "images_per_s": round(SPEED_BATCH / taken, 1)}
+
+
+def parameters(path: Path) -> int:
+    return sum(parameter.numel() for parameter in sait.load(path).parameters())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""``python -m sait.cli``: what torchrun starts."""
+
+from sait.cli import main
+
+main()

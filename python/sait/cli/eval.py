@@ -1,0 +1,138 @@
+"""``sait eval``: accuracy, tokens, cost and speed at several densities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sait.cli import options
+from sait.cli.options import DType, Score
+from sait.cli.train import training
+
+if TYPE_CHECKING:
+    from sait.train.evaluate import Result
+
+EXAMPLES = """\
+Examples:
+
+* sait eval runs/sait/model.safetensors
+* sait eval runs/sait/model.safetensors --keep 0.45 --mass 0.9 --dtype bf16 --json accuracy.json
+* sait eval deit_small_patch16_224 --data imagenet --block 3 --keep 0.7 --keep 0.45
+* torchrun --nproc-per-node 2 -m sait.cli eval runs/sait/model.safetensors
+"""
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint of `sait train`, or a timm model with pretrained weights.")
+    ],
+    data: Annotated[str, typer.Option(help="A folder with train/ and val/, or canvas.")] = "canvas",
+    keep: options.Keep = [0.7, 0.45, 0.3, 0.15],  # noqa: B006  (the default that --help shows; nothing changes it)
+    mass: options.Mass = [0.9],  # noqa: B006
+    block: Annotated[int, typer.Option(help="Where a timm model drops tokens; a checkpoint has its own.", min=0)] = 3,
+    score: options.ScoreKind = Score.cls,
+    images: Annotated[int, typer.Option(help="Test images of canvas.", min=1)] = 2000,
+    batch: Annotated[int, typer.Option(help="Images at a time, over all processes.", min=1)] = 128,
+    dtype: Annotated[DType, typer.Option(help="Of autocast; fp32 is none.")] = DType.fp32,
+    device: options.Device = "cpu",
+    workers: Annotated[int, typer.Option(help="Processes that load images from a folder.", min=0)] = 4,
+    json: Annotated[Path | None, typer.Option(help="Also write the results to this file.")] = None,
+) -> None:
+    """Accuracy on held-out images, tokens kept, multiply-adds and speed, at several densities.
+
+    Under torchrun every process takes a part of the images.
+    """
+    from sait import measure
+    from sait.throughput import Density
+    from sait.train.config import Config
+    from sait.train.data import expected_by, open_data
+    from sait.train.evaluate import evaluate
+
+    options.check_device(device, None)
+    densities = [Density(), *(Density(keep=k) for k in keep), *(Density(mass=m) for m in mass)]
+    with training(device) as processes:
+        assert processes is not None
+        if json is not None and processes.first:
+            options.check_writable(json, "--json")
+        subject, described = load(model, block, score.value, densities)
+        wanted = Config(data=data, canvas_test_images=images, batch=batch, workers=workers)
+        check_classes(subject, data)
+        source = open_data(wanted, expected_by(subject), processes, for_training=False)
+        with options.progress() as bar:
+            task = bar.add_task("evaluating", total=-(-source.test_images // batch), visible=processes.first)
+            results = evaluate(
+                subject.to(processes.device),
+                source,
+                densities,
+                processes,
+                dtype=dtype.as_torch(),
+                advance=lambda: bar.advance(task),
+            )
+        if not processes.first:
+            return
+    console = Console(highlight=False)
+    console.print(f"{model}, {described}; {results[0].images} images of {data}, {dtype}", soft_wrap=True)
+    console.print(table(results))
+    if json is not None:
+        rows = [as_row(result) for result in results]
+        measure.save(measure.results(rows, device, model=model, data=data, dtype=dtype.value), json)
+        console.print(f"written: {json}")
+
+
+def load(name: str, block: int, score: str, densities: Sequence[Any]) -> tuple[Any, str]:
+    """(the sparse model, what it is in words)."""
+    import sait
+    from sait.density import state_of
+    from sait.train.distill import load_checkpoint
+
+    if Path(name).is_file() or name.endswith(".safetensors"):
+        model = load_checkpoint(name, "MODEL")
+        plan = state_of(model, "eval").plan
+        places = " and ".join(str(stage.block) for stage in plan.stages)
+        return model, f"block {places}, score {plan.score}"
+    model, described = options.load_model(name, "auto")
+    options.check_prunable(model, block, score, densities)
+    return sait.sparsify(model, block=block, keep=1.0, score=score), f"{described}, block {block}, score {score}"
+
+
+def check_classes(model: Any, data: str) -> None:
+    from sait.train.config import TrainingError
+    from sait.train.data import class_names
+
+    classes = len(class_names(data))
+    if model.num_classes != classes:
+        raise TrainingError(f"--data: {data} has {classes} classes, and the model tells {model.num_classes} apart.")
+
+
+def table(results: Sequence[Result]) -> Table:
+    found = Table("density")
+    for column in ("accuracy", "lost", "tokens", "GMAC", "img/s"):
+        found.add_column(column, justify="right")
+    dense = results[0]
+    for result in results:
+        found.add_row(
+            result.label,
+            f"{result.accuracy:.2%}",
+            f"{100 * (dense.accuracy - result.accuracy):.2f}",
+            f"{result.tokens:.1f}",
+            f"{result.gmac:.4g}",
+            f"{result.images_per_s:.0f}",
+        )
+    return found
+
+
+def as_row(result: Result) -> dict[str, Any]:
+    return {
+        "name": "accuracy",
+        "case": result.label,
+        "images": result.images,
+        "accuracy": result.accuracy,
+        "tokens": round(result.tokens, 2),
+        "gmac": result.gmac,
+        "images_per_s": round(result.images_per_s, 1),
+    }

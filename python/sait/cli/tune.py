@@ -1,0 +1,123 @@
+"""``sait tune``: the fastest block and density within an accuracy budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sait.cli import eval, options
+from sait.cli.options import DType, Score
+from sait.cli.train import training
+
+if TYPE_CHECKING:
+    from sait.train.tune import Setting
+
+EXAMPLES = """\
+Examples:
+
+* sait tune runs/sait/model.safetensors
+* sait tune runs/sait/model.safetensors --max-drop 1.0 --block 1 --block 2 --mass 0.9 --mass 0.8
+* sait tune deit_small_patch16_224 --data imagenet --block 3 --block 5 --dtype bf16
+"""
+
+
+def tune(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint of `sait train`, or a timm model with pretrained weights.")
+    ],
+    data: Annotated[str, typer.Option(help="A folder with train/ and val/, or canvas.")] = "canvas",
+    max_drop: Annotated[float, typer.Option(help="Points of accuracy, in percent, that may be lost.", min=0.0)] = 0.5,
+    block: Annotated[
+        list[int] | None, typer.Option(help="A block to try; repeatable. By default the first half but block 0.")
+    ] = None,
+    keep: options.Keep = [0.7, 0.5, 0.4, 0.3, 0.2],  # noqa: B006  (the default that --help shows; nothing changes it)
+    mass: options.Mass = [],  # noqa: B006
+    score: options.ScoreKind = Score.cls,
+    images: Annotated[int, typer.Option(help="Test images of canvas.", min=1)] = 1000,
+    batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
+    repeats: Annotated[int, typer.Option(help="Samples of each time.", min=1)] = 10,
+    dtype: Annotated[DType, typer.Option(help="Of autocast; fp32 is none.")] = DType.fp32,
+    device: options.Device = "cpu",
+    workers: Annotated[int, typer.Option(help="Processes that load images from a folder.", min=0)] = 4,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
+) -> None:
+    """Measures accuracy and speed for every pair of a block and a density, and names the fastest within --max-drop.
+
+    The trade-off curve has the settings that no other beats in both. A checkpoint keeps its own score.
+    """
+    from sait import measure
+    from sait.throughput import Density
+    from sait.train.config import Config
+    from sait.train.data import expected_by, open_data
+    from sait.train.tune import fastest, frontier, steps
+    from sait.train.tune import tune as measure_all
+
+    place = options.check_device(device, None)
+    if json is not None:
+        options.check_writable(json, "--json")
+    densities = [*(Density(keep=k) for k in keep), *(Density(mass=m) for m in mass)]
+    with training(device) as processes, options.progress() as bar:
+        assert processes is not None
+        subject, described = eval.load(model, 0, score.value, densities)
+        depth = len(subject.blocks)
+        blocks = sorted(set(block or range(1, max(2, depth // 2))))
+        for b in blocks:
+            if not 0 <= b < depth:
+                options.bad("--block", f"expected 0 to {depth - 1}, for the model has {depth} blocks; got {b}.")
+        eval.check_classes(subject, data)
+        wanted = Config(data=data, canvas_test_images=images, batch=batch, workers=workers)
+        source = open_data(wanted, expected_by(subject), processes, for_training=False)
+        sample, _ = next(iter(source.test_batches()))
+        batches = -(-source.test_images // batch)
+        task = bar.add_task("measuring", total=steps(batches, len(blocks), len(densities), repeats))
+        settings = measure_all(
+            subject.to(place),
+            source,
+            sample.to(place),
+            blocks=blocks,
+            densities=densities,
+            dtype=dtype.as_torch(),
+            repeats=repeats,
+            advance=lambda: bar.advance(task),
+        )
+    best = fastest(settings, max_drop / 100)
+    console = Console(highlight=False)
+    about = f"{model}, {described}; {source.test_images} images of {data}, batch {len(sample)}, {dtype}"
+    console.print(about, soft_wrap=True)
+    console.print(table(frontier(settings), settings[0], best))
+    console.print(
+        f"fastest within {max_drop:g} points: {best.label}, {best.images_per_s / settings[0].images_per_s:.2f} × dense"
+    )
+    if json is not None:
+        rows = [as_row(setting) for setting in settings]
+        measure.save(measure.results(rows, place, model=model, data=data, dtype=dtype.value), json)
+        console.print(f"written: {json}")
+
+
+def table(settings: Sequence[Setting], dense: Setting, best: Setting) -> Table:
+    found = Table("setting", title="trade-off curve", title_justify="left")
+    for column in ("accuracy", "lost", "tokens", "GMAC", "img/s", "× dense"):
+        found.add_column(column, justify="right")
+    for setting in settings:
+        result = setting.result
+        found.add_row(
+            setting.label,
+            f"{result.accuracy:.2%}",
+            f"{100 * (dense.result.accuracy - result.accuracy):.2f}",
+            f"{result.tokens:.1f}",
+            f"{result.gmac:.4g}",
+            f"{setting.images_per_s:.0f}",
+            f"{setting.images_per_s / dense.images_per_s:.2f}",
+            style="bold" if setting is best else None,
+        )
+    return found
+
+
+def as_row(setting: Setting) -> dict[str, Any]:
+    row = {**eval.as_row(setting.result), "images_per_s": round(setting.images_per_s, 1)}
+    return row if setting.block is None else {**row, "block": setting.block}

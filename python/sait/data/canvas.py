@@ -1,0 +1,177 @@
+"""Canvas: handwritten digits somewhere on dimmed photos, so that most of an image is clutter that can be dropped."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+CLASSES = 10
+SPLITS = ("train", "test")
+TEST_DIGITS = 360  # of 1797, chosen once and for all
+TEST_COLUMNS = 200  # the right-hand part of either photo (640 x 427) is seen by test images only
+
+
+class Placements(NamedTuple):
+    """How images are made: what is easy and what is hard about them. One row for each image.
+
+    Attributes:
+        digit: (n,) int64, which digit image of the split.
+        label: (n,) int64.
+        side: (n,) float32, side of the digit's square in pixels.
+        top, left: (n,) float32, its corner.
+        contrast: (n,) float32 in (0, 1], the ink's opacity.
+        photo, row, column: (n,) int64, the photo and the corner of the crop behind the digit.
+    """
+
+    digit: Tensor
+    label: Tensor
+    side: Tensor
+    top: Tensor
+    left: Tensor
+    contrast: Tensor
+    photo: Tensor
+    row: Tensor
+    column: Tensor
+
+
+class Canvas(Dataset[tuple[Tensor, int]]):
+    """Digits of scikit-learn at random position, size and contrast over random crops of the two photos that it ships.
+
+    No digit image and no pixel of a photo is in both splits. Image i of a seed is always the same, whatever the size
+    of the set. With undimmed photos and digits of 16 to 40 pixels a small ViT
+    did not begin to learn in 50,000 images; the default is what it learns on a CPU.
+
+    >>> image, label = Canvas("test", size=100, seed=0)[7]
+    >>> image.shape
+    torch.Size([3, 64, 64])
+
+    Args:
+        split: "train" or "test".
+        size: the number of images.
+        seed: an int >= 0, or several, of which each choice is another set.
+        img_size: side of an image in pixels, at most 200.
+        digit_side: least and greatest side of a digit, in shares of img_size: 28 to 44 of 64 pixels.
+        contrast: least and greatest opacity of the ink, which is white.
+        background: what the photos are dimmed to, 1 being their own brightness.
+        mean, std: of the normalisation, as the model wants it; see timm.data.resolve_model_data_config.
+
+    Raises:
+        ValueError: an unknown split, or an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        size: int = 10_000,
+        seed: int | Sequence[int] = 0,
+        *,
+        img_size: int = 64,
+        digit_side: tuple[float, float] = (28 / 64, 44 / 64),
+        contrast: tuple[float, float] = (0.5, 1.0),
+        background: float = 0.4,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"Canvas: split: expected one of {', '.join(SPLITS)}, got {split!r}.")
+        if size < 1:
+            raise ValueError(f"Canvas: size: expected at least one image, got {size}.")
+        if not 8 <= img_size <= TEST_COLUMNS:
+            raise ValueError(f"Canvas: img_size: expected 8 to {TEST_COLUMNS} pixels, got {img_size}.")
+        for name, (low, high) in {"digit_side": digit_side, "contrast": contrast}.items():
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"Canvas: {name}: expected 0 < least <= greatest <= 1, got {(low, high)}.")
+        if not 0 <= background <= 1:
+            raise ValueError(f"Canvas: background: expected 0 to 1, got {background}.")
+        self.img_size, self.background = img_size, background
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self._digits, labels = _digits(split)
+        self._photos = _photos(split)
+
+        # Row i of the draws depends on the seed alone, so that a larger set begins with the smaller one's images.
+        entropy = [seed] if isinstance(seed, int) else list(seed)
+        drawn = np.random.default_rng([*entropy, SPLITS.index(split)]).random((size, 8))
+        u = torch.from_numpy(drawn).unbind(1)
+        digit = (u[0] * len(labels)).long()
+        side = img_size * (digit_side[0] + (digit_side[1] - digit_side[0]) * u[1])
+        photos, _, rows, columns = self._photos.shape
+        self.placements = Placements(
+            digit=digit,
+            label=labels[digit],
+            side=side.float(),
+            top=((img_size - side) * u[2]).float(),
+            left=((img_size - side) * u[3]).float(),
+            contrast=(contrast[0] + (contrast[1] - contrast[0]) * u[4]).float(),
+            photo=(u[5] * photos).long(),
+            row=(u[6] * (rows - img_size + 1)).long(),
+            column=(u[7] * (columns - img_size + 1)).long(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.placements.label)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        images, labels = self.batch([operator.index(index)])
+        return images[0], int(labels[0])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        images, labels = self.batch(indices)
+        return list(zip(images, labels.tolist(), strict=True))
+
+    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """(images (B, 3, img_size, img_size) float32, labels (B,) int64), drawn all at once."""
+        chosen = torch.as_tensor(indices)
+        if chosen.numel() and not -len(self) <= int(chosen.min()) <= int(chosen.max()) < len(self):
+            raise IndexError(f"Canvas: expected indices of {len(self)} images, got {chosen.tolist()}.")
+        place = Placements(*(values[chosen] for values in self.placements))
+        ink = self._ink(place)[:, None] * place.contrast.view(-1, 1, 1, 1)
+        crops = self._photos.unfold(2, self.img_size, 1).unfold(3, self.img_size, 1)  # a view: every crop there is
+        images = crops[place.photo, :, place.row, place.column] * (self.background / 255)  # (B, 3, S, S)
+        images += ink * (1 - images)
+        return images.sub_(self.mean).div_(self.std), place.label
+
+    def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images in order, ``batch_size`` at a time; with several processes each takes every world_size-th."""
+        for indices in torch.arange(rank, len(self), world_size).split(batch_size):
+            yield self.batch(indices)
+
+    def _ink(self, place: Placements) -> Tensor:
+        """(B, S, S) in [0, 1]: the 8 x 8 digits, bilinearly enlarged to their places.
+
+        Interpolation of rows and of columns are two products with triangle weights, relu(1 - |u - i|) for source pixel
+        i, where pixel y of the image lies at u = (y + 1/2 - top) * 8 / side - 1/2 of the source.
+        """
+        source, centre = torch.arange(8.0), torch.arange(self.img_size) + 0.5
+
+        def weights(corner: Tensor) -> Tensor:
+            u = (centre - corner[:, None]) * (8 / place.side[:, None]) - 0.5
+            return (1 - (u[:, :, None] - source).abs()).clamp_min_(0)  # (B, S, 8)
+
+        return weights(place.top) @ self._digits[place.digit] @ weights(place.left).transpose(1, 2)
+
+
+@functools.cache
+def _digits(split: str) -> tuple[Tensor, Tensor]:
+    """(images (n, 8, 8) float32 in [0, 1], labels (n,) int64) of a split."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    chosen = order[-TEST_DIGITS:] if split == "test" else order[:-TEST_DIGITS]
+    return torch.from_numpy(found.images[chosen]).float() / 16, torch.from_numpy(found.target[chosen]).long()
+
+
+@functools.cache
+def _photos(split: str) -> Tensor:
+    """(2, 3, rows, columns) uint8: the part of either photo that belongs to a split."""
+    from sklearn.datasets import load_sample_images
+
+    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2).contiguous()
+    return photos[..., -TEST_COLUMNS:] if split == "test" else photos[..., :-TEST_COLUMNS]

@@ -1,0 +1,197 @@
+"""Batches to train on and to test on: Canvas, or a folder of images through timm's loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from timm.data import create_dataset, create_loader, get_img_extensions, resolve_model_data_config
+from timm.utils import natural_key
+from torch import Tensor
+from torch.utils.data import DistributedSampler, Subset
+
+from sait.data import canvas
+from sait.train.config import Config, TrainingError
+from sait.train.processes import Processes
+
+Batch = tuple[Tensor, Tensor]  # (B, 3, height, width) float32, (B,) int64
+
+
+class Expected(NamedTuple):
+    """What a model expects of an image."""
+
+    size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+
+
+class Data(Protocol):
+    """Where batches come from; every process gets its own share.
+
+    Attributes:
+        steps: batches of an epoch.
+        test_images: of the test set, over all processes.
+    """
+
+    steps: int
+    test_images: int
+
+    def train_batches(self, epoch: int) -> Iterator[Batch]: ...
+
+    def test_batches(self) -> Iterator[Batch]: ...
+
+
+def expected_by(model: Any) -> Expected:
+    config = resolve_model_data_config(model)
+    side = model.patch_embed.img_size or config["input_size"][1:]
+    return Expected((3, *side), config["mean"], config["std"], config["interpolation"], config["crop_pct"])
+
+
+def class_names(data: str) -> list[str]:
+    """What there is to tell apart; TrainingError if there is no such data."""
+    if data == "canvas":
+        return [str(digit) for digit in range(canvas.CLASSES)]
+    folders = _split_folders(data)
+    for folder in folders:
+        if not _has_image(folder):
+            raise TrainingError(f"--data: {folder}: expected a folder of images for each class, found no image.")
+    train, val = map(_classes, folders)
+    if train != val:
+        alone = sorted(set(train) ^ set(val))
+        raise TrainingError(
+            f"--data: {data}: expected the same classes in train and val, got {len(train)} and {len(val)}; "
+            f"in one of them only: {', '.join(alone[:3])}."
+        )
+    empty = next((name for name in train if not _has_image(folders[0] / name)), None)
+    if empty is not None:
+        raise TrainingError(f"--data: {folders[0] / empty}: found no image; expected some of every class.")
+    return train
+
+
+def open_data(config: Config, expected: Expected, processes: Processes, *, for_training: bool = True) -> Data:
+    """The data of a config. TrainingError if it is missing, empty or too small."""
+    if config.batch % processes.world_size:
+        raise TrainingError(
+            f"config: batch: expected a multiple of the {processes.world_size} processes, got {config.batch}."
+        )
+    kind = CanvasData if config.data == "canvas" else FolderData
+    data = kind(config, expected, processes)
+    if for_training and data.steps == 0:
+        raise TrainingError(f"--data: {config.data}: an epoch has fewer images than a batch of {config.batch}.")
+    return data
+
+
+class CanvasData:
+    """New images in every epoch, decided by seed and epoch: the placements are the augmentation."""
+
+    def __init__(self, config: Config, expected: Expected, processes: Processes) -> None:
+        _, height, width = expected.size
+        if height != width:
+            raise TrainingError(f"--data: canvas has square images, and the model expects {height} x {width}.")
+        self.config, self.processes = config, processes
+        self.look: dict[str, Any] = {"img_size": height, "mean": expected.mean, "std": expected.std}
+        self.steps = config.canvas_images // config.batch
+        self.test_images = config.canvas_test_images
+        try:
+            self.test = canvas.Canvas("test", self.test_images, **self.look)
+        except ValueError as error:
+            raise TrainingError(f"--data: {error} Set model_kwargs={{img_size: 64, patch_size: 8}}.") from error
+
+    def train_batches(self, epoch: int) -> Iterator[Batch]:
+        """The same global batches for any number of processes, each of which takes every world_size-th image."""
+        rank, world = self.processes.rank, self.processes.world_size
+        images = canvas.Canvas("train", self.steps * self.config.batch, (self.config.seed, epoch), **self.look)
+        yield from images.batches(self.config.batch // world, rank=rank, world_size=world)
+
+    def test_batches(self) -> Iterator[Batch]:
+        rank, world = self.processes.rank, self.processes.world_size
+        yield from self.test.batches(self.config.batch // world, rank=rank, world_size=world)
+
+
+class FolderData:
+    """train/ and val/ of a folder, with a folder for each class in both."""
+
+    def __init__(self, config: Config, expected: Expected, processes: Processes) -> None:
+        train, val = _split_folders(config.data)
+        # Left to itself, timm numbers the classes of each folder by the images it finds there.
+        classes = {name: i for i, name in enumerate(class_names(config.data))}
+        device = torch.device(processes.device)
+        common: dict[str, Any] = {
+            "input_size": expected.size,
+            "batch_size": config.batch // processes.world_size,
+            "interpolation": expected.interpolation,
+            "mean": expected.mean,
+            "std": expected.std,
+            "num_workers": config.workers,
+            "device": device,
+            "use_prefetcher": device.type == "cuda",
+            "pin_memory": device.type == "cuda",
+            # Workers that live on would carry their random state from epoch to epoch, where a resumed run has none.
+            "persistent_workers": False,
+        }
+        self.train = create_loader(
+            create_dataset("", root=str(train), is_training=True, class_map=classes),
+            is_training=True,
+            distributed=processes.world_size > 1,
+            scale=(config.crop_scale[0], config.crop_scale[1]),
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            re_prob=config.random_erasing,
+            re_mode="pixel",
+            **common,
+        )
+        images = create_dataset("", root=str(val), class_map=classes)
+        self.steps, self.test_images = len(self.train), len(images)
+        # timm's own sampler repeats images until all processes have equally many, and then counts them twice.
+        share: Any = Shard(images, range(processes.rank, self.test_images, processes.world_size))
+        self.test = create_loader(share, crop_pct=expected.crop_pct, **common)
+
+    def train_batches(self, epoch: int) -> Iterator[Batch]:
+        sampler: Any = self.train.sampler
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(epoch)
+        yield from self.train
+
+    def test_batches(self) -> Iterator[Batch]:
+        yield from self.test
+
+
+class Shard(Subset[Any]):
+    """Some images of a timm data set, through which its loader sets their transform."""
+
+    dataset: Any
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+
+def _split_folders(data: str) -> tuple[Path, Path]:
+    root = Path(data)
+    if not root.is_dir():
+        raise TrainingError(f"--data: there is no folder {data}; expected one with train/ and val/, or canvas.")
+    found = []
+    for names in (("train",), ("val", "validation", "test")):
+        folder = next((root / name for name in names if (root / name).is_dir()), None)
+        if folder is None:
+            raise TrainingError(f"--data: {data}: expected the folders train and val in it; {names[0]} is missing.")
+        found.append(folder)
+    return found[0], found[1]
+
+
+def _classes(folder: Path) -> list[str]:
+    """The folder's folders, in timm's order."""
+    return sorted((path.name for path in folder.iterdir() if path.is_dir()), key=natural_key)
+
+
+def _has_image(folder: Path) -> bool:
+    endings = get_img_extensions(as_set=True)
+    return any(path.suffix.lower() in endings for path in folder.rglob("*"))

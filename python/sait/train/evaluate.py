@@ -1,0 +1,123 @@
+"""evaluate: accuracy, tokens, cost and speed of a sparse model at several densities."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sait.density import selections, set_density, state_of
+from sait.macs import macs
+from sait.throughput import Density
+from sait.train.data import Data
+from sait.train.processes import Processes
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one density gives.
+
+    Attributes:
+        density: dense where neither keep nor mass is set.
+        images: of the test set.
+        accuracy: share of the images whose label is the first answer, in [0, 1].
+        tokens: of an image behind the last stage, prefix included; the mean.
+        gmac: 1e9 multiply-accumulates of an image; the mean.
+        images_per_s: of the forwards alone, all processes together; a rough figure, as nothing else is kept still.
+    """
+
+    density: Density
+    images: int
+    accuracy: float
+    tokens: float
+    gmac: float
+    images_per_s: float
+
+    @property
+    def label(self) -> str:
+        return "dense" if self.density == Density() else self.density.label
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    data: Data,
+    densities: Sequence[Density],
+    processes: Processes,
+    *,
+    dtype: torch.dtype = torch.float32,
+    advance: Callable[[], object] = lambda: None,
+) -> list[Result]:
+    """The test set of ``data`` through the model at each density; with several processes each takes a part.
+
+    Args:
+        model: from sparsify, on the processes' device; its mode and its density are as before when this returns.
+        data: each of its images is read once, whatever the number of densities.
+        densities: what to evaluate.
+        dtype: of autocast; float32 is none.
+        advance: called once for each batch.
+
+    Returns:
+        A Result for each density, the same in every process.
+    """
+    state = state_of(model, "evaluate")
+    before, was_training = state.active, model.training
+    model.eval()
+    totals = [Totals() for _ in densities]
+    try:
+        for images, labels in _on(processes.device, data.test_batches()):
+            with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+                for density, total in zip(densities, totals, strict=True):
+                    total.add(model, density, images, labels)
+            advance()
+    finally:
+        state.active = before
+        model.train(was_training)
+    return [total.result(density, processes) for density, total in zip(densities, totals, strict=True)]
+
+
+@dataclass
+class Totals:
+    """Sums over the images so far."""
+
+    images: int = 0
+    right: int = 0
+    tokens: float = 0.0
+    macs: float = 0.0
+    macs_of_image: float = 0.0  # the same for all images, or the mean of the last batch's
+    seconds: float = 0.0
+
+    def add(self, model: Any, density: Density, images: Tensor, labels: Tensor) -> None:
+        # keep=1.0 is dense on our kernels: it leaves a selection, and costs the same as timm's forward.
+        keep = 1.0 if density == Density() else density.keep
+        set_density(model, keep=keep, mass=density.mass)
+        start = _now(images.device)
+        logits = model(images)
+        self.seconds += _now(images.device) - start
+        self.images += len(images)
+        self.right += int((logits.argmax(1) == labels).sum())
+        self.tokens += int(selections(model)[-1].cu_seqlens[-1])
+        if density.mass is not None or self.macs == 0:
+            self.macs_of_image = macs(model, img_size=(images.shape[2], images.shape[3]))
+        self.macs += self.macs_of_image * len(images)
+
+    def result(self, density: Density, processes: Processes) -> Result:
+        rate = self.images / self.seconds if self.seconds else 0.0
+        sums = processes.sum(self.images, self.right, self.tokens, self.macs, rate)
+        images, right, tokens, macs_, images_per_s = sums
+        return Result(density, int(images), right / images, tokens / images, macs_ / images / 1e9, images_per_s)
+
+
+def _on(device: torch.device, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, labels in batches:
+        yield images.to(device), labels.to(device)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,79 @@
+"""Config: what a file and the command line may say, and one line for what they may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sait.train.config import TrainingError, parse_change, read_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_changes_win_over_the_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("lr: 1e-3\nkeep: [0.3, 0.7]\nmodel_kwargs: {depth: 8}\nema: null\n")
+    config = read_config(path, {"epochs": 3})
+    assert (config.lr, config.epochs, config.model_kwargs, config.ema) == (0.001, 3, {"depth": 8}, None)
+    assert config.density == ("keep", [0.3, 0.7])
+    assert read_config(path, {"mass": 0.9}).density == ("mass", [0.9, 0.9])
+    assert read_config(None, {}).density == ("keep", [0.45, 0.45])
+
+
+def test_changes_on_the_command_line():
+    assert parse_change("lr=1.0e-3") == ("lr", 0.001)
+    assert parse_change("keep=[0.3, 0.7]") == ("keep", [0.3, 0.7])
+    assert parse_change("ema=null") == ("ema", None)
+    for text in ("lr", "keep=[0.3"):
+        with pytest.raises(TrainingError, match=r"^--set: "):
+            parse_change(text)
+
+
+@pytest.mark.parametrize("name", ["canvas", "deit_small_imagenet"])
+def test_the_configs_of_the_repository_are_valid(name):
+    config = read_config(CONFIGS / f"{name}.yaml", {})
+    assert config.mode == "alternate"
+    assert config.density == ("keep", [0.3, 0.7])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lrr": 1}, "there is no key 'lrr'; did you mean lr?"),
+        ({"xyzzy": 1}, "there is no key 'xyzzy'; there are model, "),
+        ({"lr": "fast"}, "lr: expected float, got 'fast'"),
+        ({"epochs": 2.5}, "epochs: expected int, got 2.5"),
+        ({"epochs": True}, "epochs: expected int, got True"),
+        ({"epochs": 0}, "epochs: expected 1 or more, got 0"),
+        ({"teacher": 3}, "teacher: expected str or null, got 3"),
+        ({"tensorboard": 1}, "tensorboard: expected bool, got 1"),
+        ({"mode": "both"}, "mode: expected one of alternate, dense, sparse, got 'both'"),
+        ({"amp": "fp16"}, "amp: expected one of none, bf16"),
+        ({"keep": 1.5}, "keep"),
+        ({"keep": [0.7, 0.3]}, "expected a number or [least, greatest]"),
+        ({"keep": 0.5, "mass": 0.5}, "expected one of keep and mass, got both"),
+        ({"score": "best"}, "score: expected one of cls, column, cls_value, got 'best'"),
+        ({"eval_keep": [0.0]}, "keep"),
+        ({"mixup": 0.8, "batch": 9}, "batch: mixup and cutmix pair images"),
+        ({"logit_alpha": 1.0}, "logit_alpha: there is no teacher"),
+        ({"manifold_alpha": 1.0, "teacher": "x", "mass": 0.9}, "manifold_alpha: expected keep"),
+        ({"crop_scale": [0.5]}, "crop_scale: expected [least, greatest]"),
+    ],
+)
+def test_bad_values(changes, message):
+    with pytest.raises(TrainingError) as error:
+        read_config(None, changes)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot read"), ("- a\n- b\n", "expected lines of"), ("lr: [1", "is no YAML"), ("laarning: 1", "no key")],
+)
+def test_bad_files(tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(TrainingError, match=message):
+        read_config(path, {})
