@@ -20,8 +20,8 @@ constexpr int64_t kMaxBlock = 128;
 // go as 100 + 97, not as 128 + 69. Rows count in fours: brgemm compiles a kernel per shape, about 50 us each.
 inline int64_t block_rows(int64_t rows, int64_t ld) {
   const int64_t most = std::clamp<int64_t>(32768 / ld, 16, kMaxBlock);
-  const int64_t blocks = (rows + most - 1) / most;
-  return round_up((rows + blocks - 1) / blocks, kRowAlign);
+  const int64_t blocks = std::max<int64_t>(1, (rows + most - 1) / most);  // an image may keep no row
+  return std::max(round_up((rows + blocks - 1) / blocks, kRowAlign), kRowAlign);
 }
 
 // One image and head.

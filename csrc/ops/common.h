@@ -70,7 +70,8 @@ inline void check_heads(const char* op, const char* name, const at::Tensor& t) {
   SAIT_CHECK_VALUE(t.dim() == 3, op, name, "a packed (T, H, D) tensor", shape_of(t),
                    "A batch (B, N, H, D) becomes packed by .flatten(0, 1).");
   check_dtype(op, name, t);
-  SAIT_CHECK_VALUE(t.size(1) >= 1, op, name, "at least one head", shape_of(t), "");
+  SAIT_CHECK_VALUE(t.size(1) >= 1, op, name, "at least one head", shape_of(t),
+                   "Take q, k and v from one QKV projection.");
   SAIT_CHECK_VALUE(t.size(2) >= 8 && t.size(2) % 8 == 0 && t.size(2) <= 256, op, name,
                    "a head dimension that is a multiple of 8, from 8 to 256", t.size(2),
                    "Pad q, k and v with zeros and pass the original scale.");
@@ -94,7 +95,7 @@ inline void check_rows(const char* op, const char* name, const at::Tensor& t) {
 
 // int32, 1-D, contiguous, on the device of `like`.
 inline void check_int32_vector(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like) {
-  SAIT_CHECK_VALUE(t.dim() == 1, op, name, "a 1-D tensor", shape_of(t), "");
+  SAIT_CHECK_VALUE(t.dim() == 1, op, name, "a 1-D tensor", shape_of(t), "Take one row of it, or .flatten() it.");
   SAIT_CHECK_TYPE(t.scalar_type() == at::kInt, op, name, "dtype Int (int32)", t.scalar_type(), "Convert with .int().");
   SAIT_CHECK_VALUE(t.device() == like.device(), op, name, "device " << like.device() << " as the other arguments",
                    t.device(), "Move all arguments to one device.");
@@ -108,21 +109,23 @@ inline void check_cu_seqlens(const char* op, const char* name, const at::Tensor&
   check_int32_vector(op, name, cu, like);
   SAIT_CHECK_VALUE(cu.size(0) >= 1, op, name, "(B + 1,) offsets", shape_of(cu), "An empty batch is tensor([0]).");
   SAIT_CHECK_VALUE(max_seqlen >= 0, op, "max_seqlen", "a bound >= 0", max_seqlen, "Pass the longest image's length.");
-  SAIT_CHECK_VALUE(num_prefix >= 0, op, "num_prefix", "a number >= 0", num_prefix, "");
+  SAIT_CHECK_VALUE(num_prefix >= 0, op, "num_prefix", "a number >= 0", num_prefix,
+                   "Pass the number of class, distillation and register tokens.");
   if (!cu.is_cpu()) return;
   const int32_t* offsets = cu.const_data_ptr<int32_t>();
   const int64_t images = cu.size(0) - 1;
   SAIT_CHECK_VALUE(offsets[0] == 0, op, name, "a first value of 0", offsets[0], "Offsets count from the first row.");
   for (int64_t b = 0; b < images; ++b) {
     const int64_t n = static_cast<int64_t>(offsets[b + 1]) - offsets[b];
-    SAIT_CHECK_VALUE(n >= 0, op, name, "ascending offsets", "a step of " << n << " at image " << b, "");
+    SAIT_CHECK_VALUE(n >= 0, op, name, "ascending offsets", "a step of " << n << " at image " << b,
+                     "They are the running sum of the images' lengths.");
     SAIT_CHECK_VALUE(n <= max_seqlen, op, "max_seqlen", "at least " << n << ", the length of image " << b, max_seqlen,
                      "Pass the longest image's length.");
     SAIT_CHECK_VALUE(n == 0 || n >= num_prefix, op, "num_prefix", "at most " << n << ", the length of image " << b,
                      num_prefix, "An image has no rows at all, or all its prefix rows.");
   }
   SAIT_CHECK_VALUE(offsets[images] == total, op, name, "a last value of " << total << ", the number of rows",
-                   offsets[images], "");
+                   offsets[images], "They are the running sum of the images' lengths.");
 }
 
 // Ascending rows in [0, total).

@@ -27,7 +27,7 @@ Kept check_kept(const char* op, const at::Tensor& q, const at::Tensor& cu_seqlen
     for (int64_t b = 0; b < count; ++b) {
       const int32_t first = kept.cu_seqlens[b], last = kept.cu_seqlens[b + 1];
       SAIT_CHECK_VALUE(first <= last && last <= kept.rows, op, "selection.cu_seqlens", "ascending offsets",
-                       first << " before " << last << " at image " << b, "");
+                       first << " before " << last << " at image " << b, "Take the selection from the same batch.");
       SAIT_CHECK_VALUE(first == last || (kept.indices[first] >= images[b] && kept.indices[last - 1] < images[b + 1]),
                        op, "selection.indices", "rows [" << images[b] << ", " << images[b + 1] << ") for image " << b,
                        "rows " << kept.indices[first] << " to " << kept.indices[last - 1],

@@ -33,7 +33,8 @@ at::Tensor scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_
                           const std::optional<at::Tensor>& base) {
   constexpr const char* op = "scatter_tokens";
   check_rows(op, "y", y);
-  SAIT_CHECK_VALUE(total >= 0, op, "total", "a number of rows >= 0", total, "");
+  SAIT_CHECK_VALUE(total >= 0, op, "total", "a number of rows >= 0", total,
+                   "Pass the number of rows before the selection.");
   check_indices(op, "selection.indices", indices, y, total);
   SAIT_CHECK_VALUE(indices.size(0) == y.size(0), op, "selection.indices", "one row per row of y, " << y.size(0),
                    indices.size(0), "Scatter what was gathered with the same selection.");
@@ -41,7 +42,8 @@ at::Tensor scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_
     check_rows(op, "base", *base);
     check_same(op, "base", *base, "y", y);
     SAIT_CHECK_VALUE(base->size(0) == total && base->size(1) == y.size(1), op, "base",
-                     "shape (" << total << ", " << y.size(1) << ")", shape_of(*base), "");
+                     "shape (" << total << ", " << y.size(1) << ")", shape_of(*base),
+                     "Pass the rows before the selection.");
   }
   at::Tensor out = at::empty({total, y.size(1)}, y.options());
   const int64_t size = y.element_size();
