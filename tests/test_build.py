@@ -21,6 +21,11 @@ TORCH = torch.__version__
 def copy(tmp_path: Path) -> Path:
     """A folder with a copy of the package that a test may damage."""
     shutil.copytree(PACKAGE, tmp_path / "sait_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    # An editable install finds the modules that a copy lacks in the source tree: take its finder away.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+    )
     return tmp_path
 
 
