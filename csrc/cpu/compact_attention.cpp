@@ -32,22 +32,28 @@ struct Task {
   const int32_t* indices;     // its kept rows, or nullptr for all
 };
 
-// Packed as float: K^T (D, ld), V (ld, D), a block of Q (rows, D).
-template <typename E>
-struct FloatProducts {
-  using Weight = float;
-  static constexpr bool kBFloat16Weights = false;
+// Room for K^T, V and a block of Q of one image and head, n keys padded to ld.
+template <typename T>
+struct Packed {
+  using Weight = T;
 
-  float *keys, *values, *queries;
+  T *keys, *values, *queries;
   int64_t D, ld, used;  // used: columns of P that the second product reads
 
-  FloatProducts(int64_t head_dim, int64_t n, int64_t padded)
-      : keys(scratch<float, 0>(head_dim * padded)),
-        values(scratch<float, 1>(padded * head_dim)),
-        queries(scratch<float, 2>(kMaxBlock * head_dim)),
+  Packed(int64_t head_dim, int64_t n, int64_t padded)
+      : keys(scratch<T, 0>(head_dim * padded)),
+        values(scratch<T, 1>(padded * head_dim)),
+        queries(scratch<T, 2>(kMaxBlock * head_dim)),
         D(head_dim),
         ld(padded),
         used(round_up(n, 8)) {}
+};
+
+// As float: K^T (D, ld), V (ld, D), Q (rows, D).
+template <typename E>
+struct FloatProducts : Packed<float> {
+  static constexpr bool kBFloat16Weights = false;
+  using Packed<float>::Packed;
 
   void pack_keys_values(const typename E::type* k, int64_t k_stride, const typename E::type* v, int64_t v_stride,
                         int64_t n) {
@@ -68,21 +74,10 @@ struct FloatProducts {
 };
 
 #if defined(SAIT_VEC_AVX512_BF16)
-// Packed as bfloat16 in VNNI order: K^T (D / 2, ld, 2), V (ld / 2, D, 2), a block of Q (rows, D).
-struct BFloat16Products {
-  using Weight = uint16_t;
+// As bfloat16 in VNNI order: K^T (D / 2, ld, 2), V (ld / 2, D, 2); Q (rows, D).
+struct BFloat16Products : Packed<uint16_t> {
   static constexpr bool kBFloat16Weights = true;
-
-  uint16_t *keys, *values, *queries;
-  int64_t D, ld, used;  // used: columns of P that the second product reads
-
-  BFloat16Products(int64_t head_dim, int64_t n, int64_t padded)
-      : keys(scratch<uint16_t, 0>(head_dim * padded)),
-        values(scratch<uint16_t, 1>(padded * head_dim)),
-        queries(scratch<uint16_t, 2>(kMaxBlock * head_dim)),
-        D(head_dim),
-        ld(padded),
-        used(round_up(n, 8)) {}
+  using Packed<uint16_t>::Packed;
 
   void pack_keys_values(const uint16_t* k, int64_t k_stride, const uint16_t* v, int64_t v_stride, int64_t n) {
     // A pair of neighbouring d of one key is one dword, so K^T in VNNI order is a transpose of dwords.

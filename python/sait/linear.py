@@ -33,9 +33,16 @@ def _fused(module: Any, x: Tensor, activation: str) -> Tensor:
 
 
 def _serves(module: Any, x: Tensor) -> bool:
-    """Plain inference on a CPU, one dtype, nobody listening. Compiled code fuses for itself."""
+    """Plain inference on a CPU, one dtype, nobody listening. Compiled code fuses for itself.
+
+    A forward of the instance's own, or a weight of another class (quantised), means that the product is not what it
+    looks like.
+    """
     return bool(
         type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and type(module.weight) is nn.Parameter
+        and x.numel() > 0
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.dtype == module.weight.dtype
@@ -52,6 +59,7 @@ def _is_plain_mlp(module: Any) -> bool:
     """fc1 -> erf GELU -> fc2, with nothing in between that does anything in eval mode."""
     return (
         type(module) is Mlp
+        and not any("forward" in vars(part) for part in module.modules())
         and not module.training
         and type(module.act) is nn.GELU
         and module.act.approximate == "none"
