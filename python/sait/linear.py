@@ -42,7 +42,6 @@ def _serves(module: Any, x: Tensor) -> bool:
         type(module) is nn.Linear
         and "forward" not in vars(module)
         and type(module.weight) is nn.Parameter
-        and x.numel() > 0
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.dtype == module.weight.dtype
