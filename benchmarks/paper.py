@@ -92,8 +92,8 @@ def folder(name: str, seed: int, runs: Path) -> Path:
 def accuracy_rows(name: str, seed: int, path: Path, config_file: Path, images: int) -> Iterator[dict[str, Any]]:
     """Every density; for SaiT also, for each mass, the fixed number of patches that is its mean."""
     model = sait.load(path)
-    config = read_config(config_file, {"canvas_test_images": images})
-    data = open_data(config, expected_by(model), ALONE)
+    config = read_config(config_file, {"canvas_eval_images": images})
+    data = open_data(config, expected_by(model), ALONE, for_training=False, held_out="test")
     densities = [Density(), *map(Density, KEEPS), *(Density(mass=mass) for mass in MASSES)]
     results = evaluate(model, data, densities, ALONE)
     for result in results:

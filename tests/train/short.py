@@ -19,7 +19,7 @@ SHORT: dict[str, Any] = {
     "epochs": 2,
     "batch": 8,
     "canvas_images": 16,
-    "canvas_test_images": 12,
+    "canvas_eval_images": 12,
     "eval_keep": [0.5],
     "workers": 0,
 }

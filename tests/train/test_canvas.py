@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sait.data import Canvas
-from sait.data.canvas import _digits, _photos
+from sait.data.canvas import SPLITS, _digits, _photos
+from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 
 
@@ -38,10 +42,13 @@ def test_an_image_depends_on_seed_and_index_alone():
 
 
 def test_splits_share_neither_digit_nor_photo():
-    train, test = (_digits(split)[0].flatten(1) for split in ("train", "test"))
-    assert len(train) + len(test) == 1797
-    assert torch.cdist(test, train).min() > 0  # no two digit images are equal
-    assert _photos("train").shape[3] + _photos("test").shape[3] == 640
+    digits = [_digits(split)[0].flatten(1) for split in SPLITS]
+    assert sum(map(len, digits)) == 1797
+    for one, other in itertools.combinations(digits, 2):
+        assert torch.cdist(one, other).min() > 0  # no two digit images are equal
+    columns = [_photos(split) for split in SPLITS]
+    whole = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
+    assert torch.equal(torch.cat(columns, dim=3), whole)
 
 
 def test_a_loader_gets_whole_batches_at_once():
@@ -86,7 +93,7 @@ def test_a_digit_is_enlarged_bilinearly():
 
 def test_ink_covers_the_dimmed_photo():
     plain, inked = (Canvas("test", 20, 0, contrast=(c, c)).batch(range(20))[0] for c in (1e-6, 0.5))
-    assert plain.max() <= 2 * 0.4 - 1 + 1e-5  # nothing but the photo, dimmed to 0.4
+    assert plain.max() <= 2 * 0.2 - 1 + 1e-5  # nothing but the photo, dimmed to 0.2
     assert (inked >= plain - 1e-5).all()
     assert inked.amax((1, 2, 3)).min() > plain.max() - 0.5
 
@@ -94,7 +101,7 @@ def test_ink_covers_the_dimmed_photo():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"split": "validation"}, "split"),
+        ({"split": "val"}, "split"),
         ({"size": 0}, "size"),
         ({"img_size": 224}, "img_size"),
         ({"digit_side": (0.5, 1.5)}, "digit_side"),

@@ -227,7 +227,7 @@ def test_labels_of_train_and_val_are_the_same(tmp_path):
     for image in (root / "val" / "cat").iterdir():
         image.unlink()
     data = open_data(short.config(tmp_path, data=str(root)), expected_by(small.build()), short.alone())
-    labels = torch.cat([labels for _, labels in data.test_batches()])
+    labels = torch.cat([labels for _, labels in data.held_out_batches()])
     assert sorted(labels.tolist()) == [1, 1, 1, 2, 2, 2]
 
 

@@ -60,11 +60,11 @@ def evaluate(
         if json is not None and processes.first:
             options.check_writable(json, "--json")
         subject, described = load(model, block, score.value, densities)
-        wanted = Config(data=data, canvas_test_images=images, batch=batch, workers=workers)
+        wanted = Config(data=data, canvas_eval_images=images, batch=batch, workers=workers)
         check_classes(subject, data)
-        source = open_data(wanted, expected_by(subject), processes, for_training=False)
+        source = open_data(wanted, expected_by(subject), processes, for_training=False, held_out="test")
         with options.progress() as bar:
-            task = bar.add_task("evaluating", total=-(-source.test_images // batch), visible=processes.first)
+            task = bar.add_task("evaluating", total=-(-source.held_out_images // batch), visible=processes.first)
             results = evaluate(
                 subject.to(processes.device),
                 source,

@@ -38,7 +38,7 @@ def tune(
     keep: options.Keep = [0.7, 0.5, 0.4, 0.3, 0.2],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [],  # noqa: B006
     score: options.ScoreKind = Score.cls,
-    images: Annotated[int, typer.Option(help="Test images of canvas.", min=1)] = 1000,
+    images: Annotated[int, typer.Option(help="Validation images of canvas.", min=1)] = 1000,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(help="Samples of each time.", min=1)] = 10,
     dtype: Annotated[DType, typer.Option(help="Of autocast; fp32 is none.")] = DType.fp32,
@@ -48,7 +48,8 @@ def tune(
 ) -> None:
     """Measures accuracy and speed for every pair of a block and a density, and names the fastest within --max-drop.
 
-    The trade-off curve has the settings that no other beats in both. A checkpoint keeps its own score.
+    The trade-off curve has the settings that no other beats in both. A checkpoint keeps its own score. On canvas this
+    looks at validation images: `sait eval` then judges the choice on others.
     """
     from sait import measure
     from sait.throughput import Density
@@ -70,10 +71,10 @@ def tune(
             if not 0 <= b < depth:
                 options.bad("--block", f"expected 0 to {depth - 1}, for the model has {depth} blocks; got {b}.")
         eval.check_classes(subject, data)
-        wanted = Config(data=data, canvas_test_images=images, batch=batch, workers=workers)
+        wanted = Config(data=data, canvas_eval_images=images, batch=batch, workers=workers)
         source = open_data(wanted, expected_by(subject), processes, for_training=False)
-        sample, _ = next(iter(source.test_batches()))
-        batches = -(-source.test_images // batch)
+        sample, _ = next(iter(source.held_out_batches()))
+        batches = -(-source.held_out_images // batch)
         task = bar.add_task("measuring", total=steps(batches, len(blocks), len(densities), repeats))
         settings = measure_all(
             subject.to(place),
@@ -87,7 +88,7 @@ def tune(
         )
     best = fastest(settings, max_drop / 100)
     console = Console(highlight=False)
-    about = f"{model}, {described}; {source.test_images} images of {data}, batch {len(sample)}, {dtype}"
+    about = f"{model}, {described}; {source.held_out_images} images of {data}, batch {len(sample)}, {dtype}"
     console.print(about, soft_wrap=True)
     console.print(table(frontier(settings), settings[0], best))
     console.print(

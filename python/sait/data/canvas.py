@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 CLASSES = 10
-SPLITS = ("train", "test")
-TEST_DIGITS = 360  # of 1797, chosen once and for all
-TEST_COLUMNS = 200  # the right-hand part of either photo (640 x 427) is seen by test images only
+SPLITS = ("train", "validation", "test")
+# Of the 1797 digits in an order that is drawn once and for all, and of the 640 columns of either photo.
+DIGITS = {"train": slice(0, 1257), "validation": slice(1257, 1437), "test": slice(1437, 1797)}
+COLUMNS = {"train": slice(0, 240), "validation": slice(240, 440), "test": slice(440, 640)}
+MAX_SIDE = 200  # what fits every split's part of a photo
 
 
 class Placements(NamedTuple):
@@ -44,16 +46,17 @@ class Placements(NamedTuple):
 class Canvas(Dataset[tuple[Tensor, int]]):
     """Digits of scikit-learn at random position, size and contrast over random crops of the two photos that it ships.
 
-    No digit image and no pixel of a photo is in both splits. Image i of a seed is always the same, whatever the size
-    of the set. With undimmed photos and digits of 16 to 40 pixels a small ViT
-    did not begin to learn in 50,000 images; the default is what it learns on a CPU.
+    No digit image and no pixel of a photo is in two splits. Image i of a seed is always the same, whatever the size
+    of the set. The default is what a small ViT learns on a CPU: with undimmed photos and digits of 16 to 40 pixels it
+    did not begin to learn in 50,000 images, with photos dimmed to 0.4 and contrasts from 0.5 on it took 30,000 images
+    to get 45 % right, and with the default 73 %.
 
     >>> image, label = Canvas("test", size=100, seed=0)[7]
     >>> image.shape
     torch.Size([3, 64, 64])
 
     Args:
-        split: "train" or "test".
+        split: "train", "validation" or "test".
         size: the number of images.
         seed: an int >= 0, or several, of which each choice is another set.
         img_size: side of an image in pixels, at most 200.
@@ -74,8 +77,8 @@ class Canvas(Dataset[tuple[Tensor, int]]):
         *,
         img_size: int = 64,
         digit_side: tuple[float, float] = (28 / 64, 44 / 64),
-        contrast: tuple[float, float] = (0.5, 1.0),
-        background: float = 0.4,
+        contrast: tuple[float, float] = (0.7, 1.0),
+        background: float = 0.2,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
     ) -> None:
@@ -83,8 +86,8 @@ class Canvas(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"Canvas: split: expected one of {', '.join(SPLITS)}, got {split!r}.")
         if size < 1:
             raise ValueError(f"Canvas: size: expected at least one image, got {size}.")
-        if not 8 <= img_size <= TEST_COLUMNS:
-            raise ValueError(f"Canvas: img_size: expected 8 to {TEST_COLUMNS} pixels, got {img_size}.")
+        if not 8 <= img_size <= MAX_SIDE:
+            raise ValueError(f"Canvas: img_size: expected 8 to {MAX_SIDE} pixels, got {img_size}.")
         for name, (low, high) in {"digit_side": digit_side, "contrast": contrast}.items():
             if not 0 < low <= high <= 1:
                 raise ValueError(f"Canvas: {name}: expected 0 < least <= greatest <= 1, got {(low, high)}.")
@@ -163,8 +166,7 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    order = np.random.default_rng(0).permutation(len(found.target))
-    chosen = order[-TEST_DIGITS:] if split == "test" else order[:-TEST_DIGITS]
+    chosen = np.random.default_rng(0).permutation(len(found.target))[DIGITS[split]]
     return torch.from_numpy(found.images[chosen]).float() / 16, torch.from_numpy(found.target[chosen]).long()
 
 
@@ -174,4 +176,4 @@ def _photos(split: str) -> Tensor:
     from sklearn.datasets import load_sample_images
 
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2).contiguous()
-    return photos[..., -TEST_COLUMNS:] if split == "test" else photos[..., :-TEST_COLUMNS]
+    return photos[..., COLUMNS[split]]

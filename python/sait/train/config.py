@@ -40,7 +40,7 @@ class Config:
         model, model_kwargs: for timm.create_model; num_classes is set by the data.
         init: a checkpoint whose weights to start from.
         data: a folder with train/ and val/, a folder for each class in both; or "canvas".
-        canvas_images, canvas_test_images: images of an epoch and of the test set, for "canvas".
+        canvas_images, canvas_eval_images: images of an epoch and of the held-out set, for "canvas".
         out: the folder for checkpoints and metrics.
 
         mode: "alternate" (SaiT), "dense" (plain training) or "sparse".
@@ -74,7 +74,7 @@ class Config:
     init: str | None = None
     data: str = "canvas"
     canvas_images: int = 20_000
-    canvas_test_images: int = 2_000
+    canvas_eval_images: int = 2_000
     out: str = "runs/sait"
 
     mode: str = "alternate"
@@ -138,7 +138,7 @@ class Config:
             raise TrainingError(f"config: {error}") from error
         if self.keep is not None and self.mass is not None:
             raise TrainingError("config: expected one of keep and mass, got both; set the other to null.")
-        for name in ("epochs", "batch", "canvas_images", "canvas_test_images", "teacher_blocks", "eval_every"):
+        for name in ("epochs", "batch", "canvas_images", "canvas_eval_images", "teacher_blocks", "eval_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"config: {name}: expected 1 or more, got {getattr(self, name)}.")
         if (self.mixup or self.cutmix) and self.batch % 2:

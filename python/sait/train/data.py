@@ -1,4 +1,4 @@
-"""Batches to train on and to test on: Canvas, or a folder of images through timm's loader."""
+"""Batches to train on and held-out ones: Canvas, or a folder of images through timm's loader."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Data(Protocol):
 
     Attributes:
         steps: batches of an epoch.
-        test_images: of the test set, over all processes.
+        held_out_images: of the held-out set, over all processes.
     """
 
     steps: int
-    test_images: int
+    held_out_images: int
 
     def train_batches(self, epoch: int) -> Iterator[Batch]: ...
 
-    def test_batches(self) -> Iterator[Batch]: ...
+    def held_out_batches(self) -> Iterator[Batch]: ...
 
 
 def expected_by(model: Any) -> Expected:
@@ -72,14 +72,30 @@ def class_names(data: str) -> list[str]:
     return train
 
 
-def open_data(config: Config, expected: Expected, processes: Processes, *, for_training: bool = True) -> Data:
-    """The data of a config. TrainingError if it is missing, empty or too small."""
+def open_data(
+    config: Config,
+    expected: Expected,
+    processes: Processes,
+    *,
+    for_training: bool = True,
+    held_out: str = "validation",
+) -> Data:
+    """The data of a config. TrainingError if it is missing, empty or too small.
+
+    Args:
+        for_training: an epoch must have a batch.
+        held_out: "validation", for all that is chosen by what it shows, or "test", for what is then claimed. Folders
+            have only one held-out set, their val/.
+    """
     if config.batch % processes.world_size:
         raise TrainingError(
             f"config: batch: expected a multiple of the {processes.world_size} processes, got {config.batch}."
         )
-    kind = CanvasData if config.data == "canvas" else FolderData
-    data = kind(config, expected, processes)
+    data: Data
+    if config.data == "canvas":
+        data = CanvasData(config, expected, processes, held_out)
+    else:
+        data = FolderData(config, expected, processes)
     if for_training and data.steps == 0:
         raise TrainingError(f"--data: {config.data}: an epoch has fewer images than a batch of {config.batch}.")
     return data
@@ -88,16 +104,16 @@ def open_data(config: Config, expected: Expected, processes: Processes, *, for_t
 class CanvasData:
     """New images in every epoch, decided by seed and epoch: the placements are the augmentation."""
 
-    def __init__(self, config: Config, expected: Expected, processes: Processes) -> None:
+    def __init__(self, config: Config, expected: Expected, processes: Processes, held_out: str) -> None:
         _, height, width = expected.size
         if height != width:
             raise TrainingError(f"--data: canvas has square images, and the model expects {height} x {width}.")
         self.config, self.processes = config, processes
         self.look: dict[str, Any] = {"img_size": height, "mean": expected.mean, "std": expected.std}
         self.steps = config.canvas_images // config.batch
-        self.test_images = config.canvas_test_images
+        self.held_out_images = config.canvas_eval_images
         try:
-            self.test = canvas.Canvas("test", self.test_images, **self.look)
+            self.held_out = canvas.Canvas(held_out, self.held_out_images, **self.look)
         except ValueError as error:
             raise TrainingError(f"--data: {error} Set model_kwargs={{img_size: 64, patch_size: 8}}.") from error
 
@@ -107,9 +123,9 @@ class CanvasData:
         images = canvas.Canvas("train", self.steps * self.config.batch, (self.config.seed, epoch), **self.look)
         yield from images.batches(self.config.batch // world, rank=rank, world_size=world)
 
-    def test_batches(self) -> Iterator[Batch]:
+    def held_out_batches(self) -> Iterator[Batch]:
         rank, world = self.processes.rank, self.processes.world_size
-        yield from self.test.batches(self.config.batch // world, rank=rank, world_size=world)
+        yield from self.held_out.batches(self.config.batch // world, rank=rank, world_size=world)
 
 
 class FolderData:
@@ -145,10 +161,10 @@ class FolderData:
             **common,
         )
         images = create_dataset("", root=str(val), class_map=classes)
-        self.steps, self.test_images = len(self.train), len(images)
+        self.steps, self.held_out_images = len(self.train), len(images)
         # timm's own sampler repeats images until all processes have equally many, and then counts them twice.
-        share: Any = Shard(images, range(processes.rank, self.test_images, processes.world_size))
-        self.test = create_loader(share, crop_pct=expected.crop_pct, **common)
+        share: Any = Shard(images, range(processes.rank, self.held_out_images, processes.world_size))
+        self.held_out = create_loader(share, crop_pct=expected.crop_pct, **common)
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         sampler: Any = self.train.sampler
@@ -156,8 +172,8 @@ class FolderData:
             sampler.set_epoch(epoch)
         yield from self.train
 
-    def test_batches(self) -> Iterator[Batch]:
-        yield from self.test
+    def held_out_batches(self) -> Iterator[Batch]:
+        yield from self.held_out
 
 
 class Shard(Subset[Any]):

@@ -23,7 +23,7 @@ class Result:
 
     Attributes:
         density: dense where neither keep nor mass is set.
-        images: of the test set.
+        images: of the held-out set.
         accuracy: share of the images whose label is the first answer, in [0, 1].
         tokens: of an image behind the last stage, prefix included; the mean.
         gmac: 1e9 multiply-accumulates of an image; the mean.
@@ -52,7 +52,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     advance: Callable[[], object] = lambda: None,
 ) -> list[Result]:
-    """The test set of ``data`` through the model at each density; with several processes each takes a part.
+    """The held-out set of ``data`` through the model at each density; with several processes each takes a part.
 
     Args:
         model: from sparsify, on the processes' device; its mode and its density are as before when this returns.
@@ -69,7 +69,7 @@ def evaluate(
     model.eval()
     totals = [Totals() for _ in densities]
     try:
-        for images, labels in _on(processes.device, data.test_batches()):
+        for images, labels in _on(processes.device, data.held_out_batches()):
             with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
                 for density, total in zip(densities, totals, strict=True):
                     total.add(model, density, images, labels)

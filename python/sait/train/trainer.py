@@ -220,7 +220,7 @@ class Trainer:
         config = self.config
         model = self.model if self.ema is None else self.ema.module
         densities = [Density(), *map(Density, config.eval_keep), *(Density(mass=mass) for mass in config.eval_mass)]
-        batches = math.ceil(self.data.test_images / config.batch)
+        batches = math.ceil(self.data.held_out_images / config.batch)
         counter = iter(range(1, batches + 2))
         results = evaluate(
             model,

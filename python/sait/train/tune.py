@@ -51,7 +51,7 @@ def tune(
 ) -> list[Setting]:
     """Accuracy and speed of dense and of every density at every block.
 
-    Accuracy is that of the test images of ``data``: choose by images other than those that the choice is judged by.
+    Accuracy is that of the held-out images of ``data``: judge the choice by others.
 
     Args:
         model: from sparsify; left with a plan of the last block and dense.
