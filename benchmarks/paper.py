@@ -1,14 +1,20 @@
 """The evidence for the method on canvas: trains every variant with several seeds, measures, writes docs/accuracy.md.
 
 ``python benchmarks/paper.py`` or ``make paper``. Trainings that are done already are not repeated, and one that was
-interrupted goes on, so that the whole may take several sittings.
+interrupted goes on, so that the whole may take several sittings. Each is a ``sait train`` of its own on one thread, as
+many at once as there are cores: that trains more images a second than one after the other on all cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +23,8 @@ import sait
 import torch
 from rich.console import Console
 from sait import checkpoint, measure
-from sait.cli.train import line
 from sait.throughput import Density
-from sait.train import Config, evaluate, train
+from sait.train import Config, evaluate
 from sait.train.config import read_config
 from sait.train.data import expected_by, open_data
 from sait.train.processes import Processes
@@ -48,10 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of tables, plots and figures")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=5000, help="test images")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at once")
+    parser.add_argument("--train-only", action="store_true", help="measure nothing yet")
     options = parser.parse_args(arguments)
+    train_all(options.config, options.runs, range(options.seeds), options.jobs)
+    if options.train_only:
+        return
     rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
-        models = {name: trained(name, seed, options.config, options.runs) for name in VARIANTS}
+        models = {name: folder(name, seed, options.runs) / MODEL for name in VARIANTS}
         for name, path in models.items():
             rows += accuracy_rows(name, seed, path, options.config, options.images)
         rows += difficulty_rows(seed, models["SaiT"], options.images)
@@ -63,26 +73,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     paper_report.write(document, options.out)
 
 
-def trained(name: str, seed: int, config_file: Path, runs: Path) -> Path:
-    """The checkpoint of a variant, trained unless it is there."""
+def train_all(config: Path, runs: Path, seeds: Sequence[int], jobs: int) -> None:
+    """Every variant with every seed: the plain models first, since the others learn from them."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for names in (["plain"], [name for name in VARIANTS if name != "plain"]):
+            list(pool.map(lambda pair: train(*pair, config, runs), [(name, seed) for seed in seeds for name in names]))
+
+
+def train(name: str, seed: int, config_file: Path, runs: Path) -> None:
+    """Runs ``sait train`` until the variant's checkpoint is there, whole; its output goes to log.txt beside it."""
     out = folder(name, seed, runs)
-    changes = {**VARIANTS[name], "seed": seed, "out": str(out)}
+    changes = dict(VARIANTS[name])
     if name != "plain":
-        changes["teacher"] = str(folder("plain", seed, runs) / MODEL)
-    config: Config = read_config(config_file, changes)
+        changes["teacher"] = relative(folder("plain", seed, runs) / MODEL)
+    config: Config = read_config(config_file, {**changes, "seed": seed})
     path = out / MODEL
     if path.exists() and checkpoint.read(path).metadata["metrics"][-1]["epoch"] == config.epochs:
-        return path
-    console = Console(stderr=True, highlight=False)
-    console.print(f"{name}, seed {seed}", style="bold")
-    resume = (out / STATE).exists()
-    return train(
-        config,
-        ALONE,
-        resume=resume,
-        command=f"python benchmarks/paper.py  # {name}, seed {seed}",
-        on_epoch=lambda row: console.print(line(row), soft_wrap=True),
-    )
+        return
+    words = ["--config", relative(config_file), "--out", relative(out), "--seed", str(seed)]
+    words += [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    words += ["--resume"] if (out / STATE).exists() else []
+    Console(stderr=True, highlight=False).print(shlex.join(["sait", "train", *words]), soft_wrap=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "log.txt").open("a") as log:
+        subprocess.run(
+            [sys.executable, "-m", "sait.cli", "train", *words],
+            check=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def relative(path: Path) -> str:
+    """As one types it in the root of the repository, where it lies in there."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def folder(name: str, seed: int, runs: Path) -> Path:
