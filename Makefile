@@ -1,4 +1,4 @@
-# make demo     set up, build, and run `sait bench` and `sait show` into demo/
+# make demo     set up, build; accuracy, tokens and speed of the trained checkpoint, pictures, throughput of DeiT-S: demo/
 # make install  set up and build
 # make test     the test suite                    make check   lint, format, types
 # make paper    train every variant on canvas (hours), and write docs/accuracy.md
@@ -34,8 +34,9 @@ install: $(VENV)/.build
 
 demo: install
 	mkdir -p demo
+	$(BIN)/sait eval checkpoints/sait-canvas.safetensors --json demo/accuracy.json
+	$(BIN)/sait show --model checkpoints/sait-canvas.safetensors --keep 0.45 --mass 0.9 --mass 0.7 --out demo
 	$(BIN)/sait bench --json demo/bench.json
-	$(BIN)/sait show --out demo
 
 test: install $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest

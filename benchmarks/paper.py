@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 KEEPS = (0.85, 0.7, 0.6, 0.45, 0.3, 0.2, 0.15)
 MASSES = (0.95, 0.9, 0.8, 0.7, 0.5)
 SPEED_BATCH = 64
+PUBLISHED = ("SaiT", "plain")
+PICTURED = ("--keep", "0.45", "--keep", "0.15", "--mass", "0.9", "--mass", "0.7")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "canvas.yaml")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "paper", help="folder of the trainings")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of tables, plots and figures")
+    parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="folder for those of seed 0")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=5000, help="test images")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at once")
@@ -71,6 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "accuracy.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     paper_report.write(document, options.out)
+    options.checkpoints.mkdir(parents=True, exist_ok=True)
+    for name in PUBLISHED:
+        shutil.copyfile(
+            folder(name, 0, options.runs) / MODEL, options.checkpoints / f"{name.lower()}-canvas.safetensors"
+        )
+    pictured = ["--model", str(options.checkpoints / "sait-canvas.safetensors"), *PICTURED, "--out", str(options.out)]
+    subprocess.run([sys.executable, "-m", "sait.cli", "show", *pictured], check=True, cwd=ROOT)
 
 
 def train_all(config: Path, runs: Path, seeds: Sequence[int], jobs: int) -> None:

@@ -21,14 +21,10 @@ def write(document: dict[str, Any], out: Path) -> None:
 def markdown(document: dict[str, Any]) -> str:
     rows = document["rows"]
     accuracy, speed = of(rows, "accuracy"), {r["case"]: r["images_per_s"] for r in of(rows, "speed")}
-    seeds = len({row["seed"] for row in accuracy})
     parts = [
         "# Accuracy against density\n",
         "*Written by `make paper` from accuracy.json.*\n",
-        f"canvas, {accuracy[0]['images']} test images; {document['config']['model']} with "
-        f"{document['parameters'] / 1e6:.2f} M parameters, {document['config']['epochs']} epochs of "
-        f"{document['config']['canvas_images']} images; {seeds} seeds, mean ± standard deviation. "
-        f"{provenance(document)}\n",
+        f"{about(document)}\n",
         "## Every density on one set of weights\n",
         density_table(accuracy, speed),
         "\n![accuracy against multiply-adds](accuracy.png)\n",
@@ -41,6 +37,31 @@ def markdown(document: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(parts)
+
+
+def summary(document: dict[str, Any]) -> str:
+    """What the README shows: the model of every density beside its plain twin."""
+    accuracy = of(document["rows"], "accuracy")
+    speed = {row["case"]: row["images_per_s"] for row in of(document["rows"], "speed")}
+    cases = [case for case in ("dense", "keep 0.7", HEADLINE, "keep 0.3", "keep 0.15", "mass 0.9") if case in speed]
+    lines = [header(["density", "tokens", "GMAC", "img/s", "× dense", "SaiT, %", "plain training, then pruned, %"])]
+    for case in cases:
+        mine, plain = pick(accuracy, "SaiT", case), pick(accuracy, "plain", case)
+        cells = [case, f"{mean(mine, 'tokens'):.1f}", f"{mean(mine, 'gmac'):.4f}"]
+        cells += [f"{speed[case]:.0f}", f"{speed[case] / speed['dense']:.2f}"]
+        cells += [spread([100 * row["accuracy"] for row in rows]) for rows in (mine, plain)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([f"{about(document)}\n", *lines])
+
+
+def about(document: dict[str, Any]) -> str:
+    accuracy, config = of(document["rows"], "accuracy"), document["config"]
+    seeds = len({row["seed"] for row in accuracy})
+    return (
+        f"canvas, {accuracy[0]['images']} test images; {document['parameters'] / 1e6:.2f} M parameters, "
+        f"{config['epochs']} epochs of {config['canvas_images']} images; {seeds} seeds, mean ± standard deviation. "
+        f"{provenance(document)}"
+    )
 
 
 def density_table(accuracy: Sequence[Row], speed: dict[str, float]) -> str:

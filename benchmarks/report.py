@@ -1,4 +1,7 @@
-"""Writes the tables of the README from the newest results file: ``python benchmarks/report.py`` or ``make report``."""
+"""Writes the tables of the README from what was measured: ``python benchmarks/report.py`` or ``make report``.
+
+Speed comes from the newest results file, accuracy from docs/accuracy.json.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import paper_report
+
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results: begin (written by make report) -->", "<!-- results: end -->"
+MARKERS = "<!-- {}: begin (written by make report) -->", "<!-- {}: end -->"
 SCHEMA = 1
-NOTHING_YET = "Not measured yet: `make bench report`."
+NOTHING_YET = "Not measured yet: `make bench paper report`."
 
 Row = dict[str, Any]
 
@@ -108,22 +113,32 @@ def unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def insert(readme: str, block: str) -> str:
-    """The README with the block between its markers. ValueError if they are missing."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def insert(readme: str, name: str, block: str) -> str:
+    """The README with the block between the markers of its name. ValueError if they are missing."""
+    first, last = (marker.format(name) for marker in MARKERS)
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the README lacks the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+        raise ValueError(f"the README lacks the markers {first} and {last}")
+    return f"{before}{first}\n{block}\n{last}{after}"
+
+
+def updated(readme: str, results: Path, accuracy: Path) -> str:
+    """The README with the newest results of a folder and the accuracy of a file that ``make paper`` wrote."""
+    summary = (
+        paper_report.summary(json.loads(accuracy.read_text(encoding="utf-8"))) if accuracy.exists() else NOTHING_YET
+    )
+    return insert(insert(readme, "results", markdown(newest(results))), "accuracy", summary)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    parser.add_argument("--accuracy", type=Path, default=ROOT / "docs" / "accuracy.json", metavar="FILE")
     arguments = parser.parse_args()
-    block = markdown(newest(arguments.results))
-    arguments.readme.write_text(insert(arguments.readme.read_text(encoding="utf-8"), block), encoding="utf-8")
+    readme = arguments.readme.read_text(encoding="utf-8")
+    arguments.readme.write_text(updated(readme, arguments.results, arguments.accuracy), encoding="utf-8")
 
 
 if __name__ == "__main__":

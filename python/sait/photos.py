@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-PATCH_PIXELS = 24  # of a patch in a picture: 14 patches make 336 pixels, so five panels fit a wide screen
+PATCH_PIXELS = 24  # of a patch in a picture, at least: 14 patches make 336 pixels, so five panels fit a wide screen
+PANEL_PIXELS = 272  # of a panel's width, at least: what its label needs
 MARGIN = 12
 OUTLINE = (255, 200, 40)
 TEXT_SIZE = 18
@@ -82,15 +83,22 @@ def photo_batch(batch: int, expected: Preprocessing) -> Tensor:
     return torch.stack(crops)
 
 
+def patch_pixels(columns: int) -> int:
+    """Side of a patch in a picture that is so many patches wide."""
+    return max(PATCH_PIXELS, -(-PANEL_PIXELS // columns))
+
+
 def fit_to_grid(photo: Image.Image, grid: tuple[int, int]) -> Image.Image:
-    """The crop that ``to_tensor`` makes of a photo, in PATCH_PIXELS per patch of a grid (rows, columns)."""
+    """The crop that ``to_tensor`` makes of a photo, in the pixels of a picture of a grid (rows, columns)."""
     rows, columns = grid
-    return fit(photo, (rows * PATCH_PIXELS, columns * PATCH_PIXELS))
+    side = patch_pixels(columns)
+    return fit(photo, (rows * side, columns * side))
 
 
 def draw_kept(photo: Image.Image, kept: Tensor) -> Image.Image:
     """The photo with the kept patches outlined and the dropped ones grey; kept is (rows, columns) bool."""
     rows, columns = kept.shape
+    side = patch_pixels(columns)
     picture = fit_to_grid(photo, (rows, columns))
     # Mid-grey of low contrast: neither a dark photo nor a bright one has much of it.
     grey = ImageOps.grayscale(picture).point(lambda value: 80 + value // 4).convert("RGB")
@@ -104,25 +112,25 @@ def draw_kept(photo: Image.Image, kept: Tensor) -> Image.Image:
     edges = [((row, column), (row, column + 1)) for row, column in np.argwhere(above[1:] != above[:-1])]
     edges += [((row, column), (row + 1, column)) for row, column in np.argwhere(left[:, 1:] != left[:, :-1])]
     for edge in edges:
-        corners = [
-            (min(column * PATCH_PIXELS, picture.width - 1), min(row * PATCH_PIXELS, picture.height - 1))
-            for row, column in edge
-        ]
+        corners = [(min(column * side, picture.width - 1), min(row * side, picture.height - 1)) for row, column in edge]
         draw.line(corners, fill=OUTLINE, width=2)
     return picture
 
 
-def side_by_side(panels: Sequence[tuple[str, Image.Image]], title: str) -> Image.Image:
-    """One picture of labelled panels of equal size, under a title."""
+def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str) -> Image.Image:
+    """One picture of rows of labelled panels, all of equal size, under a title."""
     font = ImageFont.load_default(TEXT_SIZE)
-    width, height = panels[0][1].size
-    line = MARGIN + TEXT_SIZE
-    total_width = max(len(panels) * (width + MARGIN), round(font.getlength(title)) + MARGIN) + MARGIN
-    sheet = Image.new("RGB", (total_width, 2 * line + 2 * MARGIN + height), "white")
-    draw = ImageDraw.Draw(sheet)
+    width, height = rows[0][0][1].size
+    line, longest = MARGIN + TEXT_SIZE, max(map(len, rows))
+    total_width = max(longest * (width + MARGIN), round(font.getlength(title)) + MARGIN) + MARGIN
+    row_height = line + MARGIN + height
+    picture = Image.new("RGB", (total_width, MARGIN + line + len(rows) * row_height), "white")
+    draw = ImageDraw.Draw(picture)
     draw.text((MARGIN, MARGIN), title, fill="black", font=font)
-    for i, (label, panel) in enumerate(panels):
-        left = MARGIN + i * (width + MARGIN)
-        draw.text((left, MARGIN + line), label, fill="dimgray", font=font)
-        sheet.paste(panel, (left, MARGIN + 2 * line))
-    return sheet
+    for row, panels in enumerate(rows):
+        top = MARGIN + line + row * row_height
+        for column, (label, panel) in enumerate(panels):
+            left = MARGIN + column * (width + MARGIN)
+            draw.text((left, top), label, fill="dimgray", font=font)
+            picture.paste(panel, (left, top + line))
+    return picture

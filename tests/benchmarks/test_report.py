@@ -81,29 +81,36 @@ def test_unknown_schema_is_refused(tmp_path: Path) -> None:
         report.newest(tmp_path)
 
 
+def marked(name: str, block: str) -> str:
+    begin, end = (marker.format(name) for marker in report.MARKERS)
+    return f"{begin}\n{block}\n{end}"
+
+
 def test_only_what_is_between_the_markers_changes() -> None:
-    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    once = report.insert(readme, "new")
-    assert once == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
-    assert report.insert(once, "new") == once
+    readme = "\n".join(["before", marked("results", "old"), "between", marked("accuracy", "kept"), "after"])
+    once = report.insert(readme, "results", "new")
+    assert once == readme.replace("old", "new")
+    assert report.insert(once, "results", "new") == once
 
 
-@pytest.mark.parametrize("readme", ["", report.BEGIN, f"{report.END}{report.BEGIN}"])
+@pytest.mark.parametrize("readme", ["", marked("accuracy", ""), report.MARKERS[1] + report.MARKERS[0]])
 def test_a_readme_without_markers_is_refused(readme: str) -> None:
     with pytest.raises(ValueError, match="markers"):
-        report.insert(readme, "new")
+        report.insert(readme, "results", "new")
 
 
 def test_command(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    readme.write_text(marked("results", "") + marked("accuracy", ""))
     (tmp_path / "figures.json").write_text(json.dumps(document()))
+    nothing = tmp_path / "nothing.json"
     script = [sys.executable, ROOT / "benchmarks" / "report.py", "--results", tmp_path, "--readme", readme]
-    subprocess.run(script, check=True)
-    assert readme.read_text() == f"{report.BEGIN}\n{report.markdown(document())}\n{report.END}\n"
+    subprocess.run([*script, "--accuracy", nothing], check=True)
+    expected = marked("results", report.markdown(document())) + marked("accuracy", report.NOTHING_YET)
+    assert readme.read_text() == expected
 
 
 def test_the_readme_has_the_newest_results() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    current = report.insert(readme, report.markdown(report.newest(ROOT / "benchmarks" / "results")))
+    current = report.updated(readme, ROOT / "benchmarks" / "results", ROOT / "docs" / "accuracy.json")
     assert readme == current, "run `make report`"

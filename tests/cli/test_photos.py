@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sait.photos import PATCH_PIXELS, Preprocessing, draw_kept, fit_to_grid, photo_batch, side_by_side, to_tensor
+from sait.photos import Preprocessing, draw_kept, fit_to_grid, patch_pixels, photo_batch, sheet, to_tensor
 
 EXPECTED = Preprocessing((48, 64), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
@@ -32,12 +32,13 @@ def test_draw_kept_leaves_kept_patches_and_greys_the_others() -> None:
     photo = Image.fromarray(chance.integers(0, 256, (96, 144, 3), dtype=np.uint8))
     kept = torch.tensor(chance.random((4, 6)) < 0.5)
     original, drawn = (np.array(picture) for picture in (fit_to_grid(photo, (4, 6)), draw_kept(photo, kept)))
-    assert drawn.shape == (4 * PATCH_PIXELS, 6 * PATCH_PIXELS, 3)
+    side = patch_pixels(6)
+    assert drawn.shape == (4 * side, 6 * side, 3)
     for (row, column), stays in np.ndenumerate(kept.numpy()):
         # Inside of the outline, which takes two pixels of a patch.
         inside = np.s_[
-            row * PATCH_PIXELS + 2 : (row + 1) * PATCH_PIXELS - 2,
-            column * PATCH_PIXELS + 2 : (column + 1) * PATCH_PIXELS - 2,
+            row * side + 2 : (row + 1) * side - 2,
+            column * side + 2 : (column + 1) * side - 2,
         ]
         assert np.array_equal(drawn[inside], original[inside]) == bool(stays)
         assert (drawn[inside].max(-1) == drawn[inside].min(-1)).all() == (not stays)  # grey: all channels equal
@@ -46,10 +47,12 @@ def test_draw_kept_leaves_kept_patches_and_greys_the_others() -> None:
 @pytest.mark.parametrize("kept", [torch.ones(3, 5, dtype=torch.bool), torch.zeros(3, 5, dtype=torch.bool)])
 def test_draw_kept_all_or_nothing(kept: torch.Tensor) -> None:
     drawn = draw_kept(Image.new("RGB", (50, 30), "blue"), kept)
-    assert drawn.size == (5 * PATCH_PIXELS, 3 * PATCH_PIXELS)
+    assert drawn.size == (5 * patch_pixels(5), 3 * patch_pixels(5))
 
 
-def test_side_by_side_is_wide_enough_for_panels_and_title() -> None:
+def test_a_sheet_has_room_for_panels_and_title() -> None:
     panel = Image.new("RGB", (100, 80), "blue")
-    assert side_by_side([("a", panel)] * 4, "title").width >= 400
-    assert side_by_side([("a", panel)], "a title that is wider than the only panel").width > 300
+    assert sheet([[("a", panel)] * 4], "title").width >= 400
+    assert sheet([[("a", panel)]], "a title that is wider than the only panel").width > 300
+    two_rows = np.array(sheet([[("a", panel)], [("b", panel), ("c", panel)]], "title"))
+    assert (two_rows == (0, 0, 255)).all(-1).sum() == 3 * 100 * 80

@@ -7,6 +7,7 @@ import json
 import paper
 import paper_report
 import pytest
+import sait
 import short
 import yaml
 
@@ -15,10 +16,13 @@ def test_from_trainings_to_tables(tmp_path, monkeypatch):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({**short.SHORT, "eval_every": 2}))
     runs, out = tmp_path / "runs", tmp_path / "docs"
-    words = ["--config", str(config), "--runs", str(runs), "--out", str(out), "--seeds", "1", "--images", "40"]
-    paper.main(words)
-    assert sorted(path.name for path in out.iterdir()) == ["accuracy.json", "accuracy.md", "accuracy.png"]
+    checkpoints = tmp_path / "checkpoints"
+    folders = ["--runs", str(runs), "--out", str(out), "--checkpoints", str(checkpoints)]
+    paper.main(["--config", str(config), *folders, "--seeds", "1", "--images", "40"])
+    assert sorted(path.name for path in out.iterdir()) == ["accuracy.json", "accuracy.md", "accuracy.png", "canvas.png"]
     assert len(list(runs.iterdir())) == len(paper.VARIANTS)
+    for name in ("sait", "plain"):
+        assert sait.load(checkpoints / f"{name}-canvas.safetensors").num_classes == 10
     document = json.loads((out / "accuracy.json").read_text())
     rows = paper_report.of(document["rows"], "accuracy")
     cases = 1 + len(paper.KEEPS) + len(paper.MASSES)

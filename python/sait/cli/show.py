@@ -41,11 +41,14 @@ def show(
     backend: options.ForcedBackend = None,
     out: Annotated[Path, typer.Option(help="The folder for the pictures.")] = Path(),
 ) -> None:
-    """Draws the kept patches over photos, several densities side by side: a PNG for each photo."""
+    """Draws the kept patches over photos, several densities side by side: a PNG for each photo.
+
+    Of a checkpoint without photos: one PNG, canvas.png, of easy and hard test images.
+    """
     import torch
 
     import sait
-    from sait.photos import canvas_examples, draw_kept, fit_to_grid, side_by_side, to_tensor
+    from sait.photos import canvas_examples, draw_kept, fit_to_grid, sheet, to_tensor
     from sait.throughput import Density
 
     place = options.check_device(device, backend)
@@ -76,13 +79,17 @@ def show(
     if described.startswith("random"):
         console.print("With random weights the choice of patches carries no meaning.")
     title = f"{model}, {described.partition(' (')[0]}: patches kept at block {block} by {ranks} score"
+    pictures: dict[str, list[list[tuple[str, Any]]]] = {}
     for i, (name, photo) in enumerate(photos.items()):
-        panels = [("photo", fit_to_grid(photo, grid))]
+        of_canvas = model.endswith(".safetensors") and not images
+        panels = [(name if of_canvas else "photo", fit_to_grid(photo, grid))]
         for density, masks in kept.items():
             count = int(masks[i].sum())
             panels.append((f"{density.label}: {count} of {masks[i].numel()} patches", draw_kept(photo, masks[i])))
+        pictures.setdefault("canvas" if of_canvas else name, []).append(panels)
+    for name, rows in pictures.items():
         path = out / f"{name}.png"
-        side_by_side(panels, title).save(path)
+        sheet(rows, title).save(path)
         console.print(f"written: {path}")
 
 
