@@ -80,7 +80,8 @@ def train(
             chosen,
             processes,
             resume=resume,
-            command=shlex.join(["sait", *sys.argv[1:]]),
+            # A resumed run is the run that was interrupted: this command, from the start, gives the same weights.
+            command=shlex.join(["sait", *(word for word in sys.argv[1:] if word != "--resume")]),
             advance=advance,
             on_epoch=lambda row: console.print(line(row), highlight=False, soft_wrap=True),
         )
