@@ -85,10 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train_all(config: Path, runs: Path, seeds: Sequence[int], jobs: int) -> None:
-    """Every variant with every seed: the plain models first, since the others learn from them."""
+    """Every variant with every seed: the plain models first, since the others of their seed learn from them."""
     with ThreadPoolExecutor(jobs) as pool:
-        for names in (["plain"], [name for name in VARIANTS if name != "plain"]):
-            list(pool.map(lambda pair: train(*pair, config, runs), [(name, seed) for seed in seeds for name in names]))
+        plain = {seed: pool.submit(train, "plain", seed, config, runs) for seed in seeds}
+
+        def after_plain(name: str, seed: int) -> None:
+            plain[seed].result()
+            train(name, seed, config, runs)
+
+        others = [pool.submit(after_plain, name, seed) for seed in seeds for name in VARIANTS if name != "plain"]
+        for job in others:
+            job.result()
 
 
 def train(name: str, seed: int, config_file: Path, runs: Path) -> None:
