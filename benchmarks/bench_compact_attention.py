@@ -5,19 +5,43 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from harness import Case, Recorder, check_error, compare, every_case, torch_attention
+from harness import BATCH, CHANNELS, ON_GPU, Case, Recorder, Sides, check_error, compare, every_case, torch_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sait_kernels as sk
 
+SDPA, FLASH = "torch SDPA", "torch SDPA, FlashAttention"  # on Hopper the first is cuDNN's
 GOALS = {"bf16": 3.5, "fp32": 2.5}
+GPU_GOALS = {99: 1.5, 197: 1.3, 577: 0.9, 1025: 0.9}
 
 
 @every_case
 def bench_compact_attention(case: Case, record: Recorder) -> None:
+    def sides(case: Case) -> Sides:
+        q, k, v = case.qkv()
+        ours = partial(sk.compact_attention, q, k, v, case.cu_seqlens, case.N)
+        baselines = {SDPA: partial(torch_attention, q, k, v)}
+        if ON_GPU:
+            baselines[FLASH] = partial(flash_attention, q, k, v)
+        return ours, baselines
+
+    ours, baselines = sides(case)
     q, k, v = case.qkv()
-    ours = partial(sk.compact_attention, q, k, v, case.cu_seqlens, case.N)
-    baseline = partial(torch_attention, q, k, v)
     exact = sk.reference.compact_attention(q.double(), k.double(), v.double(), case.cu_seqlens, case.N)
-    check_error("compact_attention", ours(), baseline().flatten(0, 1), exact)
-    row = compare("compact_attention", case, ours, baseline, against="torch SDPA", goal=GOALS[case.dtype])
-    record(torch.inference_mode()(ours), [row])
+    for baseline in baselines.values():
+        check_error("compact_attention", ours(), baseline().flatten(0, 1), exact)
+    goal = GPU_GOALS[case.N] if ON_GPU else GOALS[case.dtype]
+    rows = compare(
+        "compact_attention",
+        case,
+        sides,
+        goals=dict.fromkeys(baselines, goal),
+        moved=4 * q.numel() * q.itemsize,  # q, k and v are read, the result is written
+        flop=4 * BATCH * case.N**2 * CHANNELS,  # two products of N x N x D in each head
+    )
+    record(torch.inference_mode()(ours), rows)
+
+
+def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return torch_attention(q, k, v)

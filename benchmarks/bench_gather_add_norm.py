@@ -5,28 +5,36 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from harness import CHANNELS, Case, Recorder, check_error, compare, every_case
+from harness import CHANNELS, ON_GPU, Case, Recorder, Sides, check_error, compare, every_case
 
 import sait_kernels as sk
 
 EPS = 1e-6
+AGAINST = "torch index_select, add, layer_norm"
+GPU_GOALS = {AGAINST: 2.0}
 
 
 @every_case
 def bench_gather_add_norm(case: Case, record: Recorder) -> None:
-    x, selection = case.rows(), case.selection()
-    y = case.rows(len(selection.indices))
-    weight, bias = case.rows(2)
-    rows = selection.indices.long()  # what index_select takes without a conversion
-    ours = partial(sk.gather_add_norm, x, y, selection, weight, bias, EPS)
+    def inputs(case: Case) -> tuple[torch.Tensor, ...]:
+        selection = case.selection()
+        return case.rows(), case.rows(len(selection.indices)), *case.rows(2)
 
-    def baseline() -> tuple[torch.Tensor, torch.Tensor]:
-        residual = x.index_select(0, rows) + y
-        return residual, torch.nn.functional.layer_norm(residual, (CHANNELS,), weight, bias, EPS)
+    def sides(case: Case) -> Sides:
+        (x, y, weight, bias), selection = inputs(case), case.selection()
+        rows = selection.indices.long()  # what index_select takes without a conversion
 
-    wide = [t.double() for t in (x, y, weight, bias)]
-    exact = sk.reference.gather_add_norm(wide[0], wide[1], selection, wide[2], wide[3], EPS)
-    for result, torch_result, expected in zip(ours(), baseline(), exact, strict=True):
+        def baseline() -> tuple[torch.Tensor, torch.Tensor]:
+            residual = x.index_select(0, rows) + y
+            return residual, torch.nn.functional.layer_norm(residual, (CHANNELS,), weight, bias, EPS)
+
+        return partial(sk.gather_add_norm, x, y, selection, weight, bias, EPS), {AGAINST: baseline}
+
+    ours, baselines = sides(case)
+    x, y, weight, bias = (t.double() for t in inputs(case))
+    exact = sk.reference.gather_add_norm(x, y, case.selection(), weight, bias, EPS)
+    for result, torch_result, expected in zip(ours(), baselines[AGAINST](), exact, strict=True):
         check_error("gather_add_norm", result, torch_result, expected)
-    row = compare("gather_add_norm", case, ours, baseline, against="torch index_select, add, layer_norm")
-    record(torch.inference_mode()(ours), [row])
+    moved = 4 * y.numel() * ours()[0].itemsize  # the kept rows of x, y and both results
+    rows = compare("gather_add_norm", case, sides, goals=GPU_GOALS if ON_GPU else None, moved=moved)
+    record(torch.inference_mode()(ours), rows)

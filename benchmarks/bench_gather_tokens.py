@@ -5,17 +5,22 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from harness import Case, Recorder, compare, every_case
+from harness import Case, Recorder, Sides, compare, every_case
 
 import sait_kernels as sk
+
+AGAINST = "torch index_select"
 
 
 @every_case
 def bench_gather_tokens(case: Case, record: Recorder) -> None:
-    x, selection = case.rows(), case.selection()
-    rows = selection.indices.long()  # what index_select takes without a conversion
-    ours = partial(sk.gather_tokens, x, selection)
-    baseline = partial(torch.index_select, x, 0, rows)
-    assert torch.equal(ours(), baseline()), "gather_tokens: not the rows of index_select: no figure"
-    row = compare("gather_tokens", case, ours, baseline, against="torch index_select")
-    record(torch.inference_mode()(ours), [row])
+    def sides(case: Case) -> Sides:
+        x, selection = case.rows(), case.selection()
+        rows = selection.indices.long()  # what index_select takes without a conversion
+        return partial(sk.gather_tokens, x, selection), {AGAINST: partial(torch.index_select, x, 0, rows)}
+
+    ours, baselines = sides(case)
+    out = ours()
+    assert torch.equal(out, baselines[AGAINST]()), "gather_tokens: not the rows of index_select: no figure"
+    rows = compare("gather_tokens", case, sides, moved=2 * out.numel() * out.itemsize)  # read once, written once
+    record(torch.inference_mode()(ours), rows)

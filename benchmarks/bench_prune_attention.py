@@ -6,10 +6,13 @@ from functools import partial
 
 import torch
 from harness import (
+    BATCH,
     CHANNELS,
     KEEP,
+    ON_GPU,
     Case,
     Recorder,
+    Sides,
     check_error,
     check_selection,
     compare,
@@ -21,24 +24,38 @@ from harness import (
 
 import sait_kernels as sk
 
-GOALS = {"bf16": 5.0, "fp32": 4.0}
+AGAINST = "torch SDPA, softmax, mean, topk, sort, gather"
+GOALS = {"bf16": 1.5} if ON_GPU else {"bf16": 5.0, "fp32": 4.0}
 
 
 @every_case
 def bench_prune_attention(case: Case, record: Recorder) -> None:
+    patches = case.kept_patches
+
+    def sides(case: Case) -> Sides:
+        q, k, v = case.qkv()
+
+        def baseline() -> torch.Tensor:
+            out, rows = torch_attention(q, k, v), torch_select(q, k, patches)
+            return out.gather(1, rows[:, :, None].expand(-1, -1, CHANNELS))
+
+        return partial(sk.prune_attention, q, k, v, case.cu_seqlens, case.N, keep=KEEP), {AGAINST: baseline}
+
+    ours, _ = sides(case)
     q, k, v = case.qkv()
-    cu_seqlens, patches = case.cu_seqlens, case.kept_patches
-    ours = partial(sk.prune_attention, q, k, v, cu_seqlens, case.N, keep=KEEP)
-
-    def baseline() -> torch.Tensor:
-        out, rows = torch_attention(q, k, v), torch_select(q, k, patches)
-        return out.gather(1, rows[:, :, None].expand(-1, -1, CHANNELS))
-
     out, selection = ours()
     check_selection("prune_attention", rows_per_image(selection, case.N), q, k, patches)
     # The two may choose differently in near-ties, so values are compared on our rows.
-    exact = sk.reference.compact_attention(q.double(), k.double(), v.double(), cu_seqlens, case.N, selection=selection)
+    exact = sk.reference.compact_attention(
+        q.double(), k.double(), v.double(), case.cu_seqlens, case.N, selection=selection
+    )
     check_error("prune_attention", out, torch_attention(q, k, v).flatten(0, 1)[selection.indices], exact)
-    against = "torch SDPA, softmax, mean, topk, sort, gather"
-    row = compare("prune_attention", case, ours, baseline, against=against, goal=GOALS[case.dtype])
-    record(torch.inference_mode()(ours), [row])
+    rows = compare(
+        "prune_attention",
+        case,
+        sides,
+        goals={AGAINST: GOALS[case.dtype]},
+        moved=2 * (k.numel() + out.numel()) * k.itemsize,  # k and v; kept rows of q, and the result
+        flop=4 * BATCH * (patches + 1) * case.N * CHANNELS,
+    )
+    record(torch.inference_mode()(ours), rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Recorder, measured_roofs
+from harness import DEVICE, ON_GPU, Recorder, measured_roofs
 from rich.console import Console
 from rich.table import Table
 from sait import measure
@@ -40,7 +40,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     rows, folder = config.stash[ROWS], config.getoption("save_results")
     if not rows:
         return
-    document = measure.results(rows, roofs=measured_roofs())
+    document = measure.results(rows, DEVICE, roofs=measured_roofs())
     console = Console(highlight=False, width=110)
     console.print(summary(rows))
     console.print(f"{document['device']}, {document['threads']} threads, torch {document['versions']['torch']}")
@@ -67,3 +67,9 @@ def summary(rows: list[dict[str, Any]]) -> Table:
         figures = (f"{row['ours_us']:.0f}", f"{row['baseline_us']:.0f}", f"{row['ratio']:.2f}")
         table.add_row(row["name"], row["case"], row["dtype"], row["baseline"], *figures, goal)
     return table
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not ON_GPU:
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))

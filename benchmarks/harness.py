@@ -1,14 +1,18 @@
 """What the benchmarks share: inputs, checks that come before any figure, and rows of the results file.
 
-An op is timed against the torch expression that a user would write for it, both sides in turn.
+An op is timed against the torch expression that a user would write for it, all sides in turn. Where torch sees a GPU
+everything runs there: each side as a CUDA graph, so that no launch from Python is timed, over copies of its inputs that
+together are several times the L2 cache, so that every call finds its inputs in memory.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,14 +22,19 @@ from torch import Tensor
 
 import sait_kernels as sk
 
-BATCH, HEADS, HEAD_DIM, KEEP = 16, 6, 64, 0.45
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+BATCH, HEADS, HEAD_DIM, KEEP = 256 if ON_GPU else 16, 6, 64, 0.45
 CHANNELS = HEADS * HEAD_DIM
-REPEATS = 20
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-TOKENS = (99, 197, 577)
+REPEATS = 50 if ON_GPU else 20
+DTYPES = {"bf16": torch.bfloat16} if ON_GPU else {"bf16": torch.bfloat16, "fp32": torch.float32}
+TOKENS = (99, 197, 577, 1025) if ON_GPU else (99, 197, 577)
+COLD_BYTES = 200 * 2**20  # of all copies of the inputs together: four times the 50 MiB of an H200's L2 cache
 
 # record(ours, rows) of conftest.py
 Recorder = Callable[[Callable[[], object], list[dict[str, Any]]], None]
+# Of one copy of the inputs: ours first, then the baselines by name.
+Sides = tuple[Callable[[], object], Mapping[str, Callable[[], object]]]
 
 
 @dataclass(frozen=True)
@@ -34,10 +43,18 @@ class Case:
 
     dtype: str
     N: int
+    copy: int = 0
+
+    def copies(self) -> list[Case]:
+        """The same size with other values: so many that none is still in the cache when its turn comes again."""
+        if not ON_GPU:
+            return [self]
+        size = BATCH * self.N * 3 * CHANNELS * DTYPES[self.dtype].itemsize
+        return [replace(self, copy=i) for i in range(max(2, math.ceil(COLD_BYTES / size)))]
 
     @property
     def cu_seqlens(self) -> Tensor:
-        return sk.uniform_cu_seqlens(BATCH, self.N)
+        return sk.uniform_cu_seqlens(BATCH, self.N, DEVICE)
 
     @property
     def kept_patches(self) -> int:
@@ -45,25 +62,25 @@ class Case:
 
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (T, H, D): views of one projection, as in a model."""
-        projected = _normal(BATCH * self.N, 3, HEADS, HEAD_DIM, dtype=self.dtype)
+        projected = self._normal(BATCH * self.N, 3, HEADS, HEAD_DIM)
         return projected.unbind(1)  # type: ignore[return-value]
 
     def rows(self, count: int | None = None) -> Tensor:
         """(count, C), T rows by default."""
-        return _normal(BATCH * self.N if count is None else count, CHANNELS, dtype=self.dtype)
+        return self._normal(BATCH * self.N if count is None else count, CHANNELS)
 
     def selection(self) -> sk.Selection:
         """A random KEEP of the patches of each image."""
-        return sk.select_topk(_normal(BATCH * self.N, dtype="fp32"), self.cu_seqlens, self.N, keep=KEEP)
+        return sk.select_topk(self._normal(BATCH * self.N).float(), self.cu_seqlens, self.N, keep=KEEP)
+
+    def _normal(self, *shape: int) -> Tensor:
+        generator = torch.Generator(DEVICE).manual_seed(self.copy)
+        return torch.randn(shape, generator=generator, device=DEVICE).to(DTYPES[self.dtype])
 
 
 every_case = pytest.mark.parametrize(
     "case", [Case(*pair) for pair in itertools.product(DTYPES, TOKENS)], ids=lambda case: f"{case.dtype}-{case.N}"
 )
-
-
-def _normal(*shape: int, dtype: str) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
 
 
 def heads_first(x: Tensor) -> Tensor:
@@ -102,7 +119,7 @@ def check_selection(name: str, rows: Tensor, q: Tensor, k: Tensor, patches: int)
     assert (rows[:, 0] == 0).all(), f"{name}: the class token is missing"
     assert (rows.diff(dim=1) > 0).all(), f"{name}: rows are not in order"
     N = q.shape[0] // BATCH
-    scores = sk.reference.score_tokens(q.double(), k.double(), sk.uniform_cu_seqlens(BATCH, N), N)
+    scores = sk.reference.score_tokens(q.double(), k.double(), sk.uniform_cu_seqlens(BATCH, N, q.device), N)
     scores = scores.unflatten(0, (BATCH, N))
     worst_kept = scores.gather(1, rows[:, 1:]).min(1).values
     threshold = scores[:, 1:].topk(patches).values[:, -1]
@@ -112,40 +129,76 @@ def check_selection(name: str, rows: Tensor, q: Tensor, k: Tensor, patches: int)
 
 def rows_per_image(selection: sk.Selection, N: int) -> Tensor:
     """The indices of a selection of equal counts, counted within each image: (B, n)."""
-    return selection.indices.long().unflatten(0, (BATCH, -1)) - N * torch.arange(BATCH)[:, None]
+    starts = N * torch.arange(BATCH, device=selection.indices.device)
+    return selection.indices.long().unflatten(0, (BATCH, -1)) - starts[:, None]
 
 
 def compare(
     name: str,
     case: Case,
-    ours: Callable[[], object],
-    baseline: Callable[[], object],
+    sides: Callable[[Case], Sides],
     *,
-    against: str,
-    goal: float | None = None,
-) -> dict[str, Any]:
-    """A row of the results file: both sides timed in turn."""
+    goals: Mapping[str, float] | None = None,
+    moved: int = 0,
+    flop: int = 0,
+) -> list[dict[str, Any]]:
+    """Rows of the results file, one for each baseline: all sides timed in turn.
+
+    Args:
+        sides: what to time, on the inputs of a copy of the case.
+        goals: for the ratio to a baseline, by its name.
+        moved, flop: bytes that ours must read or write at least, and its floating-point operations: what the measured
+            roofs make of them is the floor.
+    """
+    copies = case.copies()
+    made = [sides(copy) for copy in copies]
+    names = list(made[0][1])
+    calls = [[ours for ours, _ in made], *([baselines[which] for _, baselines in made] for which in names)]
     with torch.inference_mode():
-        taken, baseline_taken = interleave([ours, baseline], REPEATS)
-    row = {
-        "name": name,
-        "case": f"N={case.N}",
-        "batch": BATCH,
-        "dtype": case.dtype,
-        "baseline": against,
-        "ours_us": round(taken * 1e6, 1),
-        "baseline_us": round(baseline_taken * 1e6, 1),
-        "ratio": round(baseline_taken / taken, 3),
-    }
-    return row if goal is None else row | {"goal": goal}
+        seconds = interleave([one_after_the_other(call) for call in calls], REPEATS, device=DEVICE)
+    ours, *baselines = (taken / len(copies) for taken in seconds)
+    common: dict[str, Any] = {"name": name, "case": f"N={case.N}", "batch": BATCH, "dtype": case.dtype}
+    if case.dtype == "bf16" and (moved or flop):  # the roof of products is that of bf16
+        roofs = measured_roofs()
+        floor = max(moved / (roofs["copy_tbps"] * 1e12), flop / (roofs["matmul_tflops"] * 1e12))
+        common["of_floor"] = round(floor / ours, 3)
+    rows = []
+    for against, taken in zip(names, baselines, strict=True):
+        row = {
+            **common,
+            "baseline": against,
+            "ours_us": round(ours * 1e6, 1),
+            "baseline_us": round(taken * 1e6, 1),
+            "ratio": round(taken / ours, 3),
+        }
+        rows.append(row | {"goal": goals[against]} if goals and against in goals else row)
+    return rows
 
 
+def one_after_the_other(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """All of them in one call; on a GPU as a CUDA graph."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    if not ON_GPU:
+        return run if len(calls) > 1 else calls[0]
+    run()  # compiles whatever there is to compile
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+@functools.cache
 def measured_roofs() -> dict[str, float]:
     """What this machine reaches: copying (read + write, TB/s) and bf16 matrix products (TFLOP/s)."""
-    source = torch.rand(64 * 2**20)
+    source = torch.rand((1024 if ON_GPU else 64) * 2**20, device=DEVICE)
     target = torch.empty_like(source)
-    n = 2048
-    a, b = (torch.randn(n, n).bfloat16() for _ in range(2))
+    n = 8192 if ON_GPU else 2048
+    a, b = (torch.randn(n, n, device=DEVICE).bfloat16() for _ in range(2))
     return {
         "copy_tbps": round(2 * source.nbytes / _best(lambda: target.copy_(source)) / 1e12, 4),
         "matmul_tflops": round(2 * n**3 / _best(lambda: a @ b) / 1e12, 3),
@@ -154,9 +207,12 @@ def measured_roofs() -> dict[str, float]:
 
 def _best(call: Callable[[], object]) -> float:
     """A roof is the shortest time seen, not the median."""
+    wait = torch.cuda.synchronize if ON_GPU else lambda: None
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         call()
+        wait()
         seconds.append(time.perf_counter() - start)
+        wait()
     return min(seconds)

@@ -11,7 +11,7 @@ HEAD = {"schema", "date", "device", "threads", "versions", "rows"}
 OPTIONAL_HEAD = {"commit", "dirty", "roofs"}
 ROW = {"name", "case", "batch", "dtype", "baseline", "ours_us", "baseline_us", "ratio"}
 MODEL_ROW = ROW | {"model", "plan", "images_per_s", "tokens", "gmac"}
-OPTIONAL_ROW = {"goal", "weights"}
+OPTIONAL_ROW = {"goal", "weights", "of_floor"}
 
 
 def check_results(document: dict[str, Any]) -> None:
