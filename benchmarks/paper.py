@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of tables, plots and figures")
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="folder for those of seed 0")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=5000, help="test images")
+    parser.add_argument("--images", type=int, default=3000, help="test images")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at once")
     parser.add_argument("--train-only", action="store_true", help="measure nothing yet")
     options = parser.parse_args(arguments)
@@ -140,13 +140,14 @@ def accuracy_rows(name: str, seed: int, path: Path, config_file: Path, images: i
     config = read_config(config_file, {"canvas_eval_images": images})
     data = open_data(config, expected_by(model), ALONE, for_training=False, held_out="test")
     densities = [Density(), *map(Density, KEEPS), *(Density(mass=mass) for mass in MASSES)]
-    results = evaluate(model, data, densities, ALONE)
+    dtype = torch.bfloat16 if config.amp == "bf16" else torch.float32  # as it was trained
+    results = evaluate(model, data, densities, ALONE, dtype=dtype)
     for result in results:
         yield row(name, seed, result)
     if name == "SaiT":
         adaptive = [result for result in results if result.density.mass is not None]
         counts = [Density(keep=round(result.tokens) - 1) for result in adaptive]
-        for twin, result in zip(adaptive, evaluate(model, data, counts, ALONE), strict=True):
+        for twin, result in zip(adaptive, evaluate(model, data, counts, ALONE, dtype=dtype), strict=True):
             yield {**row(name, seed, result), "twin": twin.label}
 
 
