@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from sait import checkpoint, measure
 from sait.throughput import Density
-from sait.train import Config, evaluate
+from sait.train import evaluate
 from sait.train.config import read_config
 from sait.train.data import expected_by, open_data
 from sait.train.processes import Processes
@@ -59,19 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=3000, help="test images")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at once")
     parser.add_argument("--train-only", action="store_true", help="measure nothing yet")
+    parser.add_argument("--measure-only", action="store_true", help="train nothing more")
     options = parser.parse_args(arguments)
-    train_all(options.config, options.runs, range(options.seeds), options.jobs)
+    if not options.measure_only:
+        train_all(options.config, options.runs, range(options.seeds), options.jobs)
     if options.train_only:
         return
     rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
-        models = {name: folder(name, seed, options.runs) / MODEL for name in VARIANTS}
-        for name, path in models.items():
-            rows += accuracy_rows(name, seed, path, options.config, options.images)
-        rows += difficulty_rows(seed, models["SaiT"], options.images)
-    rows += speed_rows(models["SaiT"])
+        for name in VARIANTS:
+            if is_trained(name, seed, options.config, options.runs):
+                rows += model_rows(name, seed, options.config, options.runs, options.images)
+    published = folder("SaiT", 0, options.runs) / MODEL
+    rows += speed_rows(published)
     config = read_config(options.config, {})
-    document = measure.results(rows, config=config.to_dict(), parameters=parameters(models["SaiT"]))
+    document = measure.results(rows, config=config.to_dict(), parameters=parameters(published))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "accuracy.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     paper_report.write(document, options.out)
@@ -104,9 +106,7 @@ def train(name: str, seed: int, config_file: Path, runs: Path) -> None:
     changes = dict(VARIANTS[name])
     if name != "plain":
         changes["teacher"] = relative(folder("plain", seed, runs) / MODEL)
-    config: Config = read_config(config_file, {**changes, "seed": seed})
-    path = out / MODEL
-    if path.exists() and checkpoint.read(path).metadata["metrics"][-1]["epoch"] == config.epochs:
+    if is_trained(name, seed, config_file, runs):
         return
     words = ["--config", relative(config_file), "--out", relative(out), "--seed", str(seed)]
     words += [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
@@ -122,6 +122,27 @@ def train(name: str, seed: int, config_file: Path, runs: Path) -> None:
             stdout=log,
             stderr=subprocess.STDOUT,
         )
+
+
+def is_trained(name: str, seed: int, config_file: Path, runs: Path) -> bool:
+    """Whether the variant's checkpoint is that of the last epoch."""
+    path, config = folder(name, seed, runs) / MODEL, read_config(config_file, {})
+    return path.exists() and checkpoint.read(path).metadata["metrics"][-1]["epoch"] == config.epochs
+
+
+def model_rows(name: str, seed: int, config_file: Path, runs: Path, images: int) -> list[dict[str, Any]]:
+    """What one model shows, from rows.json beside its checkpoint where that has been measured on as many images."""
+    path = folder(name, seed, runs) / MODEL
+    cache = path.with_name("rows.json")
+    if cache.exists() and cache.stat().st_mtime > path.stat().st_mtime:
+        found: list[dict[str, Any]] = json.loads(cache.read_text())
+        if found[0]["images"] == images:
+            return found
+    rows = list(accuracy_rows(name, seed, path, config_file, images))
+    if name == "SaiT":
+        rows += difficulty_rows(seed, path, images)
+    cache.write_text(json.dumps(rows))
+    return rows
 
 
 def relative(path: Path) -> str:

@@ -56,16 +56,18 @@ def summary(document: dict[str, Any]) -> str:
 
 def about(document: dict[str, Any]) -> str:
     accuracy, config = of(document["rows"], "accuracy"), document["config"]
-    seeds = len({row["seed"] for row in accuracy})
+    counts = {model: len({row["seed"] for row in accuracy if row["model"] == model}) for model in models_of(accuracy)}
+    seeds = max(counts.values())
+    fewer = ", ".join(f"{model} {count}" for model, count in counts.items() if count < seeds)
     return (
         f"canvas, {accuracy[0]['images']} test images; {document['parameters'] / 1e6:.2f} M parameters, "
-        f"{config['epochs']} epochs of {config['canvas_images']} images; {seeds} seeds, mean ± standard deviation. "
-        f"{provenance(document)}"
+        f"{config['epochs']} epochs of {config['canvas_images']} images; {seeds} seeds"
+        f"{f' ({fewer})' if fewer else ''}, mean ± standard deviation. {provenance(document)}"
     )
 
 
 def density_table(accuracy: Sequence[Row], speed: dict[str, float]) -> str:
-    models = list(dict.fromkeys(row["model"] for row in accuracy))
+    models = models_of(accuracy)
     cases = list(dict.fromkeys(row["case"] for row in accuracy if "twin" not in row))
     lines = [header(["density", "tokens", "GMAC", "img/s", "× dense", *models])]
     for case in cases:
@@ -122,7 +124,7 @@ def plot(document: dict[str, Any], out: Path) -> None:
 
     accuracy = of(document["rows"], "accuracy")
     figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=150)
-    for model in dict.fromkeys(row["model"] for row in accuracy):
+    for model in models_of(accuracy):
         cases = [
             case
             for case in dict.fromkeys(row["case"] for row in accuracy)
@@ -148,6 +150,10 @@ def plot(document: dict[str, Any], out: Path) -> None:
     pyplot.close(figure)
 
 
+def models_of(accuracy: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["model"] for row in accuracy))
+
+
 def of(rows: Sequence[Row], name: str) -> list[Row]:
     return [row for row in rows if row["name"] == name]
 
@@ -157,9 +163,9 @@ def pick(rows: Sequence[Row], model: str, case: str) -> list[Row]:
 
 
 def differences(better: Sequence[Row], worse: Sequence[Row]) -> list[float]:
-    """Points of accuracy by which one is ahead of the other, seed by seed."""
+    """Points of accuracy by which one is ahead of the other, seed by seed; seeds that one lacks are left out."""
     by_seed = {row["seed"]: row["accuracy"] for row in worse}
-    return [100 * (row["accuracy"] - by_seed[row["seed"]]) for row in better]
+    return [100 * (row["accuracy"] - by_seed[row["seed"]]) for row in better if row["seed"] in by_seed]
 
 
 def mean(rows: Sequence[Row], key: str) -> float:
