@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of tables, plots and figures")
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="folder for those of seed 0")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=3000, help="test images")
+    parser.add_argument("--images", type=int, default=2000, help="test images")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at once")
     parser.add_argument("--train-only", action="store_true", help="measure nothing yet")
     parser.add_argument("--measure-only", action="store_true", help="train nothing more")
