@@ -208,12 +208,15 @@ def difficulty_rows(seed: int, path: Path, images: int) -> Iterator[dict[str, An
 
 
 def speed_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Forwards of one batch at every density, interleaved; speed does not depend on the seed."""
+    """Forwards of one batch at every density, interleaved; speed does not depend on the seed.
+
+    "dense" is timm's own forward, "keep 1.0" all patches through the kernels.
+    """
     model = sait.load(path)
     expected = expected_by(model)
     canvas = sait.data.Canvas("test", SPEED_BATCH, img_size=expected.size[1], mean=expected.mean, std=expected.std)
     images, _ = canvas.batch(range(SPEED_BATCH))
-    densities = [Density(), *map(Density, KEEPS), *(Density(mass=mass) for mass in MASSES)]
+    densities = [Density(), *map(Density, (1.0, *KEEPS)), *(Density(mass=mass) for mass in MASSES)]
 
     def forward(density: Density) -> Any:
         return lambda: sait.set_density(model, keep=density.keep, mass=density.mass)(images)
