@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sait_kernels import library
+from sait_kernels import library, registration
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,10 +29,10 @@ _forced_for_compiled: str | None = None
 
 
 def register(op: str) -> None:
-    """Called once by each op's file: notes which backends have a kernel for it."""
+    """Called once by each op's file, last: notes which backends have a kernel for it."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     found = [name for name, key in DISPATCH_KEY.items() if library.module and has_kernel(f"sait::{op}", key)]
-    if importlib.util.find_spec("sait_kernels.triton") and importlib.util.find_spec(f"sait_kernels.triton.{op}"):
+    if hasattr(torch.ops.sait_triton, op):
         found.append("triton")
     KERNELS[op] = tuple(found)
 
@@ -79,14 +78,17 @@ def can_run(op: str, name: str, *tensors: Any, **options: Any) -> tuple[bool, st
     if name == "reference":
         return True, "plain torch runs anywhere"
     if name not in KERNELS[op]:
-        if name in DISPATCH_KEY and library.problem:
+        if library.problem:
             return False, library.problem
         return False, f"{op} has no {name} kernel in this build; see `python -m sait_kernels.info`"
     first = next((t for t in (*tensors, *options.values()) if isinstance(t, Tensor)), None)
     if first is None:
         return True, f"{op} has a {name} kernel"
-    if first.device.type != DEVICE_OF[name]:
-        return False, f"the {name} backend serves {DEVICE_OF[name]} tensors, these are on {first.device.type}"
+    interpreted = name == "triton" and registration.INTERPRETED and first.device.type == "cpu"
+    if first.device.type != DEVICE_OF[name] and not interpreted:
+        reason = f"the {name} backend serves {DEVICE_OF[name]} tensors, these are on {first.device.type}"
+        hint = "; its interpreter, with TRITON_INTERPRET=1 in the environment from the start, serves cpu tensors"
+        return False, reason + (hint if name == "triton" and first.device.type == "cpu" else "")
     if first.dtype not in KERNEL_DTYPES:
         return False, f"the {name} backend serves float32, bfloat16 and float16, these are {first.dtype}"
     return True, f"{op} has a {name} kernel for {first.dtype} on {first.device.type}"
@@ -118,6 +120,11 @@ def choose(op: str, required: dict[str, Any], optional: dict[str, Any] | None = 
                 f"{op}: {name}: expected device {first.device}, got {tensor.device}. Move all arguments to one device."
             )
     return backend_name
+
+
+def kernels(backend_name: str) -> Any:
+    """The library whose ops are a backend's: kernels("cpu").gather_tokens."""
+    return torch.ops.sait_triton if backend_name == "triton" else torch.ops.sait
 
 
 def _fastest(op: str, device: str) -> str:

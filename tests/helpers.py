@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# Triton asks when it is imported, as Dynamo does, whether its interpreter is to run kernels: without a GPU, yes.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sait_kernels as sk
 from sait_kernels import library
 
-# A backend joins every test by its name here: "triton" and "cuda" come as pytest.param(name, marks=pytest.mark.gpu).
-BACKENDS = ("reference", "cpu")
+# A backend joins every test by its name here.
+BACKENDS = ("reference", "cpu", "triton")
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("packed", "offset", "rows", "heads", "apart")

@@ -27,6 +27,14 @@ namespace sait {
 #define SAIT_CHECK_VALUE(condition, ...) TORCH_CHECK_VALUE(condition, SAIT_MESSAGE(__VA_ARGS__))
 #define SAIT_CHECK_TYPE(condition, ...) TORCH_CHECK_TYPE(condition, SAIT_MESSAGE(__VA_ARGS__))
 
+// A function's checks as an op without results, for kernels that are launched from Python: sait::_check_<op>.
+template <auto function>
+struct ChecksOnly;
+template <typename Result, typename... Arguments, Result (*function)(Arguments...)>
+struct ChecksOnly<function> {
+  static void call(Arguments... arguments) { function(arguments...); }
+};
+
 inline std::string shape_of(const at::Tensor& t) {
   std::ostringstream s;
   s << "shape (";

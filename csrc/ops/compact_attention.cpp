@@ -37,12 +37,23 @@ Kept check_kept(const char* op, const at::Tensor& q, const at::Tensor& cu_seqlen
   return kept;
 }
 
+struct Checked {
+  Kept kept;
+  double scale;
+};
+
+Checked check_compact_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                const at::Tensor& cu_seqlens, int64_t max_seqlen, const OptionalTensor& indices,
+                                const OptionalTensor& kept_cu_seqlens, std::optional<double> scale) {
+  constexpr const char* op = "compact_attention";
+  const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, 0, scale);
+  return {check_kept(op, q, cu_seqlens, indices, kept_cu_seqlens), factor};
+}
+
 at::Tensor compact_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor& cu_seqlens, int64_t max_seqlen, const OptionalTensor& indices,
                              const OptionalTensor& kept_cu_seqlens, std::optional<double> scale) {
-  constexpr const char* op = "compact_attention";
-  const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, 0, scale);
-  const Kept kept = check_kept(op, q, cu_seqlens, indices, kept_cu_seqlens);
+  const auto [kept, factor] = check_compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept_cu_seqlens, scale);
   at::Tensor out = at::empty({kept.rows, q.size(1) * q.size(2)}, q.options());
   cpu::compact_attention(attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, out.mutable_data_ptr()));
   return out;
@@ -79,9 +90,16 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "compact_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, "
       "Tensor? indices=None, Tensor? kept_cu_seqlens=None, float? scale=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_check_compact_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, Tensor? indices=None, "
+      "Tensor? kept_cu_seqlens=None, float? scale=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) {
   m.impl("compact_attention", sait::compact_attention);
   m.impl("compact_attention_backward", sait::compact_attention_backward);
+}
+
+TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_compact_attention", sait::ChecksOnly<sait::check_compact_attention>::call);
 }

@@ -8,16 +8,17 @@
 namespace sait {
 namespace {
 
-// (C,) in float32, whatever floating-point type it comes in.
-at::Tensor channel_vector(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x) {
+void check_channels(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x) {
   SAIT_CHECK_VALUE(t.dim() == 1 && t.size(0) == x.size(1), op, name,
                    "shape (" << x.size(1) << ",), one value per channel", shape_of(t),
                    "Take it from a LayerNorm or LayerScale over the channels of x.");
   SAIT_CHECK_VALUE(t.device() == x.device(), op, name, "device " << x.device() << " as the rows", t.device(),
                    "Move all arguments to one device.");
   check_dtype(op, name, t);
-  return t.to(at::kFloat).contiguous();
 }
+
+// (C,) in float32, whatever floating-point type it comes in.
+at::Tensor channel_vector(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
 
 void check_norm(const char* op, const at::Tensor& rows, double eps) {
   SAIT_CHECK_VALUE(rows.size(1) >= 1, op, "x", "at least one channel", shape_of(rows),
@@ -27,9 +28,9 @@ void check_norm(const char* op, const at::Tensor& rows, double eps) {
                    "Pass the eps of the LayerNorm, such as 1e-6.");
 }
 
-std::tuple<at::Tensor, at::Tensor> gather_add_norm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& indices,
-                                                   const at::Tensor& weight, const at::Tensor& bias,
-                                                   const std::optional<at::Tensor>& gamma, double eps) {
+void check_gather_add_norm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& indices,
+                           const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& gamma,
+                           double eps) {
   constexpr const char* op = "gather_add_norm";
   check_rows(op, "x", x);
   check_rows(op, "y", y);
@@ -40,8 +41,17 @@ std::tuple<at::Tensor, at::Tensor> gather_add_norm(const at::Tensor& x, const at
   SAIT_CHECK_VALUE(y.size(0) == indices.size(0), op, "y", indices.size(0) << " rows, one per selected row", shape_of(y),
                    "Compute y with the same selection.");
   check_norm(op, x, eps);
-  const at::Tensor weights = channel_vector(op, "weight", weight, x), biases = channel_vector(op, "bias", bias, x);
-  const at::Tensor gammas = gamma ? channel_vector(op, "gamma", *gamma, x) : at::Tensor();
+  check_channels(op, "weight", weight, x);
+  check_channels(op, "bias", bias, x);
+  if (gamma) check_channels(op, "gamma", *gamma, x);
+}
+
+std::tuple<at::Tensor, at::Tensor> gather_add_norm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& indices,
+                                                   const at::Tensor& weight, const at::Tensor& bias,
+                                                   const std::optional<at::Tensor>& gamma, double eps) {
+  check_gather_add_norm(x, y, indices, weight, bias, gamma, eps);
+  const at::Tensor weights = channel_vector(weight), biases = channel_vector(bias);
+  const at::Tensor gammas = gamma ? channel_vector(*gamma) : at::Tensor();
   at::Tensor residual = at::empty(y.sizes(), y.options()), normed = at::empty(y.sizes(), y.options());
   cpu::gather_add_norm({row_view(x), row_view(y), indices.const_data_ptr<int32_t>(), weights.const_data_ptr<float>(),
                         biases.const_data_ptr<float>(), gamma ? gammas.const_data_ptr<float>() : nullptr, y.size(0),
@@ -65,8 +75,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gather_ad
   check_like("grad_normed", grad_normed);
   check_like("y", y);
   check_norm(op, residual, eps);
-  const at::Tensor weights = channel_vector(op, "weight", weight, residual);
-  const at::Tensor gammas = gamma ? channel_vector(op, "gamma", *gamma, residual) : at::Tensor();
+  check_channels(op, "weight", weight, residual);
+  if (gamma) check_channels(op, "gamma", *gamma, residual);
+  const at::Tensor weights = channel_vector(weight), gammas = gamma ? channel_vector(*gamma) : at::Tensor();
 
   const int64_t rows = residual.size(0), channels = residual.size(1);
   const int64_t chunks = (rows + kGatherAddNormChunk - 1) / kGatherAddNormChunk;
@@ -93,9 +104,17 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "gather_add_norm_backward(Tensor grad_residual, Tensor grad_normed, Tensor residual, Tensor y, Tensor weight, "
       "Tensor? gamma, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_check_gather_add_norm(Tensor x, Tensor y, Tensor indices, Tensor weight, Tensor bias, Tensor? gamma, float "
+      "eps) "
+      "-> ()");
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) {
   m.impl("gather_add_norm", sait::gather_add_norm);
   m.impl("gather_add_norm_backward", sait::gather_add_norm_backward);
+}
+
+TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_gather_add_norm", sait::check_gather_add_norm);
 }

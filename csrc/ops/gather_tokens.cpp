@@ -10,10 +10,14 @@
 namespace sait {
 namespace {
 
-at::Tensor gather_tokens(const at::Tensor& x, const at::Tensor& indices) {
+void check_gather_tokens(const at::Tensor& x, const at::Tensor& indices) {
   constexpr const char* op = "gather_tokens";
   check_rows(op, "x", x);
   check_indices(op, "selection.indices", indices, x, x.size(0));
+}
+
+at::Tensor gather_tokens(const at::Tensor& x, const at::Tensor& indices) {
+  check_gather_tokens(x, indices);
   at::Tensor out = at::empty({indices.size(0), x.size(1)}, x.options());
   const int64_t size = x.element_size();
   const GatherTokensParams params{
@@ -21,7 +25,7 @@ at::Tensor gather_tokens(const at::Tensor& x, const at::Tensor& indices) {
       x.size(1) * size,   x.stride(0) * size};
 #ifdef SAIT_WITH_CUDA
   if (x.is_cuda()) {
-    launch(op, x, [&](void* stream) { return cuda::gather_tokens(params, stream); });
+    launch("gather_tokens", x, [&](void* stream) { return cuda::gather_tokens(params, stream); });
     return out;
   }
 #endif
@@ -29,7 +33,7 @@ at::Tensor gather_tokens(const at::Tensor& x, const at::Tensor& indices) {
   return out;
 }
 
-at::Tensor scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_t total,
+void check_scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_t total,
                           const std::optional<at::Tensor>& base) {
   constexpr const char* op = "scatter_tokens";
   check_rows(op, "y", y);
@@ -45,6 +49,11 @@ at::Tensor scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_
                      "shape (" << total << ", " << y.size(1) << ")", shape_of(*base),
                      "Pass the rows before the selection.");
   }
+}
+
+at::Tensor scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_t total,
+                          const std::optional<at::Tensor>& base) {
+  check_scatter_tokens(y, indices, total, base);
   at::Tensor out = at::empty({total, y.size(1)}, y.options());
   const int64_t size = y.element_size();
   cpu::scatter_tokens({y.const_data_ptr(), base ? base->const_data_ptr() : nullptr, out.mutable_data_ptr(),
@@ -59,11 +68,18 @@ at::Tensor scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_
 TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def("gather_tokens(Tensor x, Tensor indices) -> Tensor");
   m.def("scatter_tokens(Tensor y, Tensor indices, SymInt total, Tensor? base=None) -> Tensor");
+  m.def("_check_gather_tokens(Tensor x, Tensor indices) -> ()");
+  m.def("_check_scatter_tokens(Tensor y, Tensor indices, int total, Tensor? base=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) {
   m.impl("gather_tokens", sait::gather_tokens);
   m.impl("scatter_tokens", sait::scatter_tokens);
+}
+
+TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_gather_tokens", sait::check_gather_tokens);
+  m.impl("_check_scatter_tokens", sait::check_scatter_tokens);
 }
 
 #ifdef SAIT_WITH_CUDA

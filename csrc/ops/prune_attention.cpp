@@ -55,33 +55,37 @@ std::tuple<at::Tensor, at::Tensor> kept_rows(const char* op, const ScoreTokensPa
   return {indices, kept_cu};
 }
 
+struct Checked {
+  ScoreTokensParams score;
+  KeepRule rule;
+};
+
+Checked check_prune_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                              const at::Tensor& cu_seqlens, int64_t max_seqlen, std::optional<double> rate,
+                              std::optional<int64_t> count, std::optional<double> mass, std::string_view kind,
+                              int64_t num_prefix, std::optional<double> scale) {
+  constexpr const char* op = "prune_attention";
+  const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, num_prefix, scale);
+  SAIT_CHECK_VALUE(!mass || !(rate || count), op, "mass", "either keep or mass", "both", "Pass one of them.");
+  const KeepRule rule = mass ? mass_rule(op, *mass, 1, std::nullopt) : topk_rule(op, rate, count);
+  return {
+      {head_view(q), head_view(k), head_view(v), batch_view(cu_seqlens, max_seqlen), q.size(0), q.size(1), q.size(2),
+       num_prefix, score_kind(op, kind, num_prefix), dtype_of(q), static_cast<float>(factor), nullptr, nullptr},
+      rule};
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention(const at::Tensor& q, const at::Tensor& k,
                                                                const at::Tensor& v, const at::Tensor& cu_seqlens,
                                                                int64_t max_seqlen, std::optional<double> rate,
                                                                std::optional<int64_t> count, std::optional<double> mass,
                                                                std::string_view kind, int64_t num_prefix,
                                                                std::optional<double> scale) {
-  constexpr const char* op = "prune_attention";
-  const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, num_prefix, scale);
-  SAIT_CHECK_VALUE(!mass || !(rate || count), op, "mass", "either keep or mass", "both", "Pass one of them.");
-  const KeepRule rule = mass ? mass_rule(op, *mass, 1, std::nullopt) : topk_rule(op, rate, count);
-  const ScoreTokensParams params{head_view(q),
-                                 head_view(k),
-                                 head_view(v),
-                                 batch_view(cu_seqlens, max_seqlen),
-                                 q.size(0),
-                                 q.size(1),
-                                 q.size(2),
-                                 num_prefix,
-                                 score_kind(op, kind, num_prefix),
-                                 dtype_of(q),
-                                 static_cast<float>(factor),
-                                 nullptr,
-                                 nullptr};
-  auto [indices, kept_cu] = kept_rows(op, params, rule, cu_seqlens);
+  const auto [score, rule] =
+      check_prune_attention(q, k, v, cu_seqlens, max_seqlen, rate, count, mass, kind, num_prefix, scale);
+  auto [indices, kept_cu] = kept_rows("prune_attention", score, rule, cu_seqlens);
   at::Tensor out = at::empty({indices.size(0), q.size(1) * q.size(2)}, q.options());
   const Kept kept{indices.const_data_ptr<int32_t>(), kept_cu.const_data_ptr<int32_t>(), indices.size(0)};
-  cpu::compact_attention(attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, out.mutable_data_ptr()));
+  cpu::compact_attention(attention_params(q, k, v, cu_seqlens, max_seqlen, kept, score.scale, out.mutable_data_ptr()));
   return {out, indices, kept_cu};
 }
 
@@ -93,6 +97,13 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
       "prune_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float? rate=None, "
       "SymInt? count=None, float? mass=None, str kind=\"cls\", int num_prefix=1, float? scale=None) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_check_prune_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, float? rate=None, "
+      "int? count=None, float? mass=None, str kind=\"cls\", int num_prefix=1, float? scale=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) { m.impl("prune_attention", sait::prune_attention); }
+
+TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_prune_attention", sait::ChecksOnly<sait::check_prune_attention>::call);
+}

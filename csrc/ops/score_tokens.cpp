@@ -36,10 +36,16 @@ ScoreTokensParams checked_params(const char* op, const at::Tensor& q, const at::
           nullptr};
 }
 
+ScoreTokensParams check_score_tokens(const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& v,
+                                     const at::Tensor& cu_seqlens, int64_t max_seqlen, std::string_view kind,
+                                     int64_t num_prefix, std::optional<double> scale) {
+  return checked_params("score_tokens", q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale);
+}
+
 at::Tensor score_tokens(const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& v,
                         const at::Tensor& cu_seqlens, int64_t max_seqlen, std::string_view kind, int64_t num_prefix,
                         std::optional<double> scale) {
-  ScoreTokensParams params = checked_params("score_tokens", q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale);
+  ScoreTokensParams params = check_score_tokens(q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale);
   const auto float32 = q.options().dtype(at::kFloat);
   at::Tensor scores = at::empty({params.total}, float32), head_sums;
   params.scores = scores.mutable_data_ptr<float>();
@@ -86,9 +92,16 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "score_tokens_backward(Tensor grad, Tensor q, Tensor k, Tensor? v, Tensor cu_seqlens, SymInt max_seqlen, "
       "str kind, SymInt num_prefix, float? scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_check_score_tokens(Tensor q, Tensor k, Tensor? v, Tensor cu_seqlens, int max_seqlen, str kind, int num_prefix, "
+      "float? scale) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) {
   m.impl("score_tokens", sait::score_tokens);
   m.impl("score_tokens_backward", sait::score_tokens_backward);
+}
+
+TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_score_tokens", sait::ChecksOnly<sait::check_score_tokens>::call);
 }

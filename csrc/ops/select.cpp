@@ -16,13 +16,23 @@ void check_scores(const char* op, const at::Tensor& scores, const at::Tensor& cu
   check_cu_seqlens(op, "cu_seqlens", cu_seqlens, scores, scores.size(0), max_seqlen, num_prefix);
 }
 
+KeepRule check_select_topk(const at::Tensor& scores, const at::Tensor& cu_seqlens, int64_t max_seqlen,
+                           std::optional<double> rate, std::optional<int64_t> count, int64_t num_prefix) {
+  check_scores("select_topk", scores, cu_seqlens, max_seqlen, num_prefix);
+  return topk_rule("select_topk", rate, count);
+}
+
+KeepRule check_select_mass(const at::Tensor& scores, const at::Tensor& cu_seqlens, int64_t max_seqlen, double mass,
+                           int64_t num_prefix, int64_t min_keep, std::optional<int64_t> max_keep) {
+  check_scores("select_mass", scores, cu_seqlens, max_seqlen, num_prefix);
+  return mass_rule("select_mass", mass, min_keep, max_keep);
+}
+
 std::tuple<at::Tensor, at::Tensor> select_topk(const at::Tensor& scores, const at::Tensor& cu_seqlens,
                                                int64_t max_seqlen, std::optional<double> rate,
                                                std::optional<int64_t> count, int64_t num_prefix) {
-  constexpr const char* op = "select_topk";
-  check_scores(op, scores, cu_seqlens, max_seqlen, num_prefix);
-  const KeepRule rule = topk_rule(op, rate, count);
-  const at::Tensor kept_cu = topk_cu_seqlens(op, cu_seqlens, num_prefix, rule);
+  const KeepRule rule = check_select_topk(scores, cu_seqlens, max_seqlen, rate, count, num_prefix);
+  const at::Tensor kept_cu = topk_cu_seqlens("select_topk", cu_seqlens, num_prefix, rule);
   const int32_t* offsets = kept_cu.const_data_ptr<int32_t>();
   const Batch batch = batch_view(cu_seqlens, max_seqlen);
   at::Tensor indices = at::empty({offsets[batch.images]}, cu_seqlens.options());
@@ -35,9 +45,7 @@ std::tuple<at::Tensor, at::Tensor> select_topk(const at::Tensor& scores, const a
 std::tuple<at::Tensor, at::Tensor> select_mass(const at::Tensor& scores, const at::Tensor& cu_seqlens,
                                                int64_t max_seqlen, double mass, int64_t num_prefix, int64_t min_keep,
                                                std::optional<int64_t> max_keep) {
-  constexpr const char* op = "select_mass";
-  check_scores(op, scores, cu_seqlens, max_seqlen, num_prefix);
-  const KeepRule rule = mass_rule(op, mass, min_keep, max_keep);
+  const KeepRule rule = check_select_mass(scores, cu_seqlens, max_seqlen, mass, num_prefix, min_keep, max_keep);
   const Batch batch = batch_view(cu_seqlens, max_seqlen);
   // How many rows stay is known only afterwards: each image writes where its own rows lie, then they move together.
   const at::Tensor spread = at::empty({scores.size(0)}, cu_seqlens.options());
@@ -66,9 +74,20 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "select_mass(Tensor scores, Tensor cu_seqlens, SymInt max_seqlen, float mass, SymInt num_prefix, "
       "SymInt min_keep, SymInt? max_keep) -> (Tensor, Tensor)");
+  m.def(
+      "_check_select_topk(Tensor scores, Tensor cu_seqlens, int max_seqlen, float? rate, int? count, int num_prefix) "
+      "-> ()");
+  m.def(
+      "_check_select_mass(Tensor scores, Tensor cu_seqlens, int max_seqlen, float mass, int num_prefix, int min_keep, "
+      "int? max_keep) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) {
   m.impl("select_topk", sait::select_topk);
   m.impl("select_mass", sait::select_mass);
+}
+
+TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_select_topk", sait::ChecksOnly<sait::check_select_topk>::call);
+  m.impl("_check_select_mass", sait::ChecksOnly<sait::check_select_mass>::call);
 }

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sait_kernels import library
-from sait_kernels.backend import autocast, choose, register
+from sait_kernels.backend import autocast, choose, kernels, register
+from sait_kernels.registration import register_backward, register_op
 from sait_kernels.selection import Selection, check_selection, image_bounds
 
 
@@ -46,9 +46,10 @@ def compact_attention(
     if selection is not None:
         indices, kept, _ = check_selection("compact_attention", selection)
         tensors |= {"selection.indices": indices, "selection.cu_seqlens": kept}
-    if choose("compact_attention", tensors) == "reference":
+    served = choose("compact_attention", tensors)
+    if served == "reference":
         return compact_attention_reference(q, k, v, cu_seqlens, max_seqlen, selection=selection, scale=scale)
-    return torch.ops.sait.compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept, scale)
+    return kernels(served).compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept, scale)
 
 
 def compact_attention_reference(
@@ -73,46 +74,47 @@ def compact_attention_reference(
     return torch.cat(parts).flatten(1)
 
 
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    max_seqlen: int,
+    indices: Tensor | None = None,
+    kept: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    return q.new_empty(q.shape[0] if indices is None else indices.shape[0], q.shape[1] * q.shape[2])
+
+
+def _backward_fake(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    max_seqlen: int,
+    indices: Tensor | None = None,
+    kept: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens, indices, kept)
+
+
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    q, k, v, cu_seqlens, indices, kept = ctx.saved_tensors
+    dq, dk, dv = ops.compact_attention_backward(
+        grad.contiguous(), q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
+    )
+    return dq, dk, dv, None, None, None, None, None
+
+
+register_op("compact_attention", _fake, __name__)
+register_op("compact_attention_backward", _backward_fake, __name__)
+register_backward("compact_attention", _backward, _context)
 register("compact_attention")
-
-if library.module is not None:
-
-    @torch.library.register_fake("sait::compact_attention")
-    def _fake(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu: Tensor,
-        max_seqlen: int,
-        indices: Tensor | None = None,
-        kept: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        return q.new_empty(q.shape[0] if indices is None else indices.shape[0], q.shape[1] * q.shape[2])
-
-    @torch.library.register_fake("sait::compact_attention_backward")
-    def _backward_fake(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu: Tensor,
-        max_seqlen: int,
-        indices: Tensor | None = None,
-        kept: Tensor | None = None,
-        scale: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-    def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale = inputs
-        ctx.save_for_backward(q, k, v, cu_seqlens, indices, kept)
-
-    def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, k, v, cu_seqlens, indices, kept = ctx.saved_tensors
-        dq, dk, dv = torch.ops.sait.compact_attention_backward(
-            grad.contiguous(), q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
-        )
-        return dq, dk, dv, None, None, None, None, None
-
-    torch.library.register_autograd("sait::compact_attention", _backward, setup_context=_context)

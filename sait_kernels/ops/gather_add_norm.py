@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sait_kernels import library
-from sait_kernels.backend import choose, register
+from sait_kernels.backend import choose, kernels, register
+from sait_kernels.registration import register_backward, register_op
 from sait_kernels.selection import Selection, check_selection
 
 
@@ -46,9 +46,10 @@ def gather_add_norm(
         x, y = x.to(wider), y.to(wider)
     indices = check_selection("gather_add_norm", selection).indices
     tensors = {"x": x, "y": y, "selection.indices": indices, "weight": weight, "bias": bias}
-    if choose("gather_add_norm", tensors, {"gamma": gamma}) == "reference":
+    served = choose("gather_add_norm", tensors, {"gamma": gamma})
+    if served == "reference":
         return gather_add_norm_reference(x, y, selection, weight, bias, eps, gamma=gamma)
-    return torch.ops.sait.gather_add_norm(x, y, indices, weight, bias, gamma, eps)
+    return kernels(served).gather_add_norm(x, y, indices, weight, bias, gamma, eps)
 
 
 def gather_add_norm_reference(
@@ -69,52 +70,53 @@ def gather_add_norm_reference(
     return residual, normed.to(x.dtype)
 
 
+def _fake(
+    x: Tensor, y: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(y.shape), x.new_empty(y.shape)
+
+
+def _backward_fake(
+    grad_residual: Tensor,
+    grad_normed: Tensor,
+    residual: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    channels = weight.shape[0]
+    dy = residual.new_empty(residual.shape if gamma is not None else 0)
+    dgamma = weight.new_empty(channels if gamma is not None else 0, dtype=torch.float32)
+    dweight = weight.new_empty(channels, dtype=torch.float32)
+    return residual.new_empty(residual.shape), dy, dweight, torch.empty_like(dweight), dgamma
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, y, indices, weight, bias, gamma, ctx.eps = inputs
+    ctx.save_for_backward(output[0], y if gamma is not None else None, indices, weight, gamma)
+    ctx.total = x.shape[0]
+    ctx.bias_dtype = bias.dtype
+
+
+def _backward(ops: Any, ctx: Any, grad_residual: Tensor, grad_normed: Tensor) -> tuple[Any, ...]:
+    residual, y, indices, weight, gamma = ctx.saved_tensors
+    dresidual, dy, dweight, dbias, dgamma = ops.gather_add_norm_backward(
+        grad_residual.contiguous(),
+        grad_normed.contiguous(),
+        residual,
+        residual if y is None else y,
+        weight,
+        gamma,
+        ctx.eps,
+    )
+    dx = ops.scatter_tokens(dresidual, indices, ctx.total) if ctx.needs_input_grad[0] else None
+    if gamma is None:
+        return dx, dresidual, None, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
+    return dx, dy, None, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), dgamma.to(gamma.dtype), None
+
+
+register_op("gather_add_norm", _fake, __name__)
+register_op("gather_add_norm_backward", _backward_fake, __name__)
+register_backward("gather_add_norm", _backward, _context)
 register("gather_add_norm")
-
-if library.module is not None:
-
-    @torch.library.register_fake("sait::gather_add_norm")
-    def _fake(
-        x: Tensor, y: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        return x.new_empty(y.shape), x.new_empty(y.shape)
-
-    @torch.library.register_fake("sait::gather_add_norm_backward")
-    def _backward_fake(
-        grad_residual: Tensor,
-        grad_normed: Tensor,
-        residual: Tensor,
-        y: Tensor,
-        weight: Tensor,
-        gamma: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        channels = weight.shape[0]
-        dy = residual.new_empty(residual.shape if gamma is not None else 0)
-        dgamma = weight.new_empty(channels if gamma is not None else 0, dtype=torch.float32)
-        dweight = weight.new_empty(channels, dtype=torch.float32)
-        return residual.new_empty(residual.shape), dy, dweight, torch.empty_like(dweight), dgamma
-
-    def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, y, indices, weight, bias, gamma, ctx.eps = inputs
-        ctx.save_for_backward(output[0], y if gamma is not None else None, indices, weight, gamma)
-        ctx.total = x.shape[0]
-        ctx.bias_dtype = bias.dtype
-
-    def _backward(ctx: Any, grad_residual: Tensor, grad_normed: Tensor) -> tuple[Any, ...]:
-        residual, y, indices, weight, gamma = ctx.saved_tensors
-        dresidual, dy, dweight, dbias, dgamma = torch.ops.sait.gather_add_norm_backward(
-            grad_residual.contiguous(),
-            grad_normed.contiguous(),
-            residual,
-            residual if y is None else y,
-            weight,
-            gamma,
-            ctx.eps,
-        )
-        dx = torch.ops.sait.scatter_tokens(dresidual, indices, ctx.total) if ctx.needs_input_grad[0] else None
-        if gamma is None:
-            return dx, dresidual, None, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
-        return dx, dy, None, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), dgamma.to(gamma.dtype), None
-
-    torch.library.register_autograd("sait::gather_add_norm", _backward, setup_context=_context)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sait_kernels import library
-from sait_kernels.backend import choose, register
+from sait_kernels.backend import choose, kernels, register
+from sait_kernels.registration import register_backward, register_op
 from sait_kernels.selection import Selection, check_selection
 
 
@@ -26,9 +26,10 @@ def gather_tokens(x: Tensor, selection: Selection) -> Tensor:
         ValueError, TypeError: a wrong shape, dtype or device; on the CPU also an index out of range.
     """
     indices = check_selection("gather_tokens", selection).indices
-    if choose("gather_tokens", {"x": x, "selection.indices": indices}) == "reference":
+    served = choose("gather_tokens", {"x": x, "selection.indices": indices})
+    if served == "reference":
         return gather_tokens_reference(x, selection)
-    return torch.ops.sait.gather_tokens(x, indices)
+    return kernels(served).gather_tokens(x, indices)
 
 
 def scatter_tokens(y: Tensor, selection: Selection, total: int, *, base: Tensor | None = None) -> Tensor:
@@ -47,9 +48,10 @@ def scatter_tokens(y: Tensor, selection: Selection, total: int, *, base: Tensor 
         ValueError, TypeError: a wrong shape, dtype or device; on the CPU also an index out of range.
     """
     indices = check_selection("scatter_tokens", selection).indices
-    if choose("scatter_tokens", {"y": y, "selection.indices": indices}, {"base": base}) == "reference":
+    served = choose("scatter_tokens", {"y": y, "selection.indices": indices}, {"base": base})
+    if served == "reference":
         return scatter_tokens_reference(y, selection, total, base=base)
-    return torch.ops.sait.scatter_tokens(y, indices, total, base)
+    return kernels(served).scatter_tokens(y, indices, total, base)
 
 
 def gather_tokens_reference(x: Tensor, selection: Selection) -> Tensor:
@@ -61,40 +63,43 @@ def scatter_tokens_reference(y: Tensor, selection: Selection, total: int, *, bas
     return out.index_copy(0, selection.indices.long(), y)
 
 
+def _gather_fake(x: Tensor, indices: Tensor) -> Tensor:
+    return x.new_empty(indices.shape[0], x.shape[1])
+
+
+def _scatter_fake(y: Tensor, indices: Tensor, total: int, base: Tensor | None = None) -> Tensor:
+    return y.new_empty(total, y.shape[1])
+
+
+def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, indices = inputs
+    ctx.save_for_backward(indices)
+    ctx.total = x.shape[0]
+
+
+def _gather_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (indices,) = ctx.saved_tensors
+    return ops.scatter_tokens(grad.contiguous(), indices, ctx.total), None
+
+
+def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.has_base = inputs[3] is not None
+
+
+def _scatter_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
+    (indices,) = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_y = ops.gather_tokens(grad, indices)
+    grad_base = None
+    if ctx.has_base and ctx.needs_input_grad[3]:  # base's kept rows were overwritten
+        grad_base = ops.scatter_tokens(torch.zeros_like(grad_y), indices, grad.shape[0], grad)
+    return grad_y, None, None, grad_base
+
+
+register_op("gather_tokens", _gather_fake, __name__)
+register_op("scatter_tokens", _scatter_fake, __name__)
+register_backward("gather_tokens", _gather_backward, _gather_context)
+register_backward("scatter_tokens", _scatter_backward, _scatter_context)
 register("gather_tokens")
 register("scatter_tokens")
-
-if library.module is not None:
-
-    @torch.library.register_fake("sait::gather_tokens")
-    def _gather_fake(x: Tensor, indices: Tensor) -> Tensor:
-        return x.new_empty(indices.shape[0], x.shape[1])
-
-    @torch.library.register_fake("sait::scatter_tokens")
-    def _scatter_fake(y: Tensor, indices: Tensor, total: int, base: Tensor | None = None) -> Tensor:
-        return y.new_empty(total, y.shape[1])
-
-    def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, indices = inputs
-        ctx.save_for_backward(indices)
-        ctx.total = x.shape[0]
-
-    def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (indices,) = ctx.saved_tensors
-        return torch.ops.sait.scatter_tokens(grad.contiguous(), indices, ctx.total), None
-
-    def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.has_base = inputs[3] is not None
-
-    def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
-        (indices,) = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_y = torch.ops.sait.gather_tokens(grad, indices)
-        grad_base = None
-        if ctx.has_base and ctx.needs_input_grad[3]:  # base's kept rows were overwritten
-            grad_base = torch.ops.sait.scatter_tokens(torch.zeros_like(grad_y), indices, grad.shape[0], grad)
-        return grad_y, None, None, grad_base
-
-    torch.library.register_autograd("sait::gather_tokens", _gather_backward, setup_context=_gather_context)
-    torch.library.register_autograd("sait::scatter_tokens", _scatter_backward, setup_context=_scatter_context)

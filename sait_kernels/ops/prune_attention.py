@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from sait_kernels import library
-from sait_kernels.backend import autocast, choose, register
+from sait_kernels.backend import autocast, choose, kernels, register
 from sait_kernels.ops.compact_attention import compact_attention_reference
 from sait_kernels.ops.score_tokens import score_tokens_reference
 from sait_kernels.ops.select import check_mass, kept_bound, select_mass_reference, select_topk_reference, split_keep
+from sait_kernels.registration import register_backward, register_op
 from sait_kernels.selection import Selection
 
 
@@ -57,11 +57,12 @@ def prune_attention(
     if mass is not None:
         mass, _ = check_mass("prune_attention", mass)
     q, k, v = autocast(q, k, v)
-    if choose("prune_attention", {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}) == "reference":
+    served = choose("prune_attention", {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens})
+    if served == "reference":
         return prune_attention_reference(
             q, k, v, cu_seqlens, max_seqlen, keep=keep, mass=mass, kind=kind, num_prefix=num_prefix, scale=scale
         )
-    out, indices, kept = torch.ops.sait.prune_attention(
+    out, indices, kept = kernels(served).prune_attention(
         q, k, v, cu_seqlens, max_seqlen, rate, count, mass, kind, num_prefix, scale
     )
     bound = max_seqlen if mass is not None else kept_bound(max_seqlen, num_prefix, rate, count)
@@ -93,44 +94,44 @@ def prune_attention_reference(
     return compact_attention_reference(q, k, v, cu_seqlens, max_seqlen, selection=selection, scale=scale), selection
 
 
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    max_seqlen: int,
+    rate: float | None = None,
+    count: int | None = None,
+    mass: float | None = None,
+    kind: str = "cls",
+    num_prefix: int = 1,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    images = cu.shape[0] - 1
+    rows: int | torch.SymInt
+    if mass is None and guard_or_false(q.shape[0] == images * max_seqlen):  # equal lengths: the size is known
+        rows = images * kept_bound(max_seqlen, num_prefix, rate, count)
+    else:
+        rows = torch.library.get_ctx().new_dynamic_size()
+    out = q.new_empty(rows, q.shape[1] * q.shape[2])
+    return out, cu.new_empty(rows), cu.new_empty(images + 1)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, cu_seqlens, ctx.max_seqlen, *_, ctx.scale = inputs
+    _, indices, kept = output
+    ctx.mark_non_differentiable(indices, kept)
+    ctx.save_for_backward(q, k, v, cu_seqlens, indices, kept)
+
+
+def _backward(ops: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    q, k, v, cu_seqlens, indices, kept = ctx.saved_tensors
+    dq, dk, dv = ops.compact_attention_backward(
+        grad.contiguous(), q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
+    )
+    return (dq, dk, dv, *[None] * 8)
+
+
+register_op("prune_attention", _fake, __name__)
+register_backward("prune_attention", _backward, _context)
 register("prune_attention")
-
-if library.module is not None:
-
-    @torch.library.register_fake("sait::prune_attention")
-    def _fake(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu: Tensor,
-        max_seqlen: int,
-        rate: float | None = None,
-        count: int | None = None,
-        mass: float | None = None,
-        kind: str = "cls",
-        num_prefix: int = 1,
-        scale: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        images = cu.shape[0] - 1
-        rows: int | torch.SymInt
-        if mass is None and guard_or_false(q.shape[0] == images * max_seqlen):  # equal lengths: the size is known
-            rows = images * kept_bound(max_seqlen, num_prefix, rate, count)
-        else:
-            rows = torch.library.get_ctx().new_dynamic_size()
-        out = q.new_empty(rows, q.shape[1] * q.shape[2])
-        return out, cu.new_empty(rows), cu.new_empty(images + 1)
-
-    def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, cu_seqlens, ctx.max_seqlen, *_, ctx.scale = inputs
-        _, indices, kept = output
-        ctx.mark_non_differentiable(indices, kept)
-        ctx.save_for_backward(q, k, v, cu_seqlens, indices, kept)
-
-    def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        q, k, v, cu_seqlens, indices, kept = ctx.saved_tensors
-        dq, dk, dv = torch.ops.sait.compact_attention_backward(
-            grad.contiguous(), q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
-        )
-        return (dq, dk, dv, *[None] * 8)
-
-    torch.library.register_autograd("sait::prune_attention", _backward, setup_context=_context)

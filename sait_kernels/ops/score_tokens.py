@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sait_kernels import library
-from sait_kernels.backend import autocast, choose, register
+from sait_kernels.backend import autocast, choose, kernels, register
+from sait_kernels.registration import register_backward, register_op
 from sait_kernels.selection import image_bounds
 
 KINDS = ("cls", "column", "cls_value")
@@ -50,9 +50,10 @@ def score_tokens(
         ValueError, TypeError: a wrong shape, dtype, device or kind; on the CPU also offsets that do not fit.
     """
     q, k, v = autocast(q, k, v)
-    if choose("score_tokens", {"q": q, "k": k, "cu_seqlens": cu_seqlens}, {"v": v}) == "reference":
+    served = choose("score_tokens", {"q": q, "k": k, "cu_seqlens": cu_seqlens}, {"v": v})
+    if served == "reference":
         return score_tokens_reference(q, k, cu_seqlens, max_seqlen, kind=kind, num_prefix=num_prefix, v=v, scale=scale)
-    return torch.ops.sait.score_tokens(q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale)
+    return kernels(served).score_tokens(q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale)
 
 
 def score_tokens_reference(
@@ -86,37 +87,38 @@ def score_tokens_reference(
     return torch.cat(parts)
 
 
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor | None, cu: Tensor, max_seqlen: int, kind: str, prefix: int, scale: float | None
+) -> Tensor:
+    return q.new_empty(q.shape[0], dtype=torch.float32)
+
+
+def _backward_fake(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cu: Tensor,
+    max_seqlen: int,
+    kind: str,
+    num_prefix: int,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty(0) if v is None else v.new_empty(v.shape)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens)
+
+
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    q, k, v, cu_seqlens = ctx.saved_tensors
+    dq, dk, dv = ops.score_tokens_backward(grad.contiguous(), q, k, v, cu_seqlens, *ctx.options)
+    return dq, dk, (None if v is None else dv), None, None, None, None, None
+
+
+register_op("score_tokens", _fake, __name__)
+register_op("score_tokens_backward", _backward_fake, __name__)
+register_backward("score_tokens", _backward, _context)
 register("score_tokens")
-
-if library.module is not None:
-
-    @torch.library.register_fake("sait::score_tokens")
-    def _fake(
-        q: Tensor, k: Tensor, v: Tensor | None, cu: Tensor, max_seqlen: int, kind: str, prefix: int, scale: float | None
-    ) -> Tensor:
-        return q.new_empty(q.shape[0], dtype=torch.float32)
-
-    @torch.library.register_fake("sait::score_tokens_backward")
-    def _backward_fake(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        cu: Tensor,
-        max_seqlen: int,
-        kind: str,
-        num_prefix: int,
-        scale: float | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty(0) if v is None else v.new_empty(v.shape)
-
-    def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        q, k, v, cu_seqlens, *ctx.options = inputs
-        ctx.save_for_backward(q, k, v, cu_seqlens)
-
-    def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, k, v, cu_seqlens = ctx.saved_tensors
-        dq, dk, dv = torch.ops.sait.score_tokens_backward(grad.contiguous(), q, k, v, cu_seqlens, *ctx.options)
-        return dq, dk, (None if v is None else dv), None, None, None, None, None
-
-    torch.library.register_autograd("sait::score_tokens", _backward, setup_context=_context)

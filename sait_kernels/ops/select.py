@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from sait_kernels import library
-from sait_kernels.backend import choose, register
+from sait_kernels.backend import choose, kernels, register
+from sait_kernels.registration import register_op
 from sait_kernels.selection import Selection, image_bounds, rate_to_count
 
 
@@ -38,9 +38,10 @@ def select_topk(
         ValueError, TypeError: a wrong shape, dtype or device, keep outside its range, or an image with fewer patches.
     """
     rate, count = split_keep("select_topk", keep)
-    if choose("select_topk", {"scores": scores, "cu_seqlens": cu_seqlens}) == "reference":
+    served = choose("select_topk", {"scores": scores, "cu_seqlens": cu_seqlens})
+    if served == "reference":
         return select_topk_reference(scores, cu_seqlens, max_seqlen, keep=keep, num_prefix=num_prefix)
-    indices, kept = torch.ops.sait.select_topk(scores, cu_seqlens, max_seqlen, rate, count, num_prefix)
+    indices, kept = kernels(served).select_topk(scores, cu_seqlens, max_seqlen, rate, count, num_prefix)
     return Selection(indices, kept, kept_bound(max_seqlen, num_prefix, rate, count))
 
 
@@ -75,7 +76,8 @@ def select_mass(
         ValueError, TypeError: a wrong shape, dtype or device, or a limit outside its range.
     """
     mass, max_keep = check_mass("select_mass", mass, min_keep, max_keep)
-    if choose("select_mass", {"scores": scores, "cu_seqlens": cu_seqlens}) == "reference":
+    served = choose("select_mass", {"scores": scores, "cu_seqlens": cu_seqlens})
+    if served == "reference":
         return select_mass_reference(
             scores,
             cu_seqlens,
@@ -85,7 +87,7 @@ def select_mass(
             min_keep=min_keep,
             max_keep=max_keep,
         )
-    indices, kept = torch.ops.sait.select_mass(scores, cu_seqlens, max_seqlen, mass, num_prefix, min_keep, max_keep)
+    indices, kept = kernels(served).select_mass(scores, cu_seqlens, max_seqlen, mass, num_prefix, min_keep, max_keep)
     return Selection(indices, kept, max_seqlen if max_keep is None else min(max_seqlen, num_prefix + max_keep))
 
 
@@ -195,32 +197,32 @@ def select_mass_reference(
     return _select(scores, cu_seqlens, num_prefix, how_many)
 
 
+def _topk_fake(
+    scores: Tensor, cu: Tensor, max_seqlen: int, rate: float | None, count: int | None, num_prefix: int
+) -> tuple[Tensor, Tensor]:
+    images = cu.shape[0] - 1
+    rows: int | torch.SymInt
+    if guard_or_false(scores.shape[0] == images * max_seqlen):  # equal lengths: the size is known
+        rows = images * kept_bound(max_seqlen, num_prefix, rate, count)
+    else:
+        rows = torch.library.get_ctx().new_dynamic_size()
+    return scores.new_empty(rows, dtype=torch.int32), cu.new_empty(images + 1)
+
+
+def _mass_fake(
+    scores: Tensor,
+    cu: Tensor,
+    max_seqlen: int,
+    mass: float,
+    num_prefix: int,
+    min_keep: int,
+    max_keep: int | None,
+) -> tuple[Tensor, Tensor]:
+    rows = torch.library.get_ctx().new_dynamic_size()
+    return scores.new_empty(rows, dtype=torch.int32), cu.new_empty(cu.shape[0])
+
+
+register_op("select_topk", _topk_fake, __name__)
+register_op("select_mass", _mass_fake, __name__)
 register("select_topk")
 register("select_mass")
-
-if library.module is not None:
-
-    @torch.library.register_fake("sait::select_topk")
-    def _topk_fake(
-        scores: Tensor, cu: Tensor, max_seqlen: int, rate: float | None, count: int | None, num_prefix: int
-    ) -> tuple[Tensor, Tensor]:
-        images = cu.shape[0] - 1
-        rows: int | torch.SymInt
-        if guard_or_false(scores.shape[0] == images * max_seqlen):  # equal lengths: the size is known
-            rows = images * kept_bound(max_seqlen, num_prefix, rate, count)
-        else:
-            rows = torch.library.get_ctx().new_dynamic_size()
-        return scores.new_empty(rows, dtype=torch.int32), cu.new_empty(images + 1)
-
-    @torch.library.register_fake("sait::select_mass")
-    def _mass_fake(
-        scores: Tensor,
-        cu: Tensor,
-        max_seqlen: int,
-        mass: float,
-        num_prefix: int,
-        min_keep: int,
-        max_keep: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        rows = torch.library.get_ctx().new_dynamic_size()
-        return scores.new_empty(rows, dtype=torch.int32), cu.new_empty(cu.shape[0])

@@ -1,0 +1,68 @@
+"""The Python half of an op, for both libraries that hold it: shapes, gradients, and its Triton kernel.
+
+``sait::<op>`` is defined in C++ and runs the cpu and cuda kernels; ``sait_triton::<op>`` is its twin with the kernels
+of ``sait_kernels/triton``. They are two, so that either can be chosen for the same tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sait_kernels import library
+
+# Triton decides when a kernel is defined whether a GPU runs it or its interpreter.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on", "yes"}
+NAMESPACES = ("sait", "sait_triton")
+_twins = torch.library.Library("sait_triton", "DEF")
+
+
+def register_op(op: str, fake: Callable[..., Any], file: str) -> None:
+    """Called by each op's file: defines the twin where there is a Triton kernel, and says what either returns.
+
+    The kernel is the function of the op's name in the file of ``sait_kernels/triton`` that has the name of the op's
+    file; it is imported with the first call. It takes what the C++ op takes, checked by ``sait::_check_<op>``.
+
+    Args:
+        op: its name; a gradient's ends in ``_backward`` and is not checked: it takes what autograd hands over.
+        fake: takes the op's arguments, of which its signature makes the twin's schema, and returns empty tensors.
+        file: __name__ of the op's file.
+    """
+    module = f"sait_kernels.triton.{file.rpartition('.')[2]}"
+    if library.module is not None and importlib.util.find_spec("triton") and importlib.util.find_spec(module):
+        _twins.define(op + torch.library.infer_schema(fake, mutates_args=()))
+        for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+            _twins.impl(op, _kernel(module, op), key)
+    for namespace in _holding(op):
+        torch.library.register_fake(f"{namespace}::{op}", fake)
+
+
+def register_backward(op: str, backward: Callable[..., Any], context: Callable[..., None]) -> None:
+    """Registers the gradients of an op: ``backward(ops, ctx, *grads)`` calls others of its own library as ops.<op>."""
+    for namespace in _holding(op):
+        formula = functools.partial(backward, getattr(torch.ops, namespace))
+        torch.library.register_autograd(f"{namespace}::{op}", formula, setup_context=context)
+
+
+def _holding(op: str) -> list[str]:
+    return [namespace for namespace in NAMESPACES if hasattr(getattr(torch.ops, namespace), op)]
+
+
+def _kernel(module: str, op: str) -> Callable[..., Any]:
+    @functools.cache
+    def found() -> tuple[Callable[..., Any], Callable[..., Any]]:
+        check = (lambda *_: None) if op.endswith("_backward") else getattr(torch.ops.sait, f"_check_{op}")
+        return check, getattr(importlib.import_module(module), op)
+
+    def call(*arguments: Any) -> Any:
+        check, kernel = found()
+        check(*arguments)
+        return kernel(*arguments)
+
+    return call

@@ -1,0 +1,20 @@
+"""What launching a kernel needs everywhere: the tensor's device made current, and raw bits of rows that are copied."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the pointers; on the CPU its interpreter runs."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def bits(x: Tensor) -> Tensor:
+    """The same memory as integers, which are copied as they are: payloads of NaN, -0 and denormals survive."""
+    return x.view(_BITS[x.element_size()])
