@@ -10,6 +10,8 @@ from sait_kernels.library import __version__
 from sait_kernels.ops.compact_attention import compact_attention
 from sait_kernels.ops.gather_add_norm import gather_add_norm
 from sait_kernels.ops.gather_tokens import gather_tokens, scatter_tokens
+from sait_kernels.ops.linear_residual import linear_residual
+from sait_kernels.ops.norm_linear import norm_linear
 from sait_kernels.ops.prune_attention import prune_attention
 from sait_kernels.ops.score_tokens import score_tokens
 from sait_kernels.ops.select import select_mass, select_topk
@@ -23,6 +25,8 @@ __all__ = [
     "compact_attention",
     "gather_add_norm",
     "gather_tokens",
+    "linear_residual",
+    "norm_linear",
     "prune_attention",
     "reference",
     "scatter_tokens",

@@ -31,7 +31,8 @@ _forced_for_compiled: str | None = None
 def register(op: str) -> None:
     """Called once by each op's file, last: notes which backends have a kernel for it."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    found = [name for name, key in DISPATCH_KEY.items() if library.module and has_kernel(f"sait::{op}", key)]
+    exists = hasattr(torch.ops.sait, op)
+    found = [name for name, key in DISPATCH_KEY.items() if exists and has_kernel(f"sait::{op}", key)]
     if hasattr(torch.ops.sait_triton, op):
         found.append("triton")
     KERNELS[op] = tuple(found)

@@ -27,10 +27,11 @@ def register_op(op: str, fake: Callable[..., Any], file: str) -> None:
     """Called by each op's file: defines the twin where there is a Triton kernel, and says what either returns.
 
     The kernel is the function of the op's name in the file of ``sait_kernels/triton`` that has the name of the op's
-    file; it is imported with the first call. It takes what the C++ op takes, checked by ``sait::_check_<op>``.
+    file; it is imported with the first call. It takes what the C++ op takes, checked by ``sait::_check_<op>``; where
+    there is no C++ op the public function checks.
 
     Args:
-        op: its name; a gradient's ends in ``_backward`` and is not checked: it takes what autograd hands over.
+        op: its name; a gradient's ends in ``_backward``, and is not checked: it takes what autograd hands over.
         fake: takes the op's arguments, of which its signature makes the twin's schema, and returns empty tensors.
         file: __name__ of the op's file.
     """
@@ -57,7 +58,7 @@ def _holding(op: str) -> list[str]:
 def _kernel(module: str, op: str) -> Callable[..., Any]:
     @functools.cache
     def found() -> tuple[Callable[..., Any], Callable[..., Any]]:
-        check = (lambda *_: None) if op.endswith("_backward") else getattr(torch.ops.sait, f"_check_{op}")
+        check = getattr(torch.ops.sait, f"_check_{op}", lambda *_: None)
         return check, getattr(importlib.import_module(module), op)
 
     def call(*arguments: Any) -> Any:

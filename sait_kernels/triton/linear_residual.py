@@ -1,0 +1,89 @@
+"""linear_residual: bias, LayerScale and the gathered residual are added on the way out of the product."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sait_kernels.triton.launch import on_device
+from sait_kernels.triton.products import multiply, tile_for, tile_place, tiles
+
+
+def linear_residual(
+    y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, indices: Tensor | None, gamma: Tensor | None
+) -> Tensor:
+    (M, K), columns = y.shape, weight.shape[0]
+    out = y.new_empty(M, columns)
+    if out.numel():
+        tile = tile_for(M, y.dtype)
+        with on_device(y):
+            _linear_residual[tiles(M, columns, tile)](
+                y,
+                weight,
+                weight if bias is None else bias,
+                x,
+                x if indices is None else indices,
+                x if gamma is None else gamma,
+                out,
+                M,
+                columns,
+                K,
+                y.stride(0),
+                weight.stride(0),
+                x.stride(0),
+                HAS_BIAS=bias is not None,
+                GATHERS=indices is not None,
+                SCALES=gamma is not None,
+                **tile.options(y.dtype),
+            )
+    return out
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_residual(
+    p_y,
+    p_weight,
+    p_bias,
+    p_x,
+    p_indices,
+    p_gamma,
+    p_out,
+    M,
+    J,
+    K,
+    s_y,
+    s_weight,
+    s_x,
+    HAS_BIAS: tl.constexpr,
+    GATHERS: tl.constexpr,
+    SCALES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """out = x[indices] + gamma * (y weight^T + bias)."""
+    o_m, o_j = tile_place(M, J, BLOCK_M, BLOCK_J)
+    m_m, m_j = o_m < M, o_j < J
+    o_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        m_k = o_k < K - k
+        b_y = tl.load(p_y + o_m[:, None] * s_y + (k + o_k)[None, :], m_m[:, None] & m_k[None, :], other=0.0)
+        b_w = tl.load(
+            p_weight + o_j[None, :] * s_weight + (k + o_k)[:, None], m_j[None, :] & m_k[:, None], other=0.0
+        )  # [BLOCK_K, BLOCK_J]
+        acc = multiply(b_y, b_w, acc, PRECISION, UPCAST)
+    if HAS_BIAS:
+        acc += tl.load(p_bias + o_j, m_j, other=0.0).to(tl.float32)[None, :]
+    if SCALES:
+        acc *= tl.load(p_gamma + o_j, m_j, other=0.0).to(tl.float32)[None, :]
+    if GATHERS:
+        rows = tl.load(p_indices + o_m, m_m, other=0).to(tl.int64)
+    else:
+        rows = o_m
+    m_out = m_m[:, None] & m_j[None, :]
+    acc += tl.load(p_x + rows[:, None] * s_x + o_j[None, :], m_out, other=0.0).to(tl.float32)
+    tl.store(p_out + o_m[:, None] * J + o_j[None, :], acc, m_out)

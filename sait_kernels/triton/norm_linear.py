@@ -1,0 +1,100 @@
+"""norm_linear: rows are normalised on their way into the product, GELU is applied on the way out of it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sait_kernels.triton.launch import on_device
+from sait_kernels.triton.products import multiply, tile_for, tile_place, tiles
+
+
+def norm_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor | None, gelu: bool
+) -> Tensor:
+    (M, K), columns = x.shape, weight.shape[0]
+    out = x.new_empty(M, columns)
+    if out.numel():
+        tile = tile_for(M, x.dtype)
+        with on_device(x):
+            _norm_linear[tiles(M, columns, tile)](
+                x,
+                norm_weight,
+                norm_bias,
+                weight,
+                weight if bias is None else bias,
+                out,
+                M,
+                columns,
+                K,
+                x.stride(0),
+                weight.stride(0),
+                eps,
+                HAS_BIAS=bias is not None,
+                GELU=gelu,
+                **tile.options(x.dtype),
+            )
+    return out
+
+
+@triton.jit(do_not_specialize=["M", "eps"])
+def _norm_linear(
+    p_x,
+    p_norm_weight,
+    p_norm_bias,
+    p_weight,
+    p_bias,
+    p_out,
+    M,
+    J,
+    K,
+    s_x,
+    s_weight,
+    eps,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """out = act(((x - mean) * rstd * norm_weight + norm_bias) weight^T + bias)."""
+    o_m, o_j = tile_place(M, J, BLOCK_M, BLOCK_J)
+    m_m, m_j = o_m < M, o_j < J
+    o_k = tl.arange(0, BLOCK_K)
+
+    # Statistics of parts of K, merged: mean += d n_k / n and m2 += m2_k + d^2 (n - n_k) n_k / n with d the difference
+    # of the means. A plain sum of squares would lose all digits where the mean is large.
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    m2 = tl.zeros([BLOCK_M], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        m_k = o_k < K - k
+        n_k = tl.minimum(K - k, BLOCK_K).to(tl.float32)
+        m_x = m_m[:, None] & m_k[None, :]
+        b_x = tl.load(p_x + o_m[:, None] * s_x + (k + o_k)[None, :], m_x, other=0.0).to(tl.float32)
+        mean_k = tl.sum(b_x, 1) / n_k
+        centred = tl.where(m_x, b_x - mean_k[:, None], 0.0)
+        share, distance = n_k / (k + n_k), mean_k - mean
+        mean += distance * share
+        m2 += tl.sum(centred * centred, 1) + distance * distance * k * share
+    rstd = 1.0 / tl.sqrt(m2 / K + eps)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        m_k = o_k < K - k
+        m_x = m_m[:, None] & m_k[None, :]
+        b_x = tl.load(p_x + o_m[:, None] * s_x + (k + o_k)[None, :], m_x, other=0.0).to(tl.float32)
+        scale = tl.load(p_norm_weight + k + o_k, m_k, other=0.0).to(tl.float32)
+        shift = tl.load(p_norm_bias + k + o_k, m_k, other=0.0).to(tl.float32)
+        normed = (b_x - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]
+        b_w = tl.load(
+            p_weight + o_j[None, :] * s_weight + (k + o_k)[:, None], m_j[None, :] & m_k[:, None], other=0.0
+        )  # [BLOCK_K, BLOCK_J]
+        acc = multiply(normed.to(p_out.dtype.element_ty), b_w, acc, PRECISION, UPCAST)
+    if HAS_BIAS:
+        acc += tl.load(p_bias + o_j, m_j, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
+    tl.store(p_out + o_m[:, None] * J + o_j[None, :], acc, m_m[:, None] & m_j[None, :])

@@ -1,0 +1,187 @@
+"""norm_linear and linear_residual, on the backends that have them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    DTYPES,
+    among_nan,
+    assert_as_exact_as_torch,
+    assert_compiles_once,
+    assert_same_bits,
+    doubles,
+    gradients,
+    leaves,
+    randn,
+    some_rows,
+)
+from torch import Tensor
+from torch.library import opcheck
+
+import sait_kernels as sk
+
+EPS = 1e-6
+# (rows, channels in, channels out): DeiT-S's QKV for few tokens; nothing a multiple of a tile; one row; none.
+SHAPES = ((70, 384, 192), (33, 100, 70), (1, 40, 33), (0, 64, 32))
+
+
+@pytest.fixture(params=["reference", "triton"])
+def served(request: pytest.FixtureRequest):
+    with sk.backend(request.param):
+        yield request.param
+
+
+def rows(M: int, K: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """(M, K) of a wider tensor; around it is NaN."""
+    return among_nan((M, K + 3), dtype, 2)[:, 1 : K + 1].copy_(randn(M, K, seed=seed))
+
+
+def norm_inputs(M: int, K: int, O: int, dtype: torch.dtype) -> tuple[Tensor, ...]:  # noqa: E741
+    x, weight = rows(M, K, dtype, 1), rows(O, K, dtype, 4).mul_(K**-0.5)
+    vectors = (1 + randn(K, seed=2) / 4, randn(K, seed=3) / 4, randn(O, seed=5))
+    norm_weight, norm_bias, bias = (t.to(dtype) for t in vectors)
+    return x, norm_weight, norm_bias, weight, bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norm_linear(served: str, shape: tuple[int, int, int], dtype: torch.dtype, gelu: bool) -> None:
+    def ours(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return sk.norm_linear(x, norm_weight, norm_bias, EPS, weight, bias, gelu=gelu)
+
+    def in_torch(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out = F.linear(F.layer_norm(x, x.shape[1:], norm_weight, norm_bias, EPS), weight, bias)
+        return F.gelu(out) if gelu else out
+
+    inputs = norm_inputs(*shape, dtype)
+    with sk.backend("reference"):
+        exact = gradients(ours, *doubles(*inputs))
+    names = ("out", "dx", "dnorm_weight", "dnorm_bias", "dweight", "dbias")
+    for name, *results in zip(names, gradients(ours, *inputs), exact, gradients(in_torch, *inputs), strict=True):
+        assert_as_exact_as_torch(name, *results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize("scales", [False, True])
+def test_linear_residual(served: str, dtype: torch.dtype, gathers: bool, scales: bool) -> None:
+    lengths, K, C = (0, 33, 1, 70), 100, 70
+    selection, T = some_rows(lengths) if gathers else None, sum(lengths)
+    S = T if selection is None else len(selection.indices)
+    weight, x, y = rows(C, K, dtype, 1).mul_(K**-0.5), among_nan((T, C), dtype, 0), rows(S, K, dtype, 2)
+    kept = torch.arange(T) if selection is None else selection.indices.long()
+    x[kept] = randn(S, C, seed=3).to(dtype)
+    vectors = [randn(C, seed=4).to(dtype), *([randn(C, seed=5).to(dtype)] if scales else [])]
+
+    def ours(y: Tensor, weight: Tensor, x: Tensor, bias: Tensor, gamma: Tensor | None = None) -> Tensor:
+        return sk.linear_residual(y, weight, bias, x, selection=selection, gamma=gamma)
+
+    def in_torch(y: Tensor, weight: Tensor, x: Tensor, bias: Tensor, gamma: Tensor | None = None) -> Tensor:
+        branch = F.linear(y, weight, bias)
+        return x[kept] + (branch if gamma is None else gamma * branch)
+
+    inputs = (y, weight, x, *vectors)
+    with sk.backend("reference"):
+        exact = gradients(ours, *doubles(*inputs))
+    names = ("out", "dy", "dweight", "dx", "dbias", "dgamma")
+    for name, *results in zip(names, gradients(ours, *inputs), exact, gradients(in_torch, *inputs), strict=False):
+        assert_as_exact_as_torch(name, *results)
+
+
+def test_without_bias(served: str) -> None:
+    x, norm_weight, norm_bias, weight, _ = norm_inputs(5, 16, 8, torch.float32)
+    zeros = torch.zeros(8)
+    assert_same_bits(
+        "norm_linear",
+        sk.norm_linear(x, norm_weight, norm_bias, EPS, weight),
+        sk.norm_linear(x, norm_weight, norm_bias, EPS, weight, zeros),
+    )
+    stream = randn(5, 8)
+    assert_same_bits(
+        "linear_residual",
+        sk.linear_residual(x, weight, None, stream),
+        sk.linear_residual(x, weight, zeros, stream),
+    )
+
+
+def test_large_mean(served: str) -> None:
+    """A variance by E[x^2] - E[x]^2 would lose all its digits here: mean 1e4, deviation 1."""
+    x, norm_weight, norm_bias, weight, bias = norm_inputs(20, 150, 16, torch.float32)
+    x = x + 1e4
+    got = sk.norm_linear(x, norm_weight, norm_bias, EPS, weight, bias)
+    exact = sk.reference.norm_linear(*doubles(x, norm_weight, norm_bias), EPS, *doubles(weight, bias))
+    in_torch = F.linear(F.layer_norm(x, (150,), norm_weight, norm_bias, EPS), weight, bias)
+    assert_as_exact_as_torch("out", got, exact, in_torch)
+
+
+def test_rows_do_not_depend_on_each_other(served: str) -> None:
+    """Alone and among others, in the same tile: the same bits."""
+    x, norm_weight, norm_bias, weight, bias = norm_inputs(20, 96, 40, torch.float32)
+    together = sk.norm_linear(x, norm_weight, norm_bias, EPS, weight, bias, gelu=True)
+    if served == "triton":  # the reference's product is torch's, which chooses by the number of rows
+        alone = sk.norm_linear(x[7:8], norm_weight, norm_bias, EPS, weight, bias, gelu=True)
+        assert_same_bits("row 7", alone, together[7:8])
+    assert_same_bits("again", sk.norm_linear(x, norm_weight, norm_bias, EPS, weight, bias, gelu=True), together)
+
+
+def test_gradcheck() -> None:
+    x, norm_weight, norm_bias, weight, bias = leaves(*doubles(*norm_inputs(4, 6, 5, torch.float32)))
+    assert torch.autograd.gradcheck(
+        lambda *t: sk.reference.norm_linear(*t[:3], EPS, *t[3:], gelu=True), (x, norm_weight, norm_bias, weight, bias)
+    )
+    stream, gamma = leaves(randn(4, 5).double(), randn(5).double())
+    assert torch.autograd.gradcheck(
+        lambda y, w, b, s, g: sk.reference.linear_residual(y, w, b, s, gamma=g), (x, weight, bias, stream, gamma)
+    )
+
+
+def test_opcheck() -> None:
+    x, norm_weight, norm_bias, weight, bias = leaves(*norm_inputs(9, 16, 8, torch.float32))
+    opcheck(torch.ops.sait_triton.norm_linear.default, (x, norm_weight, norm_bias, EPS, weight, bias, True))
+    stream, gamma = leaves(randn(20, 8), randn(8))
+    indices = torch.arange(0, 18, 2, dtype=torch.int32)
+    opcheck(torch.ops.sait_triton.linear_residual.default, (x, weight, bias, stream, indices, gamma))
+
+
+def test_compiles_once_for_any_number_of_rows(served: str) -> None:
+    def fn(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # A literal: a global float is a variable at first, and the graph is built again once its value matters.
+        hidden = sk.norm_linear(x, norm_weight, norm_bias, 1e-6, weight, bias, gelu=True)
+        return sk.linear_residual(hidden, weight.T.contiguous(), norm_bias, x)
+
+    assert_compiles_once(fn, [leaves(*norm_inputs(M, 16, 8, torch.float32)) for M in (9, 20, 31)], dynamic=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": randn(4)}, ValueError, r"norm_linear: x: expected a packed \(T, C\) tensor, got shape \(4,\)\. \S"),
+        ({"x": randn(6, 4).T}, ValueError, r"norm_linear: x: expected a contiguous last dimension, got stride 4"),
+        ({"weight": randn(8, 5)}, ValueError, r"norm_linear: weight: expected shape \(O, 6\), .* got shape \(8, 5\)"),
+        ({"weight": randn(8, 6).half()}, TypeError, r"norm_linear: weight: expected dtype torch.float32 as x"),
+        ({"norm_weight": randn(5)}, ValueError, r"norm_linear: norm_weight: expected shape \(6,\), got shape \(5,\)"),
+        ({"bias": randn(5)}, ValueError, r"norm_linear: bias: expected shape \(8,\), got shape \(5,\)"),
+        ({"bias": 3}, TypeError, "norm_linear: bias: expected a Tensor, got int"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    good = dict(
+        zip(("x", "norm_weight", "norm_bias", "weight", "bias"), norm_inputs(4, 6, 8, torch.float32), strict=True)
+    )
+    with sk.backend("triton"), pytest.raises(error, match=message):
+        sk.norm_linear(**{"eps": EPS, **good, **changes})
+
+
+def test_rows_that_do_not_match() -> None:
+    y, weight, bias = randn(4, 6), randn(8, 6), randn(8)
+    for x, selection in ((randn(5, 8), None), (randn(4, 7), None), (randn(9, 8), some_rows((9,)))):
+        with sk.backend("triton"), pytest.raises(ValueError, match=r"linear_residual: x: expected .* got .*\. \S"):
+            sk.linear_residual(y, weight, bias, x, selection=selection)
+
+
+def test_a_cpu_is_told_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match=r'norm_linear: .*no kernel .*\'cpu\'.*backend\("reference"\)'):
+        sk.norm_linear(randn(4, 6), randn(6), randn(6), EPS, randn(8, 6))
