@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sait_kernels.triton.launch import on_device
-from sait_kernels.triton.numeric import product, rounded, widened
+from sait_kernels.registration import INTERPRETED
+from sait_kernels.triton.launch import Variant, on_device
+from sait_kernels.triton.numeric import product, rounded
 
 LOG2E = 1.4426950408889634  # exp(x) = exp2(LOG2E x), and exp2 is the instruction
 
@@ -27,28 +29,52 @@ class Launch:
     num_stages: int
 
 
-# (dtype size, head_dim at most) -> forward. On Hopper 64 rows are one wgmma of four warps. 4 blocks of 64 x 64 logits
-# are 128 registers a thread, as many as there are to spare; beyond D = 80 the output takes what one block less frees.
+# (bytes of an element, head_dim at most) -> forward. On Hopper 64 rows are one wgmma of four warps. 4 blocks of 64 x 64
+# logits are 128 registers a thread, as many as there are to spare; beyond D = 80 the output takes them. float32 has no
+# matrix instruction that keeps all its bits: small blocks, for the same reason as its columns below.
 FORWARD = {
     (2, 80): Launch(64, 64, 4, 4, 2),
     (2, 128): Launch(64, 64, 2, 4, 2),
-    (2, 256): Launch(64, 64, 1, 4, 1),
-    (4, 80): Launch(32, 32, 4, 4, 1),
-    (4, 128): Launch(32, 32, 2, 4, 1),
-    (4, 256): Launch(16, 32, 1, 4, 1),
+    (2, 256): Launch(64, 64, 1, 8, 2),
+    (4, 128): Launch(32, 32, 1, 4, 1),
+    (4, 256): Launch(32, 32, 1, 8, 1),
+}
+
+# The same -> backward, where the kernel of the keys holds two sums of a block's size and reads every factor along both of
+# its sides.
+QUERY_GRADIENTS = {
+    (2, 80): Launch(64, 64, 1, 4, 2),
+    (2, 128): Launch(64, 64, 1, 8, 2),
+    (2, 256): Launch(64, 32, 1, 8, 2),
+    (4, 128): Launch(32, 32, 1, 8, 1),
+    (4, 256): Launch(32, 32, 1, 8, 1),
+}
+KEY_GRADIENTS = {
+    (2, 80): Launch(64, 64, 1, 4, 2),
+    (2, 128): Launch(64, 64, 1, 8, 2),
+    (2, 256): Launch(32, 64, 1, 8, 2),
+    (4, 128): Launch(32, 32, 1, 8, 1),
+    (4, 256): Launch(32, 16, 1, 8, 1),
 }
 
 
 def scanned(table: dict[tuple[int, int], Launch], D: int, itemsize: int) -> Launch:
-    return next(launch for (size, width), launch in table.items() if size == itemsize and width >= D)
+    """The first row of a table that fits. The interpreter has no registers to run out of, and pays by the program."""
+    wanted = 2 if INTERPRETED else itemsize
+    return next(launch for (size, width), launch in table.items() if size == wanted and width >= D)
 
 
-def columns(D: int) -> dict[str, int]:
-    """D columns as one power of two, or as two where that pads less: 80 is 64 + 16, not 128."""
+def columns(D: int, itemsize: int) -> dict[str, Any]:
+    """D columns as parts (start, power of two): at most two, where that pads less: 80 is 64 + 16, not 128.
+
+    In float32 parts of 16, since outside of matrix instructions a thread holds whole rows of what it multiplies.
+    """
+    if itemsize == 4 and not INTERPRETED:
+        return {"D": D, "PARTS": tuple((start, 16) for start in range(0, D, 16))}
     padded = max(16, triton.next_power_of_2(D))
     rest = max(16, triton.next_power_of_2(D - padded // 2))
-    low, high = (padded // 2, rest) if padded // 2 + rest < padded else (padded, 0)
-    return {"D": D, "LOW": low, "HIGH": high}
+    whole = padded // 2 + rest >= padded
+    return {"D": D, "PARTS": ((0, padded),) if whole else ((0, padded // 2), (padded // 2, rest))}
 
 
 def compact_attention(
@@ -81,16 +107,16 @@ def compact_attention(
                 query_blocks,
                 LOG2E * (D**-0.5 if scale is None else scale),
                 *(stride for t in (q, k, v) for stride in t.stride()[:2]),
-                **_forward_options(launch, D, longest, indices is not None),
+                **_forward_options(launch, D, q.element_size(), longest, indices is not None),
             )
     return out
 
 
-def _forward_options(launch: Launch, D: int, longest: int, gather: bool) -> dict[str, Any]:
+def _forward_options(launch: Launch, D: int, itemsize: int, longest: int, gather: bool) -> dict[str, Any]:
     """``longest`` enters as the number of key blocks up to ``launch.whole``, and above that not at all."""
     blocks = triton.cdiv(longest, launch.block_n)
     return {
-        **columns(D),
+        **columns(D, itemsize),
         "GATHER": gather,
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
@@ -120,8 +146,7 @@ def _attend(
     s_vt,
     s_vh,
     D: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
+    PARTS: tl.constexpr,
     GATHER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -138,20 +163,16 @@ def _attend(
     m_i = o_i < kept
     o_i += first
     row = tl.load(p_indices + o_i, m_i, other=0).to(tl.int64) if GATHER else o_i
-    q_low, q_high = load_rows(p_q + h * s_qh, row, s_qt, m_i, D, LOW, HIGH)
+    b_q = load_rows(p_q + h * s_qh, row, s_qt, m_i, D, PARTS)
     p_k += begin * s_kt + h * s_kh
     p_v += begin * s_vt + h * s_vh
     p_out += h * D
     if LONG and n > WHOLE * BLOCK_N:
-        low, high, total = _in_blocks(
-            q_low, q_high, p_k, p_v, n, scale, s_kt, s_vt, D, LOW, HIGH, BLOCK_M, BLOCK_N
-        )  # fmt: skip
-        store_rows(p_out, o_i, H * D, m_i, low / total[:, None], high / total[:, None], D, LOW, HIGH)
+        b_out = _in_blocks(b_q, p_k, p_v, n, scale, s_kt, s_vt, D, PARTS, BLOCK_N)
+        store_rows(p_out, o_i, H * D, m_i, b_out, D, PARTS)
     else:
-        low, high, total = _in_one_pass(
-            q_low, q_high, p_k, p_v, n, scale, s_kt, s_vt, D, LOW, HIGH, BLOCK_M, BLOCK_N, WHOLE
-        )  # fmt: skip
-        store_rows(p_out, o_i, H * D, m_i, low / total[:, None], high / total[:, None], D, LOW, HIGH)
+        b_out = _in_one_pass(b_q, p_k, p_v, n, scale, s_kt, s_vt, D, PARTS, BLOCK_N, WHOLE)
+        store_rows(p_out, o_i, H * D, m_i, b_out, D, PARTS)
 
 
 @triton.jit
@@ -170,80 +191,76 @@ def _image(p_cu, b):
 
 
 @triton.jit
-def load_rows(p, o_row, s_row, m_row, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """(columns [0, LOW), columns [LOW, D)) of rows, padded with zeros; the first twice where there are no more."""
-    o_d = tl.arange(0, LOW)
-    p_rows = p + o_row[:, None] * s_row
-    m_low = m_row[:, None]
-    if LOW > D:
-        m_low = m_low & (o_d < D)[None, :]
-    low = tl.load(p_rows + o_d[None, :], m_low, other=0.0)
-    high = low
-    if HIGH:
-        o_d = LOW + tl.arange(0, HIGH)
-        high = tl.load(p_rows + o_d[None, :], m_row[:, None] & (o_d < D)[None, :], other=0.0)
-    return low, high
+def load_rows(p, o_row, s_row, m_row, D: tl.constexpr, PARTS: tl.constexpr):
+    """Rows in parts of their columns, padded with zeros."""
+    parts = ()
+    for i in tl.static_range(len(PARTS)):
+        o_d = PARTS[i][0] + tl.arange(0, PARTS[i][1])
+        m = m_row[:, None]
+        if PARTS[i][0] + PARTS[i][1] > D:
+            m = m & (o_d < D)[None, :]
+        parts += (tl.load(p + o_row[:, None] * s_row + o_d[None, :], m, other=0.0),)
+    return parts
 
 
 @triton.jit
-def store_rows(p, o_row, s_row, m_row, low, high, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Writes what load_rows would read back, from float32."""
-    dtype: tl.constexpr = p.dtype.element_ty
-    o_d = tl.arange(0, LOW)
-    p_rows = p + o_row[:, None] * s_row
-    m_low = m_row[:, None]
-    if LOW > D:
-        m_low = m_low & (o_d < D)[None, :]
-    tl.store(p_rows + o_d[None, :], rounded(low, dtype), m_low)
-    if HIGH:
-        o_d = LOW + tl.arange(0, HIGH)
-        tl.store(p_rows + o_d[None, :], rounded(high, dtype), m_row[:, None] & (o_d < D)[None, :])
+def store_rows(p, o_row, s_row, m_row, parts, D: tl.constexpr, PARTS: tl.constexpr):
+    """Writes float32 parts where load_rows would read them."""
+    for i in tl.static_range(len(PARTS)):
+        o_d = PARTS[i][0] + tl.arange(0, PARTS[i][1])
+        m = m_row[:, None]
+        if PARTS[i][0] + PARTS[i][1] > D:
+            m = m & (o_d < D)[None, :]
+        tl.store(p + o_row[:, None] * s_row + o_d[None, :], rounded(parts[i], p.dtype.element_ty), m)
 
 
 @triton.jit
-def scalar_products(a_low, a_high, b_low, b_high, HIGH: tl.constexpr):
-    """[a_i . b_j], of rows that load_rows has read."""
-    result = product(a_low, tl.trans(b_low), tl.zeros([a_low.shape[0], b_low.shape[0]], tl.float32))
-    if HIGH:
-        result = product(a_high, tl.trans(b_high), result)
+def scalar_products(a, b):
+    """[a_i . b_j] of rows in parts."""
+    result = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
+    for i in tl.static_range(len(a)):
+        result = product(a[i], tl.trans(b[i]), result)
     return result
 
 
 @triton.jit
-def weighted_sums(weights, b_low, b_high, low, high, HIGH: tl.constexpr):
-    """(low, high) + weights @ (b_low, b_high), the weights rounded to the type of b as in torch's attention."""
-    weights = rounded(weights, b_low.dtype)
-    low = product(weights, b_low, low)
-    if HIGH:
-        high = product(weights, b_high, high)
-    return low, high
+def weighted_sums(weights, b, sums):
+    """sums + weights @ b, in parts; the weights are rounded to the type of b, as torch's attention does."""
+    weights = rounded(weights, b[0].dtype)
+    result = ()
+    for i in tl.static_range(len(b)):
+        result += (product(weights, b[i], sums[i]),)
+    return result
 
 
 @triton.jit
-def no_sums(M: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Where weighted_sums starts; the second is as idle as that of load_rows where there are no more columns."""
-    low = tl.zeros([M, LOW], tl.float32)
-    high = low
-    if HIGH:
-        high = tl.zeros([M, HIGH], tl.float32)
-    return low, high
+def no_sums(M: tl.constexpr, PARTS: tl.constexpr):
+    """Where weighted_sums starts."""
+    parts = ()
+    for i in tl.static_range(len(PARTS)):
+        parts += (tl.zeros([M, PARTS[i][1]], tl.float32),)
+    return parts
 
 
 @triton.jit
-def logits_of(
-    q_low, q_high, p_k, start, n, scale, s_kt, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, N: tl.constexpr
-):
-    """scale q k^T for keys [start, start + N), -inf beyond the image."""
-    o_j = start + tl.arange(0, N)
-    k_low, k_high = load_rows(p_k, o_j.to(tl.int64), s_kt, o_j < n, D, LOW, HIGH)
-    logits = scalar_products(q_low, q_high, k_low, k_high, HIGH) * scale
+def scaled_rows(parts, factors):
+    result = ()
+    for i in tl.static_range(len(parts)):
+        result += (parts[i] * factors[:, None],)
+    return result
+
+
+@triton.jit
+def logits_of(b_q, p_k, start, n, scale, s_kt, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """scale q k^T for keys [start, start + BLOCK_N), -inf beyond the image."""
+    o_j = start + tl.arange(0, BLOCK_N)
+    logits = scalar_products(b_q, load_rows(p_k, o_j.to(tl.int64), s_kt, o_j < n, D, PARTS)) * scale
     return tl.where((o_j < n)[None, :], logits, float("-inf"))
 
 
 @triton.jit
 def _in_one_pass(
-    q_low,
-    q_high,
+    b_q,
     p_k,
     p_v,
     n,
@@ -251,64 +268,279 @@ def _in_one_pass(
     s_kt,
     s_vt,
     D: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """(sum_j e_j v_j, sum_j e_j) with e_j = exp2(logit_j - largest), the whole row of logits in registers.
+    """sum_j e_j v_j / sum_j e_j with e_j = exp2(logit_j - largest), whole rows of logits in registers.
 
     Blocks of one width, whatever their number: those beyond the image add zeros, so their number changes no bit.
     """
     logits = ()
     for j in tl.static_range(WHOLE):
-        logits += (logits_of(q_low, q_high, p_k, j * N, n, scale, s_kt, D, LOW, HIGH, N),)
+        logits += (logits_of(b_q, p_k, j * BLOCK_N, n, scale, s_kt, D, PARTS, BLOCK_N),)
     largest = tl.max(logits[0], 1)
     for j in tl.static_range(1, WHOLE):
         largest = tl.maximum(largest, tl.max(logits[j], 1))
-    total = tl.zeros([M], tl.float32)
-    low, high = no_sums(M, LOW, HIGH)
+    total = tl.zeros_like(largest)
+    sums = no_sums(b_q[0].shape[0], PARTS)
     for j in tl.static_range(WHOLE):
-        o_j = j * N + tl.arange(0, N)
+        o_j = j * BLOCK_N + tl.arange(0, BLOCK_N)
         weights = tl.exp2(logits[j] - largest[:, None])
         total += tl.sum(weights, 1)
-        v_low, v_high = load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, LOW, HIGH)
-        low, high = weighted_sums(weights, v_low, v_high, low, high, HIGH)
-    return low, high, total
+        sums = weighted_sums(weights, load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, PARTS), sums)
+    return scaled_rows(sums, 1 / total)
 
 
 @triton.jit
-def _in_blocks(
-    q_low,
-    q_high,
-    p_k,
-    p_v,
-    n,
-    scale,
-    s_kt,
-    s_vt,
-    D: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+def _in_blocks(b_q, p_k, p_v, n, scale, s_kt, s_vt, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
     """The same block after block: what is summed so far shrinks by exp2(largest before - largest now)."""
-    largest = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    low, high = no_sums(M, LOW, HIGH)
-    for start in range(0, n, N):
-        logits = logits_of(q_low, q_high, p_k, start, n, scale, s_kt, D, LOW, HIGH, N)
+    largest = tl.full([b_q[0].shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros_like(largest)
+    sums = no_sums(b_q[0].shape[0], PARTS)
+    for start in range(0, n, BLOCK_N):
+        logits = logits_of(b_q, p_k, start, n, scale, s_kt, D, PARTS, BLOCK_N)
         before = largest
         largest = tl.maximum(largest, tl.max(logits, 1))
         shrunk = tl.exp2(before - largest)
         weights = tl.exp2(logits - largest[:, None])
         total = total * shrunk + tl.sum(weights, 1)
-        o_j = start + tl.arange(0, N)
-        v_low, v_high = load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, LOW, HIGH)
-        low *= shrunk[:, None]
-        if HIGH:
-            high *= shrunk[:, None]
-        low, high = weighted_sums(weights, v_low, v_high, low, high, HIGH)
-    return low, high, total
+        o_j = start + tl.arange(0, BLOCK_N)
+        sums = scaled_rows(sums, shrunk)
+        sums = weighted_sums(weights, load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, PARTS), sums)
+    return scaled_rows(sums, 1 / total)
+
+
+def compact_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    indices: Tensor | None = None,
+    kept_cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, H, D = q.shape
+    S = T if indices is None else indices.shape[0]
+    images, longest = cu_seqlens.shape[0] - 1, min(max_seqlen, T)
+    dq = q.new_empty(q.shape) if indices is None else q.new_zeros(q.shape)  # rows that were not kept stay zero
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    if not q.numel():
+        return dq, dk, dv
+    statistics = torch.empty(3, H, S, dtype=torch.float32, device=q.device)
+    scale = D**-0.5 if scale is None else scale
+    inputs = (
+        *(grad, q, k, v, cu_seqlens),
+        cu_seqlens if indices is None else indices,
+        cu_seqlens if kept_cu_seqlens is None else kept_cu_seqlens,
+    )
+    numbers = (LOG2E * scale, scale, grad.stride(0), *(stride for t in (q, k, v) for stride in t.stride()[:2]))
+    with on_device(q):
+        if S:
+            options = _backward_options(QUERY_GRADIENTS, D, q.element_size(), indices is not None)
+            blocks = triton.cdiv(min(longest, S), options["BLOCK_M"])
+            _query_gradients[(images * H * blocks,)](*inputs, dq, statistics, H, S, blocks, *numbers, **options)
+        options = _backward_options(KEY_GRADIENTS, D, q.element_size(), indices is not None)
+        blocks = triton.cdiv(longest, options["BLOCK_N"])
+        _key_gradients[(images * H * blocks,)](*inputs, dk, dv, statistics, H, S, blocks, *numbers, **options)
+    return dq, dk, dv
+
+
+def _backward_options(table: dict[tuple[int, int], Launch], D: int, itemsize: int, gather: bool) -> dict[str, Any]:
+    launch = scanned(table, D, itemsize)
+    return {
+        **columns(D, itemsize),
+        "GATHER": gather,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+
+
+@triton.jit(do_not_specialize=["H", "S", "query_blocks"])
+def _query_gradients(
+    p_grad,
+    p_q,
+    p_k,
+    p_v,
+    p_cu,
+    p_indices,
+    p_kept,
+    p_dq,
+    p_statistics,
+    H,
+    S,
+    query_blocks,
+    scale,  # times log2(e)
+    factor,  # scale itself
+    s_grad,
+    s_qt,
+    s_qh,
+    s_kt,
+    s_kh,
+    s_vt,
+    s_vh,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq_i = scale sum_j dl_ij k_j with dl_ij = w_ij (dw_ij - sum_j w_ij dw_ij), dw_ij = grad_i . v_j.
+
+    Program (image, head, block of kept rows): once over the keys for the three numbers of a row that the weights w and
+    that sum take, which it leaves in p_statistics (3, H, S), and once more for the gradient.
+    """
+    b, h, block = _place(H, query_blocks)
+    begin, n = _image(p_cu, b)
+    first, kept = _image(p_kept, b)
+    if block * BLOCK_M >= kept:
+        return
+    o_i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_i = o_i < kept
+    o_i += first
+    row = tl.load(p_indices + o_i, m_i, other=0).to(tl.int64) if GATHER else o_i
+    b_q = load_rows(p_q + h * s_qh, row, s_qt, m_i, D, PARTS)
+    b_grad = load_rows(p_grad + h * D, o_i, s_grad, m_i, D, PARTS)
+    p_k += begin * s_kt + h * s_kh
+    p_v += begin * s_vt + h * s_vh
+
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros_like(largest)
+    mean = tl.zeros_like(largest)
+    for start in range(0, n, BLOCK_N):
+        o_j = start + tl.arange(0, BLOCK_N)
+        logits = logits_of(b_q, p_k, start, n, scale, s_kt, D, PARTS, BLOCK_N)
+        dweights = scalar_products(b_grad, load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, PARTS))
+        before = largest
+        largest = tl.maximum(largest, tl.max(logits, 1))
+        shrunk = tl.exp2(before - largest)
+        weights = tl.exp2(logits - largest[:, None])
+        total = total * shrunk + tl.sum(weights, 1)
+        mean = mean * shrunk + tl.sum(weights * dweights, 1)
+    inverse = 1 / total
+    mean *= inverse
+    p_row = p_statistics + h * S + o_i
+    size = S.to(tl.int64) * H
+    tl.store(p_row, largest, m_i)
+    tl.store(p_row + size, inverse, m_i)
+    tl.store(p_row + 2 * size, mean, m_i)
+
+    sums = no_sums(BLOCK_M, PARTS)
+    for start in range(0, n, BLOCK_N):
+        o_j = start + tl.arange(0, BLOCK_N)
+        b_k = load_rows(p_k, o_j.to(tl.int64), s_kt, o_j < n, D, PARTS)
+        logits = tl.where((o_j < n)[None, :], scalar_products(b_q, b_k) * scale, float("-inf"))
+        dweights = scalar_products(b_grad, load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, PARTS))
+        weights = tl.exp2(logits - largest[:, None]) * inverse[:, None]
+        sums = weighted_sums(weights * (dweights - mean[:, None]), b_k, sums)
+    dq = scaled_rows(sums, tl.full([BLOCK_M], 1, tl.float32) * factor)
+    store_rows(p_dq + h * D, row, H * D, m_i, dq, D, PARTS)
+
+
+@triton.jit(do_not_specialize=["H", "S", "key_blocks"])
+def _key_gradients(
+    p_grad,
+    p_q,
+    p_k,
+    p_v,
+    p_cu,
+    p_indices,
+    p_kept,
+    p_dk,
+    p_dv,
+    p_statistics,
+    H,
+    S,
+    key_blocks,
+    scale,  # times log2(e)
+    factor,  # scale itself
+    s_grad,
+    s_qt,
+    s_qh,
+    s_kt,
+    s_kh,
+    s_vt,
+    s_vh,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dv_j = sum_i w_ij grad_i and dk_j = scale sum_i dl_ij q_i over kept rows i, with the weights of _query_gradients.
+
+    Program (image, head, block of keys). Everything is transposed, (keys, rows), so that the weights come out as the left factor of the sums.
+    """
+    b, h, block = _place(H, key_blocks)
+    begin, n = _image(p_cu, b)
+    first, kept = _image(p_kept, b)
+    if block * BLOCK_N >= n:
+        return
+    o_j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_j = o_j < n
+    o_j += begin
+    b_k = load_rows(p_k + h * s_kh, o_j, s_kt, m_j, D, PARTS)
+    b_v = load_rows(p_v + h * s_vh, o_j, s_vt, m_j, D, PARTS)
+    dk = no_sums(BLOCK_N, PARTS)
+    dv = no_sums(BLOCK_N, PARTS)
+    size = S.to(tl.int64) * H
+    for start in range(0, kept, BLOCK_M):
+        o_i = start + tl.arange(0, BLOCK_M)
+        m_i = o_i < kept
+        o_i += first
+        row = tl.load(p_indices + o_i, m_i, other=0).to(tl.int64) if GATHER else o_i
+        b_q = load_rows(p_q + h * s_qh, row, s_qt, m_i, D, PARTS)
+        b_grad = load_rows(p_grad + h * D, o_i, s_grad, m_i, D, PARTS)
+        p_row = p_statistics + h * S + o_i
+        largest = tl.load(p_row, m_i, other=float("inf"))  # no weight for rows beyond the image
+        inverse = tl.load(p_row + size, m_i, other=0.0)
+        mean = tl.load(p_row + 2 * size, m_i, other=0.0)
+        weights = tl.exp2(scalar_products(b_k, b_q) * scale - largest[None, :]) * inverse[None, :]
+        dv = weighted_sums(weights, b_grad, dv)
+        dweights = scalar_products(b_v, b_grad)
+        dk = weighted_sums(weights * (dweights - mean[None, :]), b_q, dk)
+    dk = scaled_rows(dk, tl.full([BLOCK_N], 1, tl.float32) * factor)
+    store_rows(p_dk + h * D, o_j, H * D, m_j, dk, D, PARTS)
+    store_rows(p_dv + h * D, o_j, H * D, m_j, dv, D, PARTS)
+
+
+def _variant(
+    kernel: Any, label: str, dtype: str, options: dict[str, Any], integers: tuple[str, ...] = ("H", "query_blocks")
+) -> Variant:
+    constexprs = dict(options)
+    num_warps, num_stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
+    names = [name for name in kernel.arg_names if name not in constexprs]
+    types = {
+        "scale": "fp32",
+        "p_cu": "*i32",
+        "p_indices": "*i32",
+        "p_kept": "*i32",
+        "p_statistics": "*fp32",
+        "factor": "fp32",
+    }
+    signature = {name: types.get(name, f"*{dtype}" if name.startswith("p_") else "i32") for name in names}
+    return Variant(kernel, label, signature, constexprs, num_warps, num_stages, dots=dtype != "fp32")
+
+
+def variants() -> Iterator[Variant]:
+    """Each row of the tables, with the lengths of DeiT at 224 (197, pruned to 99) and at 384 pixels (577)."""
+    for dtype, itemsize, D in (
+        ("bf16", 2, 64),
+        ("bf16", 2, 80),
+        ("bf16", 2, 128),
+        ("bf16", 2, 256),
+        ("fp16", 2, 64),
+        ("fp32", 4, 64),
+        ("fp32", 4, 128),
+        ("fp32", 4, 256),
+    ):
+        for longest in (99, 197, 577):
+            options = _forward_options(scanned(FORWARD, D, itemsize), D, itemsize, longest, gather=True)
+            yield _variant(_attend, f"{dtype} D={D} N={longest}", dtype, options)
+        for kernel, table in ((_query_gradients, QUERY_GRADIENTS), (_key_gradients, KEY_GRADIENTS)):
+            options = _backward_options(table, D, itemsize, gather=True)
+            yield _variant(kernel, f"{dtype} D={D}", dtype, options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,3 +20,16 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def bits(x: Tensor) -> Tensor:
     """The same memory as integers, which are copied as they are: payloads of NaN, -0 and denormals survive."""
     return x.view(_BITS[x.element_size()])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of a kernel, for `make aot`: what a launch would ask Triton for."""
+
+    kernel: Any
+    label: str
+    signature: dict[str, str]  # argument -> "*bf16", "i32", "fp32"; constexprs are left out
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    dots: bool = False  # whether matrix instructions must be found in it
