@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.registration import INTERPRETED
-from sait_kernels.triton.launch import Variant, on_device
-from sait_kernels.triton.numeric import product, rounded
+from sait_kernels.triton.launch import Variant, capability, on_device
+from sait_kernels.triton.numeric import product, quotient, rounded
 
 LOG2E = 1.4426950408889634  # exp(x) = exp2(LOG2E x), and exp2 is the instruction
 
@@ -29,39 +29,47 @@ class Launch:
     num_stages: int
 
 
-# (bytes of an element, head_dim at most) -> forward. On Hopper 64 rows are one wgmma of four warps. 4 blocks of 64 x 64
-# logits are 128 registers a thread, as many as there are to spare; beyond D = 80 the output takes them. float32 has no
-# matrix instruction that keeps all its bits: small blocks, for the same reason as its columns below.
+# (bytes of an element, head_dim at most, compute capability at least) -> forward. On Hopper 64 rows are one wgmma of
+# four warps. 4 blocks of 64 x 64 logits are 128 registers a thread, as many as there are to spare; beyond D = 80 the
+# output takes them, and on Ampere the factors, which Hopper reads from shared memory. float32 has no matrix instruction
+# that keeps all its bits: small blocks, for the same reason as its columns below.
 FORWARD = {
-    (2, 80): Launch(64, 64, 4, 4, 2),
-    (2, 128): Launch(64, 64, 2, 4, 2),
-    (2, 256): Launch(64, 64, 1, 8, 2),
-    (4, 128): Launch(32, 32, 1, 4, 1),
-    (4, 256): Launch(32, 32, 1, 8, 1),
+    (2, 80, 9): Launch(64, 64, 4, 4, 2),
+    (2, 80, 8): Launch(64, 64, 2, 4, 2),
+    (2, 128, 9): Launch(64, 64, 2, 4, 2),
+    (2, 256, 8): Launch(64, 64, 1, 8, 1),
+    (4, 128, 8): Launch(32, 32, 1, 4, 1),
+    (4, 256, 8): Launch(32, 32, 1, 8, 1),
 }
-
-# The same -> backward, where the kernel of the keys holds two sums of a block's size and reads every factor along both of
-# its sides.
+# The same for the backward, whose second kernel holds two sums of a block's size. At D = 256 blocks and stages are
+# small enough for the 99 KB of shared memory that the smaller devices have.
 QUERY_GRADIENTS = {
-    (2, 80): Launch(64, 64, 1, 4, 2),
-    (2, 128): Launch(64, 64, 1, 8, 2),
-    (2, 256): Launch(64, 32, 1, 8, 2),
-    (4, 128): Launch(32, 32, 1, 8, 1),
-    (4, 256): Launch(32, 32, 1, 8, 1),
+    (2, 80, 9): Launch(64, 64, 1, 4, 2),
+    (2, 80, 8): Launch(64, 32, 1, 4, 2),
+    (2, 128, 8): Launch(64, 64, 1, 8, 2),
+    (2, 256, 8): Launch(32, 32, 1, 8, 1),
+    (4, 128, 8): Launch(32, 32, 1, 8, 1),
+    (4, 256, 8): Launch(32, 16, 1, 8, 1),
 }
 KEY_GRADIENTS = {
-    (2, 80): Launch(64, 64, 1, 4, 2),
-    (2, 128): Launch(64, 64, 1, 8, 2),
-    (2, 256): Launch(32, 64, 1, 8, 2),
-    (4, 128): Launch(32, 32, 1, 8, 1),
-    (4, 256): Launch(32, 16, 1, 8, 1),
+    (2, 80, 9): Launch(64, 64, 1, 4, 2),
+    (2, 80, 8): Launch(32, 64, 1, 4, 2),
+    (2, 128, 8): Launch(64, 64, 1, 8, 2),
+    (2, 256, 8): Launch(32, 32, 1, 8, 1),
+    (4, 128, 8): Launch(32, 32, 1, 8, 1),
+    (4, 256, 8): Launch(32, 16, 1, 8, 1),
 }
+Table = dict[tuple[int, int, int], Launch]
 
 
-def scanned(table: dict[tuple[int, int], Launch], D: int, itemsize: int) -> Launch:
+def scanned(table: Table, D: int, itemsize: int, capability: int) -> Launch:
     """The first row of a table that fits. The interpreter has no registers to run out of, and pays by the program."""
-    wanted = 2 if INTERPRETED else itemsize
-    return next(launch for (size, width), launch in table.items() if size == wanted and width >= D)
+    itemsize = 2 if INTERPRETED else itemsize
+    return next(
+        launch
+        for (size, width, least), launch in table.items()
+        if size == itemsize and width >= D and capability >= least
+    )
 
 
 def columns(D: int, itemsize: int) -> dict[str, Any]:
@@ -91,9 +99,9 @@ def compact_attention(
     S = T if indices is None else indices.shape[0]
     images, longest = cu_seqlens.shape[0] - 1, min(max_seqlen, T)
     out = q.new_empty(S, H * D)
-    launch = scanned(FORWARD, D, q.element_size())
-    query_blocks = triton.cdiv(min(longest, S), launch.block_m)
     if out.numel():
+        options = _forward_options(D, q.element_size(), capability(q), longest, indices is not None)
+        query_blocks = triton.cdiv(min(longest, S), options["BLOCK_M"])
         with on_device(q):
             _attend[(images * H * query_blocks,)](
                 q,
@@ -107,13 +115,14 @@ def compact_attention(
                 query_blocks,
                 LOG2E * (D**-0.5 if scale is None else scale),
                 *(stride for t in (q, k, v) for stride in t.stride()[:2]),
-                **_forward_options(launch, D, q.element_size(), longest, indices is not None),
+                **options,
             )
     return out
 
 
-def _forward_options(launch: Launch, D: int, itemsize: int, longest: int, gather: bool) -> dict[str, Any]:
+def _forward_options(D: int, itemsize: int, capability: int, longest: int, gather: bool) -> dict[str, Any]:
     """``longest`` enters as the number of key blocks up to ``launch.whole``, and above that not at all."""
+    launch = scanned(FORWARD, D, itemsize, capability)
     blocks = triton.cdiv(longest, launch.block_n)
     return {
         **columns(D, itemsize),
@@ -289,7 +298,7 @@ def _in_one_pass(
         weights = tl.exp2(logits[j] - largest[:, None])
         total += tl.sum(weights, 1)
         sums = weighted_sums(weights, load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, PARTS), sums)
-    return scaled_rows(sums, 1 / total)
+    return scaled_rows(sums, quotient(1.0, total))
 
 
 @triton.jit
@@ -308,7 +317,7 @@ def _in_blocks(b_q, p_k, p_v, n, scale, s_kt, s_vt, D: tl.constexpr, PARTS: tl.c
         o_j = start + tl.arange(0, BLOCK_N)
         sums = scaled_rows(sums, shrunk)
         sums = weighted_sums(weights, load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, PARTS), sums)
-    return scaled_rows(sums, 1 / total)
+    return scaled_rows(sums, quotient(1.0, total))
 
 
 def compact_attention_backward(
@@ -339,17 +348,17 @@ def compact_attention_backward(
     numbers = (LOG2E * scale, scale, grad.stride(0), *(stride for t in (q, k, v) for stride in t.stride()[:2]))
     with on_device(q):
         if S:
-            options = _backward_options(QUERY_GRADIENTS, D, q.element_size(), indices is not None)
+            options = _backward_options(QUERY_GRADIENTS, D, q.element_size(), capability(q), indices is not None)
             blocks = triton.cdiv(min(longest, S), options["BLOCK_M"])
             _query_gradients[(images * H * blocks,)](*inputs, dq, statistics, H, S, blocks, *numbers, **options)
-        options = _backward_options(KEY_GRADIENTS, D, q.element_size(), indices is not None)
+        options = _backward_options(KEY_GRADIENTS, D, q.element_size(), capability(q), indices is not None)
         blocks = triton.cdiv(longest, options["BLOCK_N"])
         _key_gradients[(images * H * blocks,)](*inputs, dk, dv, statistics, H, S, blocks, *numbers, **options)
     return dq, dk, dv
 
 
-def _backward_options(table: dict[tuple[int, int], Launch], D: int, itemsize: int, gather: bool) -> dict[str, Any]:
-    launch = scanned(table, D, itemsize)
+def _backward_options(table: Table, D: int, itemsize: int, capability: int, gather: bool) -> dict[str, Any]:
+    launch = scanned(table, D, itemsize, capability)
     return {
         **columns(D, itemsize),
         "GATHER": gather,
@@ -421,7 +430,7 @@ def _query_gradients(
         weights = tl.exp2(logits - largest[:, None])
         total = total * shrunk + tl.sum(weights, 1)
         mean = mean * shrunk + tl.sum(weights * dweights, 1)
-    inverse = 1 / total
+    inverse = quotient(1.0, total)
     mean *= inverse
     p_row = p_statistics + h * S + o_i
     size = S.to(tl.int64) * H
@@ -473,7 +482,8 @@ def _key_gradients(
 ):
     """dv_j = sum_i w_ij grad_i and dk_j = scale sum_i dl_ij q_i over kept rows i, with the weights of _query_gradients.
 
-    Program (image, head, block of keys). Everything is transposed, (keys, rows), so that the weights come out as the left factor of the sums.
+    Program (image, head, block of keys). Everything is transposed, (keys, rows), so that the weights come out as the
+    left factor of the sums.
     """
     b, h, block = _place(H, key_blocks)
     begin, n = _image(p_cu, b)
@@ -526,21 +536,19 @@ def _variant(
     return Variant(kernel, label, signature, constexprs, num_warps, num_stages, dots=dtype != "fp32")
 
 
-def variants() -> Iterator[Variant]:
+def variants(capability: int) -> Iterator[Variant]:
     """Each row of the tables, with the lengths of DeiT at 224 (197, pruned to 99) and at 384 pixels (577)."""
-    for dtype, itemsize, D in (
-        ("bf16", 2, 64),
-        ("bf16", 2, 80),
-        ("bf16", 2, 128),
-        ("bf16", 2, 256),
-        ("fp16", 2, 64),
-        ("fp32", 4, 64),
-        ("fp32", 4, 128),
-        ("fp32", 4, 256),
+    for dtype, itemsize, D, lengths in (
+        ("bf16", 2, 64, (99, 197, 577)),
+        ("bf16", 2, 80, (197, 577)),
+        ("bf16", 2, 128, (99, 197)),
+        ("bf16", 2, 256, (197,)),
+        ("fp16", 2, 64, (197,)),
+        ("fp32", 4, 64, (197,)),
     ):
-        for longest in (99, 197, 577):
-            options = _forward_options(scanned(FORWARD, D, itemsize), D, itemsize, longest, gather=True)
+        for longest in lengths:
+            options = _forward_options(D, itemsize, capability, longest, gather=True)
             yield _variant(_attend, f"{dtype} D={D} N={longest}", dtype, options)
         for kernel, table in ((_query_gradients, QUERY_GRADIENTS), (_key_gradients, KEY_GRADIENTS)):
-            options = _backward_options(table, D, itemsize, gather=True)
+            options = _backward_options(table, D, itemsize, capability, gather=True)
             yield _variant(kernel, f"{dtype} D={D}", dtype, options)

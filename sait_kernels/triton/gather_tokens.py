@@ -2,71 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sait_kernels.triton.launch import bits, on_device
+from sait_kernels.registration import INTERPRETED
+from sait_kernels.triton.launch import Variant, bits, on_device
 
+TILE = 4096  # elements of a block: four 16-byte accesses a thread in 16 bits
 MAX_CHANNELS = 1024  # of a block; wider rows are copied in several
+MAX_ROWS = 16  # of a block in scatter_tokens, which compares all of them with each other
+
+
+def _options(C: int, most: int) -> dict[str, Any]:
+    """Blocks of whole rows as far as they fit. The interpreter pays by the program: there, all the rows allowed."""
+    width = min(triton.next_power_of_2(C), MAX_CHANNELS)
+    return {"ROWS": most if INTERPRETED else min(most, max(1, TILE // width)), "WIDTH": width}
 
 
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     S, C = indices.shape[0], x.shape[1]
     out = x.new_empty(S, C)
     if out.numel():
-        block = min(triton.next_power_of_2(C), MAX_CHANNELS)
+        options = _options(C, most=64)
         with on_device(x):
-            _gather[(S, triton.cdiv(C, block))](bits(x), indices, bits(out), C, x.stride(0), BLOCK=block, num_warps=1)
+            _gather[(triton.cdiv(S, options["ROWS"]), triton.cdiv(C, options["WIDTH"]))](
+                bits(x), indices, bits(out), S, C, x.stride(0), **options
+            )
     return out
 
 
-@triton.jit
-def _gather(p_x, p_indices, p_out, C, s_x, BLOCK: tl.constexpr):
-    """out[i] = x[indices[i]]; program (i, block of channels)."""
-    i = tl.program_id(0).to(tl.int64)
-    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(p_indices + i).to(tl.int64)
-    tl.store(p_out + i * C + o_c, tl.load(p_x + row * s_x + o_c, o_c < C), o_c < C)
+@triton.jit(do_not_specialize=["S"])
+def _gather(p_x, p_indices, p_out, S, C, s_x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """out[i] = x[indices[i]]; program (block of i, block of channels)."""
+    o_i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    m = (o_i < S)[:, None] & (o_c < C)[None, :]
+    row = tl.load(p_indices + o_i, o_i < S, other=0).to(tl.int64)
+    tl.store(p_out + o_i[:, None] * C + o_c[None, :], tl.load(p_x + row[:, None] * s_x + o_c[None, :], m), m)
 
 
 def scatter_tokens(y: Tensor, indices: Tensor, total: int, base: Tensor | None = None) -> Tensor:
     S, C = y.shape
     out = y.new_empty(total, C)
     if out.numel():
-        block = min(triton.next_power_of_2(C), MAX_CHANNELS)
+        options = _options(C, most=MAX_ROWS)
         others = y if base is None else base
         with on_device(y):
-            _scatter[(S + 1, triton.cdiv(C, block))](
-                bits(y),
-                indices,
-                bits(others),
-                bits(out),
-                S,
-                total,
-                C,
-                y.stride(0),
-                others.stride(0),
+            _scatter[(max(1, triton.cdiv(S, options["ROWS"])), triton.cdiv(C, options["WIDTH"]))](
+                *(bits(y), indices, bits(others), bits(out)),
+                *(S, total, C, y.stride(0), others.stride(0)),
                 HAS_BASE=base is not None,
-                BLOCK=block,
-                num_warps=1,
+                **options,
             )
     return out
 
 
 @triton.jit(do_not_specialize=["S", "total"])
-def _scatter(p_y, p_indices, p_base, p_out, S, total, C, s_y, s_base, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr):
-    """Program i writes kept row i and the dropped ones before it, back to kept row i - 1: indices ascend."""
-    i = tl.program_id(0).to(tl.int64)
-    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_c = o_c < C
-    first = tl.load(p_indices + i - 1, i > 0, other=-1).to(tl.int64) + 1
-    row = tl.load(p_indices + i, i < S, other=total).to(tl.int64)
-    for dropped in range(first, row):
+def _scatter(
+    p_y,
+    p_indices,
+    p_base,
+    p_out,
+    S,
+    total,
+    C,
+    s_y,
+    s_base,
+    HAS_BASE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Writes ROWS kept rows and the dropped ones before each of them, the last program also those after: indices ascend.
+
+    Output rows are written in order, block by block; each finds its kept row, if it has one, by comparing indices.
+    """
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    o_c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    o_i = start + tl.arange(0, ROWS)
+    kept = tl.load(p_indices + o_i, o_i < S, other=-1).to(tl.int64)
+    first = tl.load(p_indices + start - 1, start > 0, other=-1).to(tl.int64) + 1
+    if start + ROWS >= S:
+        end = tl.full([], total, tl.int64)
+    else:
+        end = tl.load(p_indices + start + ROWS - 1).to(tl.int64) + 1
+    for row in range(first, end, ROWS):
+        o_row = row + tl.arange(0, ROWS)
+        found = o_row[:, None] == kept[None, :]
+        position = tl.max(tl.where(found, o_i[None, :], -1), 1)
+        m = (o_row < end)[:, None] & (o_c < C)[None, :]
+        m_y = m & (position >= 0)[:, None]
+        b_row = tl.load(p_y + position[:, None] * s_y + o_c[None, :], m_y, other=0)
         if HAS_BASE:
-            b_row = tl.load(p_base + dropped * s_base + o_c, m_c)
-        else:
-            b_row = tl.zeros([BLOCK], p_out.dtype.element_ty)
-        tl.store(p_out + dropped * C + o_c, b_row, m_c)
-    if i < S:
-        tl.store(p_out + row * C + o_c, tl.load(p_y + i * s_y + o_c, m_c), m_c)
+            b_base = tl.load(p_base + o_row[:, None] * s_base + o_c[None, :], m & (position < 0)[:, None], other=0)
+            b_row |= b_base  # of the two, one is zero
+        tl.store(p_out + o_row[:, None] * C + o_c[None, :], b_row, m)
+
+
+def variants() -> Iterator[Variant]:
+    """DeiT-S in 16 bits, and rows that are no whole number of 16-byte accesses."""
+    for C in (384, 100):
+        pointers = dict.fromkeys(("p_x", "p_y", "p_base", "p_out"), "*i16") | {"p_indices": "*i32"}
+        for kernel, most, options in ((_gather, 64, {}), (_scatter, MAX_ROWS, {"HAS_BASE": True})):
+            constexprs = {**options, **_options(C, most)}
+            names = [name for name in kernel.arg_names if name not in constexprs]
+            yield Variant(kernel, f"16 bits C={C}", {name: pointers.get(name, "i32") for name in names}, constexprs)

@@ -17,6 +17,11 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def capability(x: Tensor) -> int:
+    """The major compute capability of the tensor's device; Hopper's in the interpreter."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+
+
 def bits(x: Tensor) -> Tensor:
     """The same memory as integers, which are copied as they are: payloads of NaN, -0 and denormals survive."""
     return x.view(_BITS[x.element_size()])
