@@ -2,6 +2,7 @@
 # make install  set up and build
 # make test     the test suite                    make check   lint, format, types
 # make paper    train every variant on canvas (hours), and write docs/accuracy.md
+# make aot      every Triton kernel, compiled without a GPU: registers, spills, instructions
 # make bench    every op and model against torch  make report  README tables from the newest results
 # make clean    remove what was built (not .venv)
 #
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RESULTS := benchmarks/results
 
-.PHONY: demo install test check bench report paper clean
+.PHONY: demo install test check aot bench report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -46,6 +47,9 @@ check: $(VENV)/.requirements-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 	$(BIN)/mypy
+
+aot: install
+	TRITON_INTERPRET=0 $(BIN)/python benchmarks/aot.py
 
 bench: install $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest benchmarks --save-results $(RESULTS)
