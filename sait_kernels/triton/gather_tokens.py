@@ -85,7 +85,7 @@ def _scatter(
     o_i = start + tl.arange(0, ROWS)
     kept = tl.load(p_indices + o_i, o_i < S, other=-1).to(tl.int64)
     first = tl.load(p_indices + start - 1, start > 0, other=-1).to(tl.int64) + 1
-    if start + ROWS >= S:  # noqa: SIM108 - the compiler would load in either case
+    if start + ROWS >= S:
         end = tl.full([], total, tl.int64)
     else:
         end = tl.load(p_indices + start + ROWS - 1).to(tl.int64) + 1

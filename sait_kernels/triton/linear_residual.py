@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sait_kernels.triton.launch import on_device
-from sait_kernels.triton.products import multiply, tile_for, tile_place, tiles
+from sait_kernels.triton.launch import Variant, on_device
+from sait_kernels.triton.numeric import product, rounded, widened
+from sait_kernels.triton.products import load_weight, tile_for, tile_place, tile_variants, tiles
 
 
 def linear_residual(
@@ -16,7 +19,7 @@ def linear_residual(
     (M, K), columns = y.shape, weight.shape[0]
     out = y.new_empty(M, columns)
     if out.numel():
-        tile = tile_for(M, y.dtype)
+        tile = tile_for(M, y.element_size())
         with on_device(y):
             _linear_residual[tiles(M, columns, tile)](
                 y,
@@ -35,7 +38,7 @@ def linear_residual(
                 HAS_BIAS=bias is not None,
                 GATHERS=indices is not None,
                 SCALES=gamma is not None,
-                **tile.options(y.dtype),
+                **tile._asdict(),
             )
     return out
 
@@ -61,8 +64,6 @@ def _linear_residual(
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """out = x[indices] + gamma * (y weight^T + bias)."""
     o_m, o_j = tile_place(M, J, BLOCK_M, BLOCK_J)
@@ -72,18 +73,20 @@ def _linear_residual(
     for k in range(0, K, BLOCK_K):
         m_k = o_k < K - k
         b_y = tl.load(p_y + o_m[:, None] * s_y + (k + o_k)[None, :], m_m[:, None] & m_k[None, :], other=0.0)
-        b_w = tl.load(
-            p_weight + o_j[None, :] * s_weight + (k + o_k)[:, None], m_j[None, :] & m_k[:, None], other=0.0
-        )  # [BLOCK_K, BLOCK_J]
-        acc = multiply(b_y, b_w, acc, PRECISION, UPCAST)
+        acc = product(b_y, load_weight(p_weight, o_j, k + o_k, s_weight, m_j, m_k), acc)
     if HAS_BIAS:
-        acc += tl.load(p_bias + o_j, m_j, other=0.0).to(tl.float32)[None, :]
+        acc += widened(tl.load(p_bias + o_j, m_j, other=0.0))[None, :]
     if SCALES:
-        acc *= tl.load(p_gamma + o_j, m_j, other=0.0).to(tl.float32)[None, :]
+        acc *= widened(tl.load(p_gamma + o_j, m_j, other=0.0))[None, :]
     if GATHERS:
         rows = tl.load(p_indices + o_m, m_m, other=0).to(tl.int64)
     else:
         rows = o_m
     m_out = m_m[:, None] & m_j[None, :]
-    acc += tl.load(p_x + rows[:, None] * s_x + o_j[None, :], m_out, other=0.0).to(tl.float32)
-    tl.store(p_out + o_m[:, None] * J + o_j[None, :], acc, m_out)
+    acc += widened(tl.load(p_x + rows[:, None] * s_x + o_j[None, :], m_out, other=0.0))
+    tl.store(p_out + o_m[:, None] * J + o_j[None, :], rounded(acc, p_out.dtype.element_ty), m_out)
+
+
+def variants() -> Iterator[Variant]:
+    """Of an attention's projection where tokens are dropped."""
+    yield from tile_variants(_linear_residual, {"HAS_BIAS": True, "GATHERS": True, "SCALES": True})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sait_kernels.triton.launch import on_device
-from sait_kernels.triton.products import multiply, tile_for, tile_place, tiles
+from sait_kernels.triton.launch import Variant, on_device
+from sait_kernels.triton.numeric import product, rounded, widened
+from sait_kernels.triton.products import load_weight, tile_for, tile_place, tile_variants, tiles
 
 
 def norm_linear(
@@ -16,7 +19,7 @@ def norm_linear(
     (M, K), columns = x.shape, weight.shape[0]
     out = x.new_empty(M, columns)
     if out.numel():
-        tile = tile_for(M, x.dtype)
+        tile = tile_for(M, x.element_size())
         with on_device(x):
             _norm_linear[tiles(M, columns, tile)](
                 x,
@@ -33,7 +36,7 @@ def norm_linear(
                 eps,
                 HAS_BIAS=bias is not None,
                 GELU=gelu,
-                **tile.options(x.dtype),
+                **tile._asdict(),
             )
     return out
 
@@ -57,8 +60,6 @@ def _norm_linear(
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """out = act(((x - mean) * rstd * norm_weight + norm_bias) weight^T + bias)."""
     o_m, o_j = tile_place(M, J, BLOCK_M, BLOCK_J)
@@ -73,7 +74,7 @@ def _norm_linear(
         m_k = o_k < K - k
         n_k = tl.minimum(K - k, BLOCK_K).to(tl.float32)
         m_x = m_m[:, None] & m_k[None, :]
-        b_x = tl.load(p_x + o_m[:, None] * s_x + (k + o_k)[None, :], m_x, other=0.0).to(tl.float32)
+        b_x = widened(tl.load(p_x + o_m[:, None] * s_x + (k + o_k)[None, :], m_x, other=0.0))
         mean_k = tl.sum(b_x, 1) / n_k
         centred = tl.where(m_x, b_x - mean_k[:, None], 0.0)
         share, distance = n_k / (k + n_k), mean_k - mean
@@ -85,16 +86,20 @@ def _norm_linear(
     for k in range(0, K, BLOCK_K):
         m_k = o_k < K - k
         m_x = m_m[:, None] & m_k[None, :]
-        b_x = tl.load(p_x + o_m[:, None] * s_x + (k + o_k)[None, :], m_x, other=0.0).to(tl.float32)
-        scale = tl.load(p_norm_weight + k + o_k, m_k, other=0.0).to(tl.float32)
-        shift = tl.load(p_norm_bias + k + o_k, m_k, other=0.0).to(tl.float32)
+        b_x = widened(tl.load(p_x + o_m[:, None] * s_x + (k + o_k)[None, :], m_x, other=0.0))
+        scale = widened(tl.load(p_norm_weight + k + o_k, m_k, other=0.0))
+        shift = widened(tl.load(p_norm_bias + k + o_k, m_k, other=0.0))
         normed = (b_x - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]
-        b_w = tl.load(
-            p_weight + o_j[None, :] * s_weight + (k + o_k)[:, None], m_j[None, :] & m_k[:, None], other=0.0
-        )  # [BLOCK_K, BLOCK_J]
-        acc = multiply(normed.to(p_out.dtype.element_ty), b_w, acc, PRECISION, UPCAST)
+        b_weight = load_weight(p_weight, o_j, k + o_k, s_weight, m_j, m_k)
+        acc = product(rounded(normed, p_x.dtype.element_ty), b_weight, acc)
     if HAS_BIAS:
-        acc += tl.load(p_bias + o_j, m_j, other=0.0).to(tl.float32)[None, :]
+        acc += widened(tl.load(p_bias + o_j, m_j, other=0.0))[None, :]
     if GELU:
         acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
-    tl.store(p_out + o_m[:, None] * J + o_j[None, :], acc, m_m[:, None] & m_j[None, :])
+    p_tile = p_out + o_m[:, None] * J + o_j[None, :]
+    tl.store(p_tile, rounded(acc, p_out.dtype.element_ty), m_m[:, None] & m_j[None, :])
+
+
+def variants() -> Iterator[Variant]:
+    """Of an MLP's first layer: with bias and GELU."""
+    yield from tile_variants(_norm_linear, {"HAS_BIAS": True, "GELU": True})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from sait_kernels.registration import INTERPRETED
+from sait_kernels.triton.launch import Variant
 
 
 class Tile(NamedTuple):
@@ -20,25 +20,24 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def options(self, dtype: torch.dtype) -> dict[str, object]:
-        """Keyword arguments of a launch. The interpreter's bf16 products are wrong: there they are float32 ones."""
-        return {**self._asdict(), "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "UPCAST": INTERPRETED}
+
+# (bytes of an element, at least this many rows) -> tile; the first that fits. Wide tiles read each operand less often;
+# with few rows there would be too few of them for 132 multiprocessors. float32 runs without matrix instructions (exact
+# products), where registers, not shared memory, limit the tile.
+TILES = {
+    (2, 16384): Tile(128, 128, 64, 8, 3),
+    (2, 1024): Tile(64, 128, 64, 4, 3),
+    (2, 0): Tile(32, 64, 64, 4, 3),
+    (4, 0): Tile(32, 32, 32, 4, 2),
+}
 
 
-# (at least this many rows, tile), the first that fits is taken. Wide tiles read each operand less often; with few rows
-# there would be too few of them for 132 multiprocessors. float32 runs without tensor cores (exact products), where
-# registers, not shared memory, limit the tile.
-TILES_16_BIT = (
-    (16384, Tile(128, 128, 64, 8, 3)),
-    (1024, Tile(64, 128, 64, 4, 3)),
-    (0, Tile(32, 64, 64, 4, 3)),
-)
-TILES_FLOAT32 = ((0, Tile(32, 64, 32, 4, 2)),)
+def tile_for(rows: int, itemsize: int) -> Tile:
+    return next(tile for (size, least), tile in TILES.items() if size == itemsize and rows >= least)
 
 
-def tile_for(rows: int, dtype: torch.dtype) -> Tile:
-    table = TILES_FLOAT32 if dtype == torch.float32 else TILES_16_BIT
-    return next(tile for least, tile in table if rows >= least)
+def tiles(rows: int, columns: int, tile: Tile) -> tuple[int]:
+    return (triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_J),)
 
 
 @triton.jit
@@ -51,12 +50,18 @@ def tile_place(M, J, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr):
 
 
 @triton.jit
-def multiply(b_a, b_w, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + b_a b_w, in float32."""
-    if UPCAST:
-        b_a, b_w = b_a.to(tl.float32), b_w.to(tl.float32)
-    return tl.dot(b_a, b_w, acc, input_precision=PRECISION)
+def load_weight(p_weight, o_j, o_k, s_weight, m_j, m_k):
+    """weight^T: (BLOCK_K, BLOCK_J)."""
+    return tl.load(p_weight + o_j[None, :] * s_weight + o_k[:, None], m_j[None, :] & m_k[:, None], other=0.0)
 
 
-def tiles(rows: int, columns: int, tile: Tile) -> tuple[int]:
-    return (triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_J),)
+def tile_variants(kernel: Any, flags: dict[str, bool]) -> Iterator[Variant]:
+    """The kernel with each tile."""
+    for (itemsize, rows), tile in TILES.items():
+        dtype = "bf16" if itemsize == 2 else "fp32"
+        constexprs = {**flags, "BLOCK_M": tile.BLOCK_M, "BLOCK_J": tile.BLOCK_J, "BLOCK_K": tile.BLOCK_K}
+        types = {"p_indices": "*i32", "eps": "fp32"}
+        names = [name for name in kernel.arg_names if name not in constexprs]
+        signature = {name: types.get(name, f"*{dtype}" if name.startswith("p_") else "i32") for name in names}
+        label = f"{dtype} M>={rows} " + " ".join(name for name, value in flags.items() if value)
+        yield Variant(kernel, label, signature, constexprs, tile.num_warps, tile.num_stages, dots=itemsize == 2)
