@@ -1,0 +1,185 @@
+"""What only a GPU can show: streams, graphs, synchronisation, and whole models. `make gpu` runs these."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from helpers import assert_as_exact_as_torch, assert_same_bits, flat
+from torch import Tensor
+
+import sait_kernels as sk
+
+pytestmark = pytest.mark.gpu
+B, N, H, D = 4, 65, 3, 64
+C = H * D
+
+
+def inputs(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+    return {
+        "qkv": normal(B * N, 3, H, D),
+        "x": normal(B * N, C),
+        "weight": normal(C, C) * C**-0.5,
+        "vector": normal(C),
+        "scores": normal(B * N).float(),
+    }
+
+
+def with_selection(call: Callable[..., object]) -> Callable[..., object]:
+    """A call that also takes the 45 % of the patches with the highest scores, and as many rows of x."""
+
+    def run(t: dict[str, Tensor], cu: Tensor) -> object:
+        kept = sk.select_topk(t["scores"], cu, N, keep=0.45)
+        return call(t, kept, t["x"][: len(kept.indices)])
+
+    return run
+
+
+OPS: dict[str, Callable[[dict[str, Tensor], Tensor], object]] = {
+    "score_tokens": lambda t, cu: sk.score_tokens(*t["qkv"].unbind(1)[:2], cu, N),
+    "score_tokens, column": lambda t, cu: sk.score_tokens(*t["qkv"].unbind(1)[:2], cu, N, kind="column"),
+    "select_topk": lambda t, cu: sk.select_topk(t["scores"], cu, N, keep=0.45)[:2],
+    "compact_attention": lambda t, cu: sk.compact_attention(*t["qkv"].unbind(1), cu, N),
+    "prune_attention": lambda t, cu: sk.prune_attention(*t["qkv"].unbind(1), cu, N, keep=0.45)[0],
+    "gather_tokens": with_selection(lambda t, kept, y: sk.gather_tokens(t["x"], kept)),
+    "scatter_tokens": with_selection(lambda t, kept, y: sk.scatter_tokens(y, kept, B * N, base=t["x"])),
+    "gather_add_norm": with_selection(
+        lambda t, kept, y: sk.gather_add_norm(t["x"], y, kept, t["vector"], t["vector"], 1e-6, gamma=t["vector"])
+    ),
+    "norm_linear": lambda t, cu: sk.norm_linear(
+        t["x"], t["vector"], t["vector"], 1e-6, t["weight"], t["vector"], gelu=True
+    ),
+    "linear_residual": with_selection(
+        lambda t, kept, y: sk.linear_residual(y, t["weight"], t["vector"], t["x"], selection=kept, gamma=t["vector"])
+    ),
+}
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+def offsets() -> Tensor:
+    return sk.uniform_cu_seqlens(B, N, "cuda")
+
+
+@every_op
+def test_side_stream(op: str) -> None:
+    """Launches go to the current stream: work queued before on that stream is seen, without a synchronisation."""
+    call, cu, late = OPS[op], offsets(), inputs(1)
+    want = call(late, cu)
+    found = inputs(2)
+    call(found, cu)  # compiles
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        for name, tensor in found.items():
+            tensor.copy_(late[name])
+        got = call(found, cu)
+    torch.cuda.current_stream().wait_stream(stream)
+    for g, w in zip(flat(got), flat(want), strict=True):
+        assert_same_bits(op, g, w)
+
+
+@every_op
+def test_graph_replay(op: str) -> None:
+    """A captured call follows its inputs: no host value of the first run is baked in."""
+    call, cu, found = OPS[op], offsets(), inputs(3)
+    call(found, cu)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(found, cu)
+    other = inputs(4)
+    for name, tensor in found.items():
+        tensor.copy_(other[name])
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(flat(captured), flat(call(other, cu)), strict=True):
+        assert_same_bits(op, got, want)
+
+
+@every_op
+def test_nothing_synchronises(op: str) -> None:
+    """With images of equal length and a fixed share no size depends on data."""
+    call, cu, found = OPS[op], offsets(), inputs(5)
+    call(found, cu)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(found, cu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_mass_synchronises_once() -> None:
+    scores, cu = inputs(6)["scores"].abs(), offsets()
+    sk.select_mass(scores, cu, N, mass=0.5)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sk.select_mass(scores, cu, N, mass=0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) <= 1
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    import sait
+
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        vit = timm.create_model("deit_tiny_patch16_224").eval()
+    return sait.sparsify(vit, block=3, keep=0.45)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(4, 3, 224, 224, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+
+
+@torch.inference_mode()
+def test_model_on_the_kernels_and_on_the_reference(model: torch.nn.Module, images: Tensor) -> None:
+    import sait
+
+    for density in ({"keep": 1.0}, {"keep": 0.45}, {"mass": 0.9}):
+        sait.set_density(model, **density)
+        got = model(images)
+        kept = sait.selections(model)[-1].indices
+        with sk.backend("reference"):
+            want = model(images)
+            assert torch.equal(kept, sait.selections(model)[-1].indices)
+            exact = model.double()(images.double())
+        model.float()
+        assert_as_exact_as_torch(str(density), got, exact, want)
+
+
+@torch.inference_mode()
+def test_compiled_model(model: torch.nn.Module, images: Tensor) -> None:
+    import sait
+
+    sait.set_density(model, keep=0.45)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-3, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_model_in_a_graph(model: torch.nn.Module, images: Tensor) -> None:
+    import sait
+
+    sait.set_density(model, keep=0.45)
+    found = images.clone()
+    model(found)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(found)
+    found.copy_(images.flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(logits, model(images.flip(0)))
