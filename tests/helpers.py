@@ -21,7 +21,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sait_kernels as sk
-from sait_kernels import library
+from sait_kernels import library, registration
 
 # A backend joins every test by its name here.
 BACKENDS = ("reference", "cpu", "triton")
@@ -202,6 +202,11 @@ def run_python(*arguments: str, root: Path | None = None) -> subprocess.Complete
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONWARNINGS": "default"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
+
+
+def interpreted(backend: str) -> bool:
+    """Whether the kernels of this backend run in Triton's interpreter, which takes long: large cases are fewer there."""
+    return backend == "triton" and registration.INTERPRETED
 
 
 def flat(result: Any) -> list[Tensor]:

@@ -20,6 +20,7 @@ from helpers import (
     doubles,
     gradients,
     hand_selection,
+    interpreted,
     leaves,
     make_qkv,
     randn,
@@ -66,6 +67,8 @@ def check_gradients(case: Case, dtype: torch.dtype, selection: sk.Selection | No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values(backend: str, case: Case, dtype: torch.dtype) -> None:
     for name, select in SELECTIONS.items():
+        if name != "pruned" and interpreted(backend) and case.T > 200:
+            continue  # every selection meets every block size in the smaller cases
         if name == "one patch" and 1 in case.lengths:
             continue  # an image of a class token alone has no patch to keep; test_one_row_kept covers keep = 1
         check_values(case, dtype, select(case))
@@ -74,8 +77,10 @@ def test_values(backend: str, case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(backend: str, case: Case, dtype: torch.dtype) -> None:
+    if interpreted(backend) and case.T > 200 and dtype == torch.float16:
+        pytest.skip("the interpreter computes it as it does bfloat16, which is tested, and takes long")
     check_gradients(case, dtype, some_rows(case.lengths))
-    if case.T < 400:
+    if case.T < (200 if interpreted(backend) else 400):
         check_gradients(case, dtype, None)
 
 
