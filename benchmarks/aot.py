@@ -23,6 +23,7 @@ from typing import Any
 
 import triton
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -145,22 +146,24 @@ def main() -> int:
     table = Table("variant", *("reg", "shared", "stack", "spill", "load"), "matrix instructions", "verdict")
     results, broken, drifted = {}, 0, 0
     console = Console(width=None if sys.stdout.isatty() else 200)
-    for capability in arguments.sm:
-        for name, variant in variants(modules, capability):
-            if arguments.only not in name:
-                continue
-            with console.status(name):
-                binary = compiled(variant, capability)
-                cubin = binary.asm["cubin"]
-                facts = facts_of(cuobjdump(cubin, "-res-usage"), cuobjdump(cubin, "-sass"), binary.metadata.shared)
-            results[name] = asdict(facts)
-            wrong, moved = faults(facts, variant.dots), drift(facts, baseline.get(name))
-            broken += bool(wrong)
-            drifted += bool(moved)
-            matrix = ", ".join(f"{count} {name}" for name, count in facts.matrix.items()) or "-"
-            numbers = (facts.registers, facts.shared, facts.stack, facts.spills, facts.load)
-            reasons = wrong + ([] if arguments.update else moved)
-            table.add_row(name, *map(str, numbers), matrix, "; ".join(reasons) or "ok")
+    todo = [
+        (capability, name, variant)
+        for capability in arguments.sm
+        for name, variant in variants(modules, capability)
+        if arguments.only in name
+    ]
+    for capability, name, variant in track(todo, "compiling", console=console):
+        binary = compiled(variant, capability)
+        cubin = binary.asm["cubin"]
+        facts = facts_of(cuobjdump(cubin, "-res-usage"), cuobjdump(cubin, "-sass"), binary.metadata.shared)
+        results[name] = asdict(facts)
+        wrong, moved = faults(facts, variant.dots), drift(facts, baseline.get(name))
+        broken += bool(wrong)
+        drifted += bool(moved)
+        matrix = ", ".join(f"{count} {instruction}" for instruction, count in facts.matrix.items()) or "-"
+        numbers = (facts.registers, facts.shared, facts.stack, facts.spills, facts.load)
+        reasons = wrong + ([] if arguments.update else moved)
+        table.add_row(name, *map(str, numbers), matrix, "; ".join(reasons) or "ok")
     console.print(table)
     gone = [] if arguments.only or arguments.modules else [name for name in baseline if name not in results]
     if arguments.update:

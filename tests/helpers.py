@@ -21,7 +21,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sait_kernels as sk
-from sait_kernels import library, registration
+from sait_kernels import library
+from sait_kernels.registration import INTERPRETED
 
 # A backend joins every test by its name here.
 BACKENDS = ("reference", "cpu", "triton")
@@ -67,6 +68,11 @@ CASES = (
     Case((), H=3, D=64),
 )
 FEW_CASES = (CASES[0], CASES[1], CASES[3])
+
+
+def slow_here(backend: str) -> bool:
+    """Triton's interpreter takes some 50 us for an operation of a program: there, large problems take turns."""
+    return backend == "triton" and INTERPRETED
 
 
 def cu_of(lengths: Sequence[int]) -> Tensor:
@@ -202,11 +208,6 @@ def run_python(*arguments: str, root: Path | None = None) -> subprocess.Complete
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONWARNINGS": "default"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
-
-
-def interpreted(backend: str) -> bool:
-    """Whether the kernels of this backend run in Triton's interpreter, which takes long: large cases are fewer there."""
-    return backend == "triton" and registration.INTERPRETED
 
 
 def flat(result: Any) -> list[Tensor]:

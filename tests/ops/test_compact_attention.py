@@ -20,10 +20,10 @@ from helpers import (
     doubles,
     gradients,
     hand_selection,
-    interpreted,
     leaves,
     make_qkv,
     randn,
+    slow_here,
     some_rows,
 )
 from torch import Tensor
@@ -67,7 +67,7 @@ def check_gradients(case: Case, dtype: torch.dtype, selection: sk.Selection | No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values(backend: str, case: Case, dtype: torch.dtype) -> None:
     for name, select in SELECTIONS.items():
-        if name != "pruned" and interpreted(backend) and case.T > 200:
+        if name != "pruned" and slow_here(backend) and case.T > 200:
             continue  # every selection meets every block size in the smaller cases
         if name == "one patch" and 1 in case.lengths:
             continue  # an image of a class token alone has no patch to keep; test_one_row_kept covers keep = 1
@@ -77,10 +77,10 @@ def test_values(backend: str, case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(backend: str, case: Case, dtype: torch.dtype) -> None:
-    if interpreted(backend) and case.T > 200 and dtype == torch.float16:
+    if slow_here(backend) and case.T > 200 and dtype == torch.float16:
         pytest.skip("the interpreter computes it as it does bfloat16, which is tested, and takes long")
     check_gradients(case, dtype, some_rows(case.lengths))
-    if case.T < (200 if interpreted(backend) else 400):
+    if sum(case.lengths) < (200 if slow_here(backend) else 400):
         check_gradients(case, dtype, None)
 
 
