@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import BACKENDS, ISAS, instruction_set
+from helpers import BACKENDS, INTERPRETED, ISAS, instruction_set
 from hypothesis import settings
 
 import sait_kernels as sk
 from sait_kernels import library
+
+if INTERPRETED:
+    import interpreter  # noqa: F401
 
 settings.register_profile("local", deadline=None, max_examples=25)
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Triton asks when it is imported, as Dynamo does, whether its interpreter is to run kernels: without a GPU, yes.
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+INTERPRETED = os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1") == "1"
 
 from torch._dynamo.testing import CompileCounterWithBackend
 

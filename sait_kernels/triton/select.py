@@ -1,0 +1,298 @@
+"""select_topk and select_mass: one launch chooses the rows of every image, without sorting.
+
+A score becomes a 32-bit key in its order. The lowest key that stays is found by bisection: each step counts the keys of
+the image that reach a bound (select_mass: and adds their weights, in float64), with the keys in registers. Ties take what
+is left, lowest index first, by a prefix count. A sort of 64-bit keys (score, inverted index) gives the same rows, but its
+steps grow with log2(n)^2, need shared memory, and end at the longest block; bisection ends once no doubt is left, after
+about log2(n) + 3 steps, and takes images of any length in chunks, read anew in each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sait_kernels.ops.select import kept_bound
+from sait_kernels.triton.launch import on_device
+
+OUTSIDE = tl.constexpr(-(2**31))  # below the key of every score
+NUM_WARPS = 4
+# Tokens in registers: at 4096 a thread holds 32 keys. The lengths of a batch enter as a power of two only.
+SHORTEST, LONGEST = 128, 4096
+IMAGES = 1024  # images that a program looks at in one step
+NO_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How many patches of an image stay: a share, a number, or between two numbers as many as carry a mass."""
+
+    rate: float | None = None
+    count: int | None = None
+    mass: float | None = None
+    least: int = 1
+    most: int | None = None
+
+
+def select_topk(
+    scores: Tensor, cu_seqlens: Tensor, max_seqlen: int, rate: float | None, count: int | None, num_prefix: int
+) -> tuple[Tensor, Tensor]:
+    return select_rows("select_topk", scores, cu_seqlens, max_seqlen, num_prefix, Rule(rate, count))
+
+
+def select_mass(
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    mass: float,
+    num_prefix: int,
+    min_keep: int,
+    max_keep: int | None,
+) -> tuple[Tensor, Tensor]:
+    rule = Rule(mass=mass, least=min_keep, most=max_keep)
+    return select_rows("select_mass", scores, cu_seqlens, max_seqlen, num_prefix, rule)
+
+
+def select_rows(
+    op: str, scores: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_prefix: int, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    scores = scores.contiguous()
+
+    def launch(*arguments: Any, **options: Any) -> None:
+        _select[(cu_seqlens.shape[0] - 1,)](scores, cu_seqlens, *arguments, **options, num_warps=NUM_WARPS)
+
+    with on_device(scores):
+        return choose_rows(op, launch, cu_seqlens, scores.shape[0], max_seqlen, num_prefix, rule)
+
+
+def choose_rows(
+    op: str, launch: Callable[..., None], cu: Tensor, total: int, max_seqlen: int, num_prefix: int, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """(indices, cu_seqlens) of the rows that stay; ``launch`` runs a kernel that ends in choose_image.
+
+    Images of equal length: the sizes are known, nothing synchronises. Otherwise one number is read from the device.
+    """
+    images = cu.shape[0] - 1
+    if total == 0:
+        return cu.new_empty(0), cu.new_zeros(images + 1)
+    longest, prefix = min(max_seqlen, total), min(num_prefix, total)
+    block = min(max(triton.next_power_of_2(longest), SHORTEST), LONGEST)
+    options = {"BLOCK": block, "CHUNKED": longest > block}
+    if rule.mass is not None:
+        spread, lengths = cu.new_empty(total), cu.new_empty(images)
+        least, most = min(rule.least, NO_LIMIT), NO_LIMIT if rule.most is None else min(rule.most, NO_LIMIT)
+        launch(spread, lengths, prefix, least, most, 0, rule.mass, RULE="mass", **options)
+        indices, kept = cu.new_empty(total), cu.new_empty(images + 1)
+        _pack[(images,)](spread, cu, lengths, indices, kept, BLOCK=IMAGES, num_warps=NUM_WARPS)
+        return indices[: int(kept[images])], kept
+    if total == images * max_seqlen:
+        rows = kept_bound(longest, prefix, rule.rate, rule.count)
+        if rows > longest:
+            raise ValueError(_too_many(op, longest - prefix, 0, rule))
+        indices, kept = cu.new_empty(images * rows), cu.new_empty(images + 1)
+        patches = rows - min(prefix, longest)
+        launch(indices, kept, prefix, patches, patches, rows, 1.0, RULE="equal", **options)
+        return indices, kept
+    kept = cu.new_empty(images + 3)  # and the rows in all, and the first image with too few patches
+    rate, count = (0.0, rule.count) if rule.rate is None else (rule.rate, 0)
+    # A multiplication and a subtraction fused into one would round once where rate_to_count rounds twice.
+    _offsets[(1,)](
+        *(cu, kept, images, prefix, min(count or 0, NO_LIMIT), rate),
+        BLOCK=IMAGES,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+    kept_rows, short = kept[images + 1 :].tolist()
+    if short < images:
+        length = int(cu[short + 1] - cu[short])
+        raise ValueError(_too_many(op, length - prefix, short, rule))
+    kept, indices = kept[: images + 1], cu.new_empty(kept_rows)
+    launch(indices, kept, prefix, 0, 0, 0, 1.0, RULE="given", **options)
+    return indices, kept
+
+
+def _too_many(op: str, patches: int, image: int, rule: Rule) -> str:
+    return (
+        f"{op}: keep: expected at most {patches}, the patches of image {image}, got {rule.count}. "
+        "Pass a share such as 0.45, or a smaller number."
+    )
+
+
+@triton.jit(do_not_specialize=["images", "num_prefix", "count"])
+def _offsets(p_cu, p_kept, images, num_prefix, count, rate: tl.float64, BLOCK: tl.constexpr):
+    """Where each image starts among the kept rows; then their number, and the first image that has too few patches.
+
+    One program. The number of patches is selection.rate_to_count, or `count` where that is not 0.
+    """
+    total = tl.full([], 0, tl.int32)
+    short = images
+    tl.store(p_kept, 0)
+    for first in range(0, images, BLOCK):
+        o_b = first + tl.arange(0, BLOCK)
+        m_b = o_b < images
+        b_n = tl.load(p_cu + o_b + 1, m_b, other=0) - tl.load(p_cu + o_b, m_b, other=0)
+        b_patches = tl.maximum(b_n - num_prefix, 0)
+        b_share = tl.maximum(tl.ceil(rate * b_patches.to(tl.float64) - 1e-6).to(tl.int32), 1)
+        b_count = tl.where(b_patches > 0, tl.where(count > 0, count, b_share), 0)
+        short = tl.minimum(short, tl.min(tl.where(b_count > b_patches, o_b, images)))
+        b_kept = b_n - b_patches + tl.minimum(b_count, b_patches)
+        tl.store(p_kept + 1 + o_b, total + tl.cumsum(b_kept, 0), m_b)
+        total += tl.sum(b_kept)
+    tl.store(p_kept + images + 1, total)
+    tl.store(p_kept + images + 2, short)
+
+
+@triton.jit
+def _pack(p_spread, p_cu, p_lengths, p_indices, p_kept, BLOCK: tl.constexpr):
+    """Moves the rows of image b, which lie where the image itself does, behind those of the images before it."""
+    b = tl.program_id(0)
+    start = tl.full([], 0, tl.int32)
+    for first in range(0, b, BLOCK):
+        o_b = first + tl.arange(0, BLOCK)
+        start += tl.sum(tl.load(p_lengths + o_b, o_b < b, other=0))
+    length, begin = tl.load(p_lengths + b), tl.load(p_cu + b)
+    for first in range(0, length, BLOCK):
+        o_n = first + tl.arange(0, BLOCK)
+        tl.store(p_indices + start + o_n, tl.load(p_spread + begin + o_n, o_n < length), o_n < length)
+    tl.store(p_kept + b + 1, start + length)
+    if b == 0:
+        tl.store(p_kept, 0)
+
+
+@triton.jit(do_not_specialize=["num_prefix", "least", "most", "rows"])
+def _select(
+    p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, rows, mass: tl.float64,
+    RULE: tl.constexpr, CHUNKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program b chooses the rows of image b."""
+    choose_image(p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, rows, mass, RULE, CHUNKED, BLOCK)
+
+
+@triton.jit
+def _keys(p_scores, first, n, num_prefix, BLOCK: tl.constexpr):
+    """The keys of an image's patches from token `first` on, OUTSIDE elsewhere.
+
+    The bits of a float ascend with it as a signed integer where it is positive, and descend where it is negative. NaN
+    becomes -inf, and -0 becomes +0, so that they tie; in integers, because these flush no denormal.
+    """
+    o_n = first + tl.arange(0, BLOCK)
+    m_n = (o_n >= num_prefix) & (o_n < n)
+    b_bits = tl.load(p_scores + o_n, m_n, other=0.0).to(tl.int32, bitcast=True)
+    b_magnitude = b_bits & 0x7FFFFFFF
+    b_bits = tl.where(b_magnitude > 0x7F800000, -0x800000, tl.where(b_magnitude == 0, 0, b_bits))
+    return tl.where(m_n, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), OUTSIDE)
+
+
+@triton.jit
+def _weights(b_keys, best, mass):
+    """What keys weigh in select_mass: the score where it is positive. Infinite scores share all, and so do all patches
+    where no score is positive. At mass 1 what is positive counts, since the smallest weights vanish in a sum.
+    """
+    b_scores = tl.maximum(b_keys, 0).to(tl.float32, bitcast=True).to(tl.float64)
+    b_weights = tl.where(best > 0, b_scores, 1.0)
+    b_weights = tl.where(best == 0x7F800000, (b_keys == best).to(tl.float64), b_weights)
+    return tl.where(mass == 1.0, (b_weights > 0).to(tl.float64), b_weights)
+
+
+@triton.jit
+def _reached(
+    b_keys, p_scores, n, num_prefix, bound, best, mass, RULE: tl.constexpr, CHUNKED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """(how many keys are at least `bound`, what they weigh together)."""
+    count, weight = tl.full([], 0, tl.int32), tl.full([], 0.0, tl.float64)
+    if CHUNKED:
+        for first in range(0, n, BLOCK):
+            b_chunk = _keys(p_scores, first, n, num_prefix, BLOCK)
+            count += tl.sum((b_chunk >= bound).to(tl.int32))
+            if RULE == "mass":
+                weight += tl.sum(tl.where(b_chunk >= bound, _weights(b_chunk, best, mass), 0.0))
+    else:
+        count += tl.sum((b_keys >= bound).to(tl.int32))
+        if RULE == "mass":
+            weight += tl.sum(tl.where(b_keys >= bound, _weights(b_keys, best, mass), 0.0))
+    return count, weight
+
+
+@triton.jit
+def _enough(count, weight, least, most, target, RULE: tl.constexpr):
+    """Whether the best keys, these many and of this weight, are as many as shall stay; it stays true as they grow."""
+    result = count >= most
+    if RULE == "mass":
+        result = result | ((count >= least) & (weight >= target))
+    return result
+
+
+@triton.jit
+def choose_image(
+    p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, rows, mass,
+    RULE: tl.constexpr, CHUNKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes the rows of image b = program_id(0) that stay, ascending.
+
+    RULE "equal": each image keeps `rows`, of which `least` patches; p_kept is written. "given": what p_kept says. "mass":
+    between `least` and `most` patches; the rows are written where the image itself lies, their number into p_kept[b].
+    """
+    b = tl.program_id(0)
+    begin = tl.load(p_cu + b)
+    n = tl.load(p_cu + b + 1) - begin
+    num_prefix = tl.minimum(num_prefix, n)
+    patches = n - num_prefix
+    p_scores += begin
+    if RULE == "equal":
+        start = b * rows
+        tl.store(p_kept + b + 1, start + rows)
+        if b == 0:
+            tl.store(p_kept, 0)
+    elif RULE == "given":
+        start = tl.load(p_kept + b)
+        most = tl.load(p_kept + b + 1) - start - num_prefix
+        least = most
+    else:
+        start = begin
+    p_indices += start
+    least, most = tl.minimum(least, patches), tl.minimum(most, patches)
+
+    b_keys = _keys(p_scores, 0, n, num_prefix, BLOCK)
+    high = tl.max(b_keys)
+    low = tl.min(tl.where(b_keys == OUTSIDE, 0x7FFFFFFF, b_keys))
+    if CHUNKED:
+        for first in range(BLOCK, n, BLOCK):
+            b_keys = _keys(p_scores, first, n, num_prefix, BLOCK)
+            high = tl.maximum(high, tl.max(b_keys))
+            low = tl.minimum(low, tl.min(tl.where(b_keys == OUTSIDE, 0x7FFFFFFF, b_keys)))
+    best = high
+    above, weight_above = tl.full([], 0, tl.int32), tl.full([], 0.0, tl.float64)
+    reached, target = _reached(b_keys, p_scores, n, num_prefix, low, best, mass, RULE, CHUNKED, BLOCK)
+    target *= mass
+    # The keys from `low` on are enough, those above `high` are not. What is between them is settled when that is all one
+    # key, or when all of it has to stay.
+    while (low < high) & (reached - above > 1) & (reached > least):
+        middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
+        count, weight = _reached(b_keys, p_scores, n, num_prefix, middle, best, mass, RULE, CHUNKED, BLOCK)
+        enough = _enough(count, weight, least, most, target, RULE)
+        low, reached = tl.where(enough, middle, low), tl.where(enough, count, reached)
+        high, above = tl.where(enough, high, middle - 1), tl.where(enough, above, count)
+        weight_above = tl.where(enough, weight_above, weight)
+
+    weight_of_tie = _weights(low, best, mass)
+    ties, kept = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    for first in range(0, n, BLOCK):
+        if CHUNKED:
+            b_keys = _keys(p_scores, first, n, num_prefix, BLOCK)
+        o_n = first + tl.arange(0, BLOCK)
+        b_tie = ((b_keys >= low) & (b_keys <= high)).to(tl.int32)
+        b_before = ties + tl.cumsum(b_tie, 0) - b_tie
+        b_weight = weight_above + b_before.to(tl.float64) * weight_of_tie
+        m_full = _enough(above + b_before, b_weight, least, most, target, RULE)
+        m_kept = (b_keys > high) | ((b_tie > 0) & (m_full == 0)) | (o_n < num_prefix)
+        b_kept = m_kept.to(tl.int32)
+        tl.store(p_indices + kept + tl.cumsum(b_kept, 0) - 1, begin + o_n, m_kept)
+        ties += tl.sum(b_tie)
+        kept += tl.sum(b_kept)
+    if RULE == "mass":
+        tl.store(p_kept + b, kept)
