@@ -119,6 +119,8 @@ def _largest_and_total(p_logits, begin, n, T, H, scale, HEADS: tl.constexpr, COL
     largest = tl.full([HEADS], LOWEST, tl.float32)
     for first in range(0, n, COLUMNS):
         largest = tl.maximum(largest, tl.max(_logits(p_logits, first, begin, n, T, H, HEADS, COLUMNS), 1))
+    # Triton 3.8 fails on a reduction over a loop whose result is used more than once.
+    largest = tl.where(tl.arange(0, HEADS) < H, largest, 0.0)
     total = tl.zeros([HEADS], tl.float32)
     for first in range(0, n, COLUMNS):
         b_logits = _logits(p_logits, first, begin, n, T, H, HEADS, COLUMNS)
