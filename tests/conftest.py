@@ -36,6 +36,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=["cpu", "triton"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend with kernels, forced."""
+    with sk.backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this CPU, on the cpu backend."""

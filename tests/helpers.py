@@ -15,8 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Triton asks when it is imported, as Dynamo does, whether its interpreter is to run kernels: without a GPU, yes.
-INTERPRETED = os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1") == "1"
+# `make gpu` tests the kernels of a GPU there: every new tensor lies on it. Elsewhere Triton's interpreter runs them, which
+# it must know when it is imported, as Dynamo does.
+ON_GPU = os.environ.get("SAIT_TEST_DEVICE") == "cuda"
+os.environ.setdefault("TRITON_INTERPRET", "0" if ON_GPU else "1")
+if ON_GPU:
+    torch.set_default_device("cuda")
 
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -25,7 +29,7 @@ from sait_kernels import library
 from sait_kernels.registration import INTERPRETED
 
 # A backend joins every test by its name here.
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "triton") if ON_GPU else ("reference", "cpu", "triton")
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("packed", "offset", "rows", "heads", "apart")
@@ -70,6 +74,11 @@ CASES = (
 FEW_CASES = (CASES[0], CASES[1], CASES[3])
 
 
+def kernel_ops() -> list[Any]:
+    """The libraries whose kernels run cpu tensors: torch.ops.sait, and its twin where Triton is interpreted."""
+    return [torch.ops.sait, torch.ops.sait_triton] if INTERPRETED else [torch.ops.sait]
+
+
 def slow_here(backend: str) -> bool:
     """Triton's interpreter takes some 50 us for an operation of a program: there, large problems take turns."""
     return backend == "triton" and INTERPRETED
@@ -108,12 +117,13 @@ def make_qkv(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Ten
         )
     generator = torch.Generator().manual_seed(seed)
     for view in views:
-        view.copy_(torch.randn(T, H, D, generator=generator))
+        view.copy_(torch.randn(T, H, D, generator=generator, device="cpu"))
     return tuple(views)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")  # the same everywhere
+    return numbers.to(torch.get_default_device(), dtype)
 
 
 def some_rows(lengths: Sequence[int], keep: float = 0.45, num_prefix: int = 1, seed: int = 7) -> sk.Selection:

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter fit for a test suite: it prepares its language once per kernel, not per call of a function.
+"""Makes Triton's interpreter fast enough for tests: it prepares its language once per kernel.
 
 It does so anew for each function that a kernel calls, tl.sum among them, which was most of the time of these tests.
 """

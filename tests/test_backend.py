@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import hand_selection, leaves, randn
+from helpers import assert_same_bits, hand_selection, leaves, randn
 from torch import Tensor
 
 import sait_kernels as sk
-from sait_kernels import library
+from sait_kernels import library, registration
+from sait_kernels.registration import INTERPRETED
 
 OPS = (
     "compact_attention",
@@ -104,7 +105,19 @@ def test_forced_choice_ends_with_an_exception() -> None:
         assert served_by(gather) == "reference"
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_tritons_interpreter_serves_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it was asked for from the start, as the tests do without a GPU; else the reason says how."""
+    if INTERPRETED:
+        with sk.backend("triton"):
+            assert_same_bits("out", gather(), randn(5, 4)[[0, 3]])
+    monkeypatch.setattr(registration, "INTERPRETED", False)
+    ok, reason = sk.can_run("gather_tokens", "triton", randn(5, 4))
+    assert not ok
+    assert "these are on cpu" in reason
+    assert "TRITON_INTERPRET=1" in reason
+
+
+@pytest.mark.parametrize("name", ["cuda"] if INTERPRETED else ["cuda", "triton"])
 def test_forced_choice_that_cannot_serve(name: str) -> None:
     reason = rf"gather_tokens: the forced backend '{name}' cannot serve this call: .*{name}"
     with sk.backend(name), pytest.raises(RuntimeError, match=reason):

@@ -5,6 +5,7 @@ The one launch is made of the very functions that score_tokens and select launch
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.triton.compact_attention import compact_attention
-from sait_kernels.triton.launch import on_device
-from sait_kernels.triton.score_tokens import class_blocks, class_logits, class_scores, class_scratch, score_tokens, strides
-from sait_kernels.triton.select import Rule, choose_image, choose_rows, select_rows
+from sait_kernels.triton.launch import Variant, on_device
+from sait_kernels.triton.score_tokens import (
+    class_blocks,
+    class_logits,
+    class_scores,
+    class_scratch,
+    score_tokens,
+    strides,
+)
+from sait_kernels.triton.select import LONGEST, Rule, blocks, choose_image, choose_rows, select_rows
+from sait_kernels.triton.signature import variant
 
 
 def prune_attention(
@@ -85,3 +94,17 @@ def _score_and_choose(
     class_scores(p_logits, p_scores, begin, n, T, H, num_prefix, scale, VALUES, HEADS, COLUMNS)
     tl.debug_barrier()  # now every thread sees all scores
     choose_image(p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, rows, mass, RULE, CHUNKED, BLOCK)
+
+
+def variants() -> Iterator[Variant]:
+    """DeiT-S at 224 pixels, and the longest image that stays in registers."""
+    for dtype, D, kind, rule, longest in (
+        ("bf16", 64, "cls", "equal", 197),
+        ("bf16", 64, "cls", "given", 197),
+        ("bf16", 64, "cls", "mass", 197),
+        ("bf16", 64, "cls_value", "mass", 577),
+        ("fp16", 80, "cls", "mass", LONGEST),
+        ("fp32", 64, "cls_value", "mass", LONGEST + 1),
+    ):
+        options = {**class_blocks(6, D, kind), "RULE": rule, **blocks(longest)}
+        yield variant(_score_and_choose, f"{kind} {rule} {dtype} D={D} N={longest}", dtype, options)

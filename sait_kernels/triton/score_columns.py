@@ -6,6 +6,7 @@ second adds up columns. Gradients recompute in the same way, once along the quer
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.registration import INTERPRETED
+from sait_kernels.triton.launch import Variant
 from sait_kernels.triton.numeric import IN_INTERPRETER, product, rounded, widened
+from sait_kernels.triton.signature import variant
 from sait_kernels.triton.softmax import LOWEST, numerators, sign_of
 
 
@@ -30,7 +33,7 @@ class Launch:
 LAUNCHES = {
     (2, 64): (Launch(64, 4), Launch(64, 4)),
     (2, 128): (Launch(64, 4), Launch(64, 8)),
-    (2, 256): (Launch(64, 8), Launch(32, 8)),
+    (2, 256): (Launch(64, 8), Launch(32, 4)),
     (4, 64): (Launch(32, 4), Launch(32, 4)),
     (4, 256): (Launch(32, 8), Launch(32, 8)),
 }
@@ -150,8 +153,8 @@ def _column_sums(
 
 @triton.jit
 def _dproduct(b_dlogits, b_x, b_sum):
-    """sum + dlogits x. The factors of 16-bit rows are rounded to tf32, which has float16's precision and float32's range:
-    dlogits fall with the square of the tokens, out of float16's.
+    """sum + dlogits x. With 16-bit rows the factors are rounded to tf32, which has the precision of float16 and the
+    range of float32: dlogits fall with the square of the tokens.
     """
     if IN_INTERPRETER or b_x.dtype == tl.float32:
         result = tl.dot(b_dlogits, widened(b_x), b_sum, input_precision="ieee")
@@ -234,3 +237,12 @@ def _dkeys(
     b_dk *= tl.div_rn(scale, (H * n).to(tl.float32))
     p_out = p_dk + ((begin + o_n) * H + h)[:, None] * D + o_d[None, :]
     tl.store(p_out, rounded(b_dk, p_dk.dtype.element_ty), m_n[:, None] & (o_d < D)[None, :])
+
+
+def variants() -> Iterator[Variant]:
+    """Each row of the table."""
+    for dtype, itemsize, D in (("bf16", 2, 64), ("fp16", 2, 80), ("bf16", 2, 256), ("fp32", 4, 64), ("fp32", 4, 256)):
+        for backwards, kernels in enumerate(((_row_stats, _column_sums), (_dqueries, _dkeys))):
+            for kernel in kernels:
+                options = launch_of(D, itemsize, bool(backwards))
+                yield variant(kernel, f"{dtype} D={D}", dtype, options, dots=itemsize == 2)

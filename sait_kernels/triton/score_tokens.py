@@ -6,6 +6,7 @@ new length compiles nothing. Nothing is atomic: each sum has one program and one
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.triton import score_columns
-from sait_kernels.triton.launch import on_device
+from sait_kernels.triton.launch import Variant, on_device
 from sait_kernels.triton.numeric import rounded, widened
+from sait_kernels.triton.signature import variant
 from sait_kernels.triton.softmax import LOWEST, numerators, sign_of
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
-# Elements of a tile of K or V: 64 a thread, so that each has 8 loads of 16 bytes under way (16 of float32): two programs
-# on a multiprocessor then keep 32 KB coming, its share of bandwidth x latency (4.3 TB/s x 1 us / 132).
+# Elements of a tile of K or V: 64 a thread, so that each has 8 loads of 16 bytes under way (16 of float32). Two
+# programs on a multiprocessor then keep 32 KB coming, its share of bandwidth x latency (4.3 TB/s x 1 us / 132).
 ROW_TILE = 8192
 # Elements of a tile of logits, (heads, tokens): 16 a thread; it is read from the cache a few times.
 LOGIT_TILE = 2048
@@ -114,8 +116,8 @@ def _logits(p_logits, first, begin, n, T, H, HEADS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def _largest_and_total(p_logits, begin, n, T, H, scale, HEADS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(largest logit, sum of the numerators) of each head; heads that are padding divide by 1."""
+def _largest_and_inverse(p_logits, begin, n, T, H, scale, HEADS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(largest logit, one over the sum of the numerators) of each head."""
     largest = tl.full([HEADS], LOWEST, tl.float32)
     for first in range(0, n, COLUMNS):
         largest = tl.maximum(largest, tl.max(_logits(p_logits, first, begin, n, T, H, HEADS, COLUMNS), 1))
@@ -125,14 +127,15 @@ def _largest_and_total(p_logits, begin, n, T, H, scale, HEADS: tl.constexpr, COL
     for first in range(0, n, COLUMNS):
         b_logits = _logits(p_logits, first, begin, n, T, H, HEADS, COLUMNS)
         total += tl.sum(numerators(b_logits, largest[:, None], scale), 1)
-    return largest, tl.where(tl.arange(0, HEADS) < H, total, 1.0)
+    total = tl.where(tl.arange(0, HEADS) < H, total, 1.0)
+    return largest, tl.div_rn(tl.full([HEADS], 1.0, tl.float32), total)
 
 
 @triton.jit
-def _weights(p_logits, largest, total, first, begin, n, T, H, scale, HEADS: tl.constexpr, COLUMNS: tl.constexpr):
+def _weights(p_logits, largest, inverse, first, begin, n, T, H, scale, HEADS: tl.constexpr, COLUMNS: tl.constexpr):
     """The softmax from token `first` on, 0 outside: (HEADS, COLUMNS)."""
-    b_numerators = numerators(_logits(p_logits, first, begin, n, T, H, HEADS, COLUMNS), largest[:, None], scale)
-    return tl.div_rn(b_numerators, tl.broadcast_to(total[:, None], [HEADS, COLUMNS]))
+    b_logits = _logits(p_logits, first, begin, n, T, H, HEADS, COLUMNS)
+    return numerators(b_logits, largest[:, None], scale) * inverse[:, None]
 
 
 @triton.jit
@@ -147,19 +150,19 @@ def class_scores(
     VALUES: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The scores of one image from what class_logits wrote."""
-    largest, total = _largest_and_total(p_logits, begin, n, T, H, scale, HEADS, COLUMNS)
+    largest, inverse = _largest_and_inverse(p_logits, begin, n, T, H, scale, HEADS, COLUMNS)
     divisor = H.to(tl.float32)
     if VALUES:
         divisor = tl.full([], 0.0, tl.float32)
         for first in range(0, n, COLUMNS):
-            b_a = _weights(p_logits, largest, total, first, begin, n, T, H, scale, HEADS, COLUMNS)
+            b_a = _weights(p_logits, largest, inverse, first, begin, n, T, H, scale, HEADS, COLUMNS)
             b_u = tl.sum(b_a, 0) * _norms(p_logits, first, begin, n, T, H, COLUMNS)
             divisor += tl.sum(tl.where(first + tl.arange(0, COLUMNS) >= num_prefix, b_u, 0.0))
         # Values that are all zero have no importance to share out. A comparison, since a maximum may drop a NaN.
         divisor = tl.where(divisor < TINY, TINY, divisor)
     for first in range(0, n, COLUMNS):
         o_n = first + tl.arange(0, COLUMNS)
-        b_scores = tl.sum(_weights(p_logits, largest, total, first, begin, n, T, H, scale, HEADS, COLUMNS), 0)
+        b_scores = tl.sum(_weights(p_logits, largest, inverse, first, begin, n, T, H, scale, HEADS, COLUMNS), 0)
         if VALUES:
             b_scores *= _norms(p_logits, first, begin, n, T, H, COLUMNS)
         tl.store(p_scores + begin + o_n, tl.div_rn(b_scores, tl.broadcast_to(divisor, [COLUMNS])), o_n < n)
@@ -240,13 +243,13 @@ def _class_dlogits(
     class_logits(
         p_q, p_k, p_v, p_logits, begin, n, T, H, scale, s_qt, s_qh, s_kt, s_kh, s_vt, s_vh, VALUES, D, BLOCK_D, ROWS
     )
-    largest, total = _largest_and_total(p_logits, begin, n, T, H, scale, HEADS, COLUMNS)
+    largest, inverse = _largest_and_inverse(p_logits, begin, n, T, H, scale, HEADS, COLUMNS)
     divisor, shared = H.to(tl.float32), tl.full([], 0.0, tl.float32)
     if VALUES:
         divisor, weighted = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float64)
         for first in range(0, n, COLUMNS):
             o_n = first + tl.arange(0, COLUMNS)
-            b_a = _weights(p_logits, largest, total, first, begin, n, T, H, scale, HEADS, COLUMNS)
+            b_a = _weights(p_logits, largest, inverse, first, begin, n, T, H, scale, HEADS, COLUMNS)
             b_u = tl.sum(b_a, 0) * _norms(p_logits, first, begin, n, T, H, COLUMNS)
             b_grad = tl.load(p_grad + begin + o_n, o_n < n, other=0.0)
             divisor += tl.sum(tl.where(o_n >= num_prefix, b_u, 0.0))
@@ -266,7 +269,7 @@ def _class_dlogits(
     mean = weighted_c / tl.where(tl.arange(0, HEADS) < H, weight, 1.0)
     for first in range(0, n, COLUMNS):
         o_h, o_n = tl.arange(0, HEADS), first + tl.arange(0, COLUMNS)
-        b_a = _weights(p_logits, largest, total, first, begin, n, T, H, scale, HEADS, COLUMNS)
+        b_a = _weights(p_logits, largest, inverse, first, begin, n, T, H, scale, HEADS, COLUMNS)
         b_c = _dscores(p_grad, divisor, shared, first, begin, n, num_prefix, COLUMNS)
         if VALUES:
             b_norms = _norms(p_logits, first, begin, n, T, H, COLUMNS)
@@ -310,3 +313,13 @@ def _class_gradients(
             b_factor = tl.load(p_dlogits + H * T + o_t, o_n < n, other=0.0)[:, None]
             tl.store(p_dv + o_out, rounded(b_factor * b_v, p_dv.dtype.element_ty), m_tile)
     tl.store(p_dq + (begin * H + h) * D + o_d, rounded(b_dq, p_dq.dtype.element_ty), m_first)
+
+
+def variants() -> Iterator[Variant]:
+    """DeiT-S, a head dimension that is no power of two, and the largest."""
+    for dtype, H, D in (("bf16", 6, 64), ("fp16", 16, 80), ("bf16", 12, 256), ("fp32", 6, 64), ("fp32", 12, 256)):
+        for kind in ("cls", "cls_value"):
+            options = class_blocks(H, D, kind)
+            rows = {name: value for name, value in options.items() if name not in ("HEADS", "COLUMNS")}
+            for kernel, constants in ((_class_scores, options), (_class_dlogits, options), (_class_gradients, rows)):
+                yield variant(kernel, f"{kind} {dtype} H={H} D={D}", dtype, constants)

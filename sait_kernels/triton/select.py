@@ -1,15 +1,15 @@
 """select_topk and select_mass: one launch chooses the rows of every image, without sorting.
 
-A score becomes a 32-bit key in its order. The lowest key that stays is found by bisection: each step counts the keys of
-the image that reach a bound (select_mass: and adds their weights, in float64), with the keys in registers. Ties take what
-is left, lowest index first, by a prefix count. A sort of 64-bit keys (score, inverted index) gives the same rows, but its
-steps grow with log2(n)^2, need shared memory, and end at the longest block; bisection ends once no doubt is left, after
-about log2(n) + 3 steps, and takes images of any length in chunks, read anew in each step.
+A score becomes a 32-bit key in its order. The lowest key that stays is found by bisection: each step counts the keys
+that reach a bound (select_mass: and adds up their weights, in float64), with the keys in registers. Ties take what is
+left, lowest index first, by a prefix count. A sort of 64-bit keys (score, inverted index) gives the same rows, but its
+steps grow with log2(n)^2, and it ends at the longest block. Bisection ends once no doubt is left, typically after ten
+to twenty steps, and takes images of any length: in chunks, read anew in each step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.ops.select import kept_bound
-from sait_kernels.triton.launch import on_device
+from sait_kernels.triton.launch import Variant, on_device
+from sait_kernels.triton.signature import variant
 
 OUTSIDE = tl.constexpr(-(2**31))  # below the key of every score
 NUM_WARPS = 4
-# Tokens in registers: at 4096 a thread holds 32 keys. The lengths of a batch enter as a power of two only.
-SHORTEST, LONGEST = 128, 4096
+# Tokens in registers: at 2048 a thread holds 16 keys and 16 weights. Lengths enter as a power of two only.
+SHORTEST, LONGEST = 128, 2048
 IMAGES = 1024  # images that a program looks at in one step
 NO_LIMIT = 2**31 - 1
 
@@ -70,6 +71,12 @@ def select_rows(
         return choose_rows(op, launch, cu_seqlens, scores.shape[0], max_seqlen, num_prefix, rule)
 
 
+def blocks(longest: int) -> dict[str, Any]:
+    """The constants of a kernel that ends in choose_image, for images of up to these many tokens."""
+    block = min(max(triton.next_power_of_2(longest), SHORTEST), LONGEST)
+    return {"BLOCK": block, "CHUNKED": longest > block}
+
+
 def choose_rows(
     op: str, launch: Callable[..., None], cu: Tensor, total: int, max_seqlen: int, num_prefix: int, rule: Rule
 ) -> tuple[Tensor, Tensor]:
@@ -81,8 +88,7 @@ def choose_rows(
     if total == 0:
         return cu.new_empty(0), cu.new_zeros(images + 1)
     longest, prefix = min(max_seqlen, total), min(num_prefix, total)
-    block = min(max(triton.next_power_of_2(longest), SHORTEST), LONGEST)
-    options = {"BLOCK": block, "CHUNKED": longest > block}
+    options = blocks(longest)
     if rule.mass is not None:
         spread, lengths = cu.new_empty(total), cu.new_empty(images)
         least, most = min(rule.least, NO_LIMIT), NO_LIMIT if rule.most is None else min(rule.most, NO_LIMIT)
@@ -191,12 +197,12 @@ def _keys(p_scores, first, n, num_prefix, BLOCK: tl.constexpr):
 @triton.jit
 def _weights(b_keys, best, mass):
     """What keys weigh in select_mass: the score where it is positive. Infinite scores share all, and so do all patches
-    where no score is positive. At mass 1 what is positive counts, since the smallest weights vanish in a sum.
+    where no score is positive. At mass 1 what is positive counts, since the smallest weights vanish in a sum. All of these
+    are float32; as such they take half the registers, and become float64 where they are added.
     """
-    b_scores = tl.maximum(b_keys, 0).to(tl.float32, bitcast=True).to(tl.float64)
-    b_weights = tl.where(best > 0, b_scores, 1.0)
-    b_weights = tl.where(best == 0x7F800000, (b_keys == best).to(tl.float64), b_weights)
-    return tl.where(mass == 1.0, (b_weights > 0).to(tl.float64), b_weights)
+    b_weights = tl.where(best > 0, tl.maximum(b_keys, 0).to(tl.float32, bitcast=True), 1.0)
+    b_weights = tl.where(best == 0x7F800000, (b_keys == best).to(tl.float32), b_weights)
+    return tl.where(mass == 1.0, (b_weights > 0).to(tl.float32), b_weights)
 
 
 @triton.jit
@@ -210,11 +216,11 @@ def _reached(
             b_chunk = _keys(p_scores, first, n, num_prefix, BLOCK)
             count += tl.sum((b_chunk >= bound).to(tl.int32))
             if RULE == "mass":
-                weight += tl.sum(tl.where(b_chunk >= bound, _weights(b_chunk, best, mass), 0.0))
+                weight += tl.sum(tl.where(b_chunk >= bound, _weights(b_chunk, best, mass), 0.0).to(tl.float64))
     else:
         count += tl.sum((b_keys >= bound).to(tl.int32))
         if RULE == "mass":
-            weight += tl.sum(tl.where(b_keys >= bound, _weights(b_keys, best, mass), 0.0))
+            weight += tl.sum(tl.where(b_keys >= bound, _weights(b_keys, best, mass), 0.0).to(tl.float64))
     return count, weight
 
 
@@ -234,8 +240,8 @@ def choose_image(
 ):  # fmt: skip
     """Writes the rows of image b = program_id(0) that stay, ascending.
 
-    RULE "equal": each image keeps `rows`, of which `least` patches; p_kept is written. "given": what p_kept says. "mass":
-    between `least` and `most` patches; the rows are written where the image itself lies, their number into p_kept[b].
+    RULE "equal": each image keeps `rows`, of which `least` patches; p_kept is written. "given": what p_kept says.
+    "mass": between `least` and `most` patches, written where the image itself lies, and their number into p_kept[b].
     """
     b = tl.program_id(0)
     begin = tl.load(p_cu + b)
@@ -269,8 +275,8 @@ def choose_image(
     above, weight_above = tl.full([], 0, tl.int32), tl.full([], 0.0, tl.float64)
     reached, target = _reached(b_keys, p_scores, n, num_prefix, low, best, mass, RULE, CHUNKED, BLOCK)
     target *= mass
-    # The keys from `low` on are enough, those above `high` are not. What is between them is settled when that is all one
-    # key, or when all of it has to stay.
+    # The keys from `low` on are enough, those above `high` are not. What is between them is settled when that is all
+    # one key, or when all of it has to stay.
     while (low < high) & (reached - above > 1) & (reached > least):
         middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
         count, weight = _reached(b_keys, p_scores, n, num_prefix, middle, best, mass, RULE, CHUNKED, BLOCK)
@@ -279,7 +285,7 @@ def choose_image(
         high, above = tl.where(enough, high, middle - 1), tl.where(enough, above, count)
         weight_above = tl.where(enough, weight_above, weight)
 
-    weight_of_tie = _weights(low, best, mass)
+    weight_of_tie = _weights(low, best, mass).to(tl.float64)
     ties, kept = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for first in range(0, n, BLOCK):
         if CHUNKED:
@@ -296,3 +302,12 @@ def choose_image(
         kept += tl.sum(b_kept)
     if RULE == "mass":
         tl.store(p_kept + b, kept)
+
+
+def variants() -> Iterator[Variant]:
+    """224 pixels, the longest image that stays in registers, and any longer one."""
+    for rule in ("equal", "given", "mass"):
+        for longest in (197, LONGEST, LONGEST + 1):
+            yield variant(_select, f"{rule} N={longest}", "fp32", {"RULE": rule, **blocks(longest)})
+    yield variant(_offsets, "", "fp32", {"BLOCK": IMAGES})
+    yield variant(_pack, "", "fp32", {"BLOCK": IMAGES})

@@ -1,7 +1,7 @@
 """Softmax by any scale: exp(scale (s - s*)), s* the s of the largest exponent.
 
-The sign of the scale goes into the logits, l = ± s, so that s* always is the largest l. The difference is taken before it
-is scaled: near 0, where the exponential is large, it is exact.
+The sign of the scale goes into the logits, l = ± s, so that s* always is the largest l. The difference is taken before
+it is scaled: near 0, where the exponential is large, it is exact.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import expressions
 import pytest
@@ -19,9 +20,11 @@ from helpers import (
     cu_of,
     doubles,
     gradients,
+    kernel_ops,
     leaves,
     make_qkv,
     max_error,
+    slow_here,
 )
 from torch import Tensor
 from torch.library import opcheck
@@ -29,6 +32,7 @@ from torch.library import opcheck
 import sait_kernels as sk
 from sait_kernels.selection import rate_to_count
 
+THREE_OPS_RULES = ({"keep": 0.45}, {"keep": 5}, {"keep": 1.0}, {"mass": 0.7}, {"mass": 1.0})
 RULES = ({"keep": 0.45}, {"keep": 1.0}, {"mass": 0.7}, {"mass": 1.0})
 
 
@@ -95,6 +99,8 @@ def check(case: Case, dtype: torch.dtype, kind: str, rule: dict) -> None:
 def test_values_and_gradients(backend: str, case: Case, dtype: torch.dtype) -> None:
     """Kinds and rules take turns over the cases."""
     turn = CASES.index(case) + DTYPES.index(dtype)
+    if slow_here(backend) and turn % 3:
+        pytest.skip("each case with one type")
     check(with_patches(case), dtype, ("cls", "column", "cls_value")[turn % 3], RULES[turn % 4])
     check(with_patches(case), dtype, "cls", RULES[(turn + 1) % 4])
 
@@ -108,9 +114,11 @@ def test_instruction_sets(isa: str, case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["cls", "column", "cls_value"])
-@pytest.mark.parametrize("rule", [{"keep": 0.45}, {"keep": 5}, {"keep": 1.0}, {"mass": 0.7}, {"mass": 1.0}], ids=str)
+@pytest.mark.parametrize("rule", THREE_OPS_RULES, ids=str)
 def test_is_the_three_ops_one_after_the_other(backend: str, dtype: torch.dtype, kind: str, rule: dict) -> None:
     """The same backend makes the same scores, hence the same choice and the same rows."""
+    if slow_here(backend) and (DTYPES.index(dtype) + THREE_OPS_RULES.index(rule)) % 3:
+        pytest.skip("each rule with one type")
     lengths = (65, 0, 7, 99)
     (q, k, v), cu = make_qkv(Case(lengths, H=3, D=64), dtype), cu_of(lengths)
     out, selection = sk.prune_attention(q, k, v, cu, 99, kind=kind, **rule)
@@ -120,6 +128,15 @@ def test_is_the_three_ops_one_after_the_other(backend: str, dtype: torch.dtype, 
     assert_same_selection(selection, want)
     assert selection.max_seqlen == want.max_seqlen
     assert_same_bits("out", out, sk.compact_attention(q, k, v, cu, 99, selection=want))
+
+
+@pytest.mark.parametrize("lengths", [(30, 12), (20, 20)], ids=str)
+def test_too_many_patches_are_refused(kernels: str, lengths: tuple[int, ...]) -> None:
+    q, k, v = make_qkv(Case(lengths, H=2, D=32), torch.float32)
+    with pytest.raises(
+        ValueError, match=r"prune_attention: keep: expected at most \d+, the patches of image \d, got 25"
+    ):
+        sk.prune_attention(q, k, v, cu_of(lengths), max(lengths), keep=25)
 
 
 @pytest.mark.parametrize("num_prefix", [0, 2, 5])
@@ -159,16 +176,19 @@ def test_gradcheck(rule: dict) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [(9, 0, 14), (12, 12)], ids=str)
-def test_opcheck(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("ops", kernel_ops(), ids=str)
+def test_opcheck(ops: Any, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    if ops is torch.ops.sait_triton and (dtype == torch.float32) == (len(lengths) == 3):
+        pytest.skip("float32 with equal lengths, 16 bits with others")
     q, k, v = leaves(*make_qkv(Case(lengths, H=2, D=32), dtype))
-    op, cu, longest = torch.ops.sait.prune_attention.default, cu_of(lengths), max(lengths)
+    op, cu, longest = ops.prune_attention.default, cu_of(lengths), max(lengths)
     for rate, count, mass in ((0.45, None, None), (None, 3, None), (None, None, 0.9)):
         opcheck(op, (q, k, v, cu, longest, rate, count, mass, "cls", 1, None))
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_compiles_once_for_any_batch_and_length(requires_grad: bool, dynamic: bool | None) -> None:
+def test_compiles_once_for_any_batch_and_length(kernels: str, requires_grad: bool, dynamic: bool | None) -> None:
     def fn(q, k, v, cu, N):
         out, selection = sk.prune_attention(q, k, v, cu, N, keep=0.45)
         return out @ out.new_ones(out.shape[1], 3), selection
@@ -189,7 +209,7 @@ def test_compiles_once_for_any_batch_and_length(requires_grad: bool, dynamic: bo
     [lambda *batch: sk.prune_attention(*batch, keep=0.45), lambda *batch: sk.prune_attention(*batch, mass=0.7)],
     ids=["keep", "mass"],
 )
-def test_compiles_once_whatever_is_kept(prune: Callable) -> None:
+def test_compiles_once_whatever_is_kept(kernels: str, prune: Callable) -> None:
     def fn(q, k, v, cu, longest):
         out, selection = prune(q, k, v, cu, longest)
         return out * 2, selection

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import expressions
 import pytest
 import torch
@@ -16,9 +18,11 @@ from helpers import (
     cu_of,
     doubles,
     gradients,
+    kernel_ops,
     leaves,
     make_qkv,
     randn,
+    slow_here,
 )
 from torch import Tensor
 from torch.library import opcheck
@@ -72,6 +76,9 @@ def check(case: Case, dtype: torch.dtype, kind: str, scale: float | None = None,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(backend: str, case: Case, dtype: torch.dtype, kind: str) -> None:
+    turn = CASES.index(case) + DTYPES.index(dtype) + KINDS.index(kind)
+    if slow_here(backend) and turn % 3:
+        pytest.skip("each case with one type per kind")
     check(case, dtype, kind)
 
 
@@ -85,7 +92,7 @@ def test_instruction_sets(isa: str, case: Case, dtype: torch.dtype, kind: str) -
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [0.3, -0.125, 4.0])
 def test_scale(backend: str, kind: str, scale: float) -> None:
-    for dtype in DTYPES:
+    for dtype in DTYPES[:1] if slow_here(backend) else DTYPES:
         check(Case((65, 20), H=3, D=64), dtype, kind, scale=scale)
 
 
@@ -119,9 +126,9 @@ def test_column_needs_no_prefix(backend: str) -> None:
 @pytest.mark.parametrize("kind", ["cls", "column"])
 def test_scores_of_an_image_sum_to_one(backend: str, kind: str, dtype: torch.dtype) -> None:
     """A row of attention sums to 1 whatever the length is a multiple of; n rounded terms: n * eps / 2 at most."""
-    lengths = (1, 2, 65, 99, 139, 197, 257)
+    lengths = (1, 2, 65, 99, 139) if slow_here(backend) else (1, 2, 65, 99, 139, 197, 257)
     q, k, _ = make_qkv(Case(lengths, H=3, D=64), dtype)
-    scores = sk.score_tokens(q, k, cu_of(lengths), 257, kind=kind)
+    scores = sk.score_tokens(q, k, cu_of(lengths), max(lengths), kind=kind)
     for n, image in zip(lengths, scores.double().split(lengths), strict=True):
         assert abs(image.sum().item() - 1) <= n * torch.finfo(torch.float32).eps / 2
 
@@ -182,20 +189,37 @@ def test_gradcheck(kind: str) -> None:
     assert torch.autograd.gradcheck(fn, (q, k, v) if kind == "cls_value" else (q, k))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_is_float32_of_the_same_values(kernels: str, kind: str) -> None:
+    """The elements are made float32 before any arithmetic: the scores differ by the order of sums at most."""
+    case = Case((20, 6), H=2, D=32)
+    q, k, v = make_qkv(case, torch.bfloat16)
+    few, many = (
+        sk.score_tokens(q, k, cu_of(case.lengths), 20, kind=kind, v=v if kind == "cls_value" else None)
+        for q, k, v in ((q, k, v), (q.float(), k.float(), v.float()))
+    )
+    torch.testing.assert_close(few, many, rtol=1e-5, atol=0)
+    if slow_here(kernels):
+        assert_same_bits("scores", few, many)
+
+
+@pytest.mark.parametrize("ops", kernel_ops(), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_opcheck(kind: str, dtype: torch.dtype) -> None:
+def test_opcheck(ops: Any, kind: str, dtype: torch.dtype) -> None:
+    if ops is torch.ops.sait_triton and dtype != DTYPES[KINDS.index(kind)]:
+        pytest.skip("each kind with one type: its shapes and gradients are checked, which take their time")
     cu = cu_of((9, 0, 14))
     q, k, v = leaves(*make_qkv(Case((9, 0, 14), H=2, D=32), dtype))
-    opcheck(torch.ops.sait.score_tokens.default, (q, k, v if kind == "cls_value" else None, cu, 14, kind, 1, None))
+    opcheck(ops.score_tokens.default, (q, k, v if kind == "cls_value" else None, cu, 14, kind, 1, None))
     q, k, v = (t.detach() for t in (q, k, v))
     grad, v = randn(23), v if kind == "cls_value" else None
-    opcheck(torch.ops.sait.score_tokens_backward.default, (grad, q, k, v, cu, 14, kind, 1, 0.2))
+    opcheck(ops.score_tokens_backward.default, (grad, q, k, v, cu, 14, kind, 1, 0.2))
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiles_once_for_any_batch_and_length(kind: str, dynamic: bool | None) -> None:
+def test_compiles_once_for_any_batch_and_length(kernels: str, kind: str, dynamic: bool | None) -> None:
     def fn(q, k, v, cu, N):
         return sk.score_tokens(q, k, cu, N, kind=kind, v=v if kind == "cls_value" else None) + 1
 
@@ -206,7 +230,7 @@ def test_compiles_once_for_any_batch_and_length(kind: str, dynamic: bool | None)
     assert_compiles_once(fn, calls, dynamic=dynamic)
 
 
-def test_compiled_gradients() -> None:
+def test_compiled_gradients(kernels: str) -> None:
     q, k, _ = make_qkv(Case((9, 9), H=2, D=32), torch.float32)
 
     def fn(q: Tensor, k: Tensor) -> Tensor:
