@@ -3,6 +3,7 @@
 # make test     the test suite                    make check   lint, format, types
 # make paper    train every variant on canvas (hours), and write docs/accuracy.md
 # make aot      every Triton kernel, compiled without a GPU: registers, spills, instructions
+# make gpu      on a machine with a GPU: build, test and measure there, with its own Python
 # make bench    every op and model against torch  make report  README tables from the newest results
 # make clean    remove what was built (not .venv)
 #
@@ -13,8 +14,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RESULTS := benchmarks/results
+GPU_RESULTS ?= $(RESULTS)
 
-.PHONY: demo install test check aot bench report paper clean
+.PHONY: demo install test check aot gpu bench report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -50,6 +52,13 @@ check: $(VENV)/.requirements-dev
 
 aot: install
 	TRITON_INTERPRET=0 $(BIN)/python benchmarks/aot.py
+
+# On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed.
+gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	PYTHONPATH=.:python SAIT_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/test_gpu.py tests/ops tests/test_properties.py \
+		-k "triton or gpu" -p no:cacheprovider
+	PYTHONPATH=.:python $(PYTHON) -m pytest benchmarks -p no:cacheprovider --save-results $(GPU_RESULTS)
 
 bench: install $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest benchmarks --save-results $(RESULTS)

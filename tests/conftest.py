@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import BACKENDS, INTERPRETED, ISAS, instruction_set
+from helpers import BACKENDS, INTERPRETED, ISAS, KERNEL_BACKENDS, ON_GPU, instruction_set
 from hypothesis import settings
 
 import sait_kernels as sk
@@ -22,11 +22,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+        if "gpu" in item.keywords and not ON_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: make gpu"))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -36,7 +34,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=KERNEL_BACKENDS)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend with kernels, forced."""
     with sk.backend(request.param):

@@ -55,7 +55,8 @@ def attentions(dtype: torch.dtype) -> list[Callable[..., Tensor]]:
 
 
 def _order(size: int, seed: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return order.to(torch.get_default_device())
 
 
 def _in_another_order(

@@ -29,7 +29,8 @@ from sait_kernels import library
 from sait_kernels.registration import INTERPRETED
 
 # A backend joins every test by its name here.
-BACKENDS = ("reference", "triton") if ON_GPU else ("reference", "cpu", "triton")
+KERNEL_BACKENDS = ("triton",) if ON_GPU else ("cpu", "triton")
+BACKENDS = ("reference", *KERNEL_BACKENDS)
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("packed", "offset", "rows", "heads", "apart")

@@ -162,39 +162,6 @@ def test_compiled_with_inductor() -> None:
     assert_compiles_once(fn, calls, engine="inductor")
 
 
-@pytest.mark.gpu
-def test_side_stream() -> None:
-    """Launches go to the current stream: work queued before on that stream is seen, without a synchronisation."""
-    selection = some_rows((139, 197))
-    selection = sk.Selection(selection.indices.cuda(), selection.cu_seqlens.cuda(), selection.max_seqlen)
-    want = randn(336, 384).cuda()
-    x, stream = torch.zeros_like(want), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)
-        x.copy_(want)
-        out = sk.gather_tokens(x, selection)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert_same_bits("out", out, want.index_select(0, selection.indices))
-
-
-@pytest.mark.gpu
-def test_graph_replay() -> None:
-    """A captured call follows its inputs: no host value of the first run is baked in."""
-    selection = some_rows((139, 197))
-    indices, kept, longest = selection.indices.cuda(), selection.cu_seqlens.cuda(), selection.max_seqlen
-    x = randn(336, 384).cuda()
-    sk.gather_tokens(x, sk.Selection(indices, kept, longest))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = sk.gather_tokens(x, sk.Selection(indices, kept, longest))
-    x.copy_(randn(336, 384, seed=8))
-    indices.copy_(some_rows((139, 197), seed=11).indices)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_same_bits("out", out, x.index_select(0, indices))
-
-
 def test_backward_through_two_stages(backend: str) -> None:
     """Gather, gather again, scatter twice: each row's gradient comes home."""
     first, second = hand_selection([[0, 2, 3, 5]], [6]), hand_selection([[0, 3]], [4])
