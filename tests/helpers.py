@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# `make gpu` tests the kernels of a GPU there: every new tensor lies on it. Elsewhere Triton's interpreter runs them, which
-# it must know when it is imported, as Dynamo does.
+# `make gpu` tests the kernels of a GPU there: every new tensor lies on it. Elsewhere Triton's interpreter runs them,
+# which it must know when it is imported, as Dynamo does.
 ON_GPU = os.environ.get("SAIT_TEST_DEVICE") == "cuda"
 os.environ.setdefault("TRITON_INTERPRET", "0" if ON_GPU else "1")
 if ON_GPU:
     torch.set_default_device("cuda")
 
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
-import sait_kernels as sk
-from sait_kernels import library
-from sait_kernels.registration import INTERPRETED
+import sait_kernels as sk  # noqa: E402
+from sait_kernels import library  # noqa: E402
+from sait_kernels.registration import INTERPRETED  # noqa: E402
 
 # A backend joins every test by its name here.
 KERNEL_BACKENDS = ("triton",) if ON_GPU else ("cpu", "triton")
