@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from everything import Batch, run_everything
@@ -12,17 +16,45 @@ from helpers import (
     assert_same_selection,
     bounds_of,
     cu_of,
+    slow_here,
     torch_threads,
 )
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import sait_kernels as sk
 
-on_every_backend = pytest.mark.parametrize("name", BACKENDS)
+# Where Triton is interpreted: a selection takes it a tenth of a second, all ops of a batch take seconds.
+FEW_SELECTIONS, FEW_BATCHES = 10, 3
+
+
+def on_every(names: Iterable[str], *examples: dict[str, Any], **strategies: st.SearchStrategy) -> Callable:
+    """Hypothesis' given and example, for each of the backends by name."""
+
+    def decorate(check: Callable[..., None]) -> Callable[..., None]:
+        def with_examples(number: int) -> Callable[..., None]:
+            test = given(**strategies)(check)
+            for arguments in examples:
+                test = example(**arguments)(test)
+            return settings(max_examples=number)(test)
+
+        many = with_examples(settings().max_examples)
+        few = with_examples(FEW_BATCHES if "lengths" in strategies else FEW_SELECTIONS)
+
+        @pytest.mark.parametrize("name", names)
+        def test(name: str) -> None:
+            (few if slow_here(name) else many)(name=name)
+
+        test.__doc__ = check.__doc__
+        return test
+
+    return decorate
+
+
+on_every_backend = partial(on_every, BACKENDS)
 # The reference is plain torch, whose matrix products give other bits at other addresses and on other thread counts.
-on_every_kernel = pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+on_every_kernel = partial(on_every, [name for name in BACKENDS if name != "reference"])
 
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**16)
@@ -59,8 +91,7 @@ def check_form(selection: sk.Selection, lengths: tuple[int, ...], num_prefix: in
     assert selection.max_seqlen >= max((len(rows) for rows in images), default=0)
 
 
-@on_every_backend
-@given(batch=scored_batches(), keep=shares)
+@on_every_backend(batch=scored_batches(), keep=shares)
 def test_topk_keeps_the_highest(name: str, batch: tuple[Tensor, tuple[int, ...], int], keep: float) -> None:
     scores, lengths, num_prefix = batch
     with sk.backend(name):
@@ -81,8 +112,7 @@ def test_topk_keeps_the_highest(name: str, batch: tuple[Tensor, tuple[int, ...],
             assert max(ties_inside) < min(ties_outside), "ties go to the lower index"
 
 
-@on_every_backend
-@given(batch=scored_batches(), mass=shares)
+@on_every_backend(batch=scored_batches(), mass=shares)
 def test_mass_is_reached_by_the_fewest(name: str, batch: tuple[Tensor, tuple[int, ...], int], mass: float) -> None:
     scores, lengths, num_prefix = batch
     with sk.backend(name):
@@ -104,8 +134,7 @@ def test_mass_is_reached_by_the_fewest(name: str, batch: tuple[Tensor, tuple[int
         assert len(of_kept) == 1 or without_the_last <= mass * weights.sum() + rounding
 
 
-@on_every_backend
-@given(batch=scored_batches(), low=shares, high=shares)
+@on_every_backend(batch=scored_batches(), low=shares, high=shares)
 def test_more_never_keeps_fewer(name: str, batch: tuple[Tensor, tuple[int, ...], int], low: float, high: float) -> None:
     scores, lengths, num_prefix = batch
     low, high = sorted((low, high))
@@ -117,8 +146,7 @@ def test_more_never_keeps_fewer(name: str, batch: tuple[Tensor, tuple[int, ...],
         assert set(few.indices.tolist()) <= set(many.indices.tolist())
 
 
-@on_every_backend
-@given(batch=scored_batches())
+@on_every_backend(batch=scored_batches())
 def test_keep_everything_is_every_row(name: str, batch: tuple[Tensor, tuple[int, ...], int]) -> None:
     scores, lengths, num_prefix = batch
     with sk.backend(name):
@@ -126,8 +154,7 @@ def test_keep_everything_is_every_row(name: str, batch: tuple[Tensor, tuple[int,
     assert_same_selection(selection, sk.Selection(torch.arange(len(scores)), cu_of(lengths), 0))
 
 
-@on_every_backend
-@given(lengths=lengths_of_images, shape=shapes, dtype=dtypes, seed=seeds)
+@on_every_backend(lengths=lengths_of_images, shape=shapes, dtype=dtypes, seed=seeds)
 def test_keep_everything_is_dense(
     name: str, lengths: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, seed: int
 ) -> None:
@@ -142,8 +169,7 @@ def test_keep_everything_is_dense(
     assert_same_bits("gathered", gathered, batch.x)
 
 
-@on_every_backend
-@given(lengths=lengths_of_images, shape=shapes, dtype=dtypes, seed=seeds)
+@on_every_backend(lengths=lengths_of_images, shape=shapes, dtype=dtypes, seed=seeds)
 def test_pruned_rows_are_dense_rows(
     name: str, lengths: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, seed: int
 ) -> None:
@@ -156,8 +182,7 @@ def test_pruned_rows_are_dense_rows(
     torch.testing.assert_close(out, dense[selection.indices.long()])
 
 
-@on_every_kernel
-@given(lengths=lengths_of_images, shape=shapes, dtype=dtypes, seed=seeds)
+@on_every_kernel(lengths=lengths_of_images, shape=shapes, dtype=dtypes, seed=seeds)
 def test_an_image_alone_and_in_any_batch(
     name: str, lengths: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, seed: int
 ) -> None:
@@ -171,25 +196,30 @@ def test_an_image_alone_and_in_any_batch(
                     assert_same_bits(what, together[what].image(b), alone.values)
 
 
-@on_every_kernel
-@given(lengths=lengths_of_images, shape=shapes, dtype=dtypes, seed=seeds)
-@example(lengths=(197, 0, 577), shape=(3, 64), dtype=torch.float32, seed=0)
-@example(lengths=(197, 0, 577), shape=(3, 64), dtype=torch.bfloat16, seed=0)
+@on_every_kernel(
+    {"lengths": (197, 0, 577), "shape": (3, 64), "dtype": torch.float32, "seed": 0},
+    {"lengths": (197, 0, 577), "shape": (3, 64), "dtype": torch.bfloat16, "seed": 0},
+    lengths=lengths_of_images,
+    shape=shapes,
+    dtype=dtypes,
+    seed=seeds,
+)
 def test_bitwise_repeatable_on_any_number_of_threads(
     name: str, lengths: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, seed: int
 ) -> None:
     """Summation orders depend on the problem, never on who computes."""
+    if slow_here(name) and sum(lengths) > 500:
+        return  # the interpreter has no threads, and takes a minute
     batch = Batch.random(lengths, dtype, *shape, seed=seed)
     with sk.backend(name):
         first = run_everything(batch)
-        for threads in (1, 2, 5):
+        for threads in (1,) if slow_here(name) else (1, 2, 5):
             with torch_threads(threads):
                 for what, again in run_everything(batch).items():
                     assert_same_bits(f"{what}, {threads} threads", again.values, first[what].values)
 
 
-@on_every_backend
-@given(batch=scored_batches(), C=st.integers(1, 40), dtype=dtypes, keep=shares)
+@on_every_backend(batch=scored_batches(), C=st.integers(1, 40), dtype=dtypes, keep=shares)
 def test_scatter_undoes_gather(
     name: str, batch: tuple[Tensor, tuple[int, ...], int], C: int, dtype: torch.dtype, keep: float
 ) -> None:
@@ -203,8 +233,7 @@ def test_scatter_undoes_gather(
         assert sk.scatter_tokens(kept, selection, len(x)).float().sum() == kept.float().sum()
 
 
-@on_every_backend
-@given(lengths=lengths_of_images, shape=shapes, dtype=dtypes, seed=seeds)
+@on_every_backend(lengths=lengths_of_images, shape=shapes, dtype=dtypes, seed=seeds)
 def test_broken_image_harms_no_other(
     name: str, lengths: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, seed: int
 ) -> None:

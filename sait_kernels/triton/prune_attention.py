@@ -69,7 +69,7 @@ def _class_rows(
         _score_and_choose[(cu_seqlens.shape[0] - 1,)](
             *(q, k, v, cu_seqlens, logits, scores, T, H, scale, *strides(q, k, v)),
             *arguments,
-            **class_blocks(H, D, kind),
+            **class_blocks(H, D, q.element_size(), kind),
             **options,
         )
 
@@ -106,5 +106,5 @@ def variants() -> Iterator[Variant]:
         ("fp16", 80, "cls", "mass", LONGEST),
         ("fp32", 64, "cls_value", "mass", LONGEST + 1),
     ):
-        options = {**class_blocks(6, D, kind), "RULE": rule, **blocks(longest)}
+        options = {**class_blocks(6, D, 4 if dtype == "fp32" else 2, kind), "RULE": rule, **blocks(longest)}
         yield variant(_score_and_choose, f"{kind} {rule} {dtype} D={D} N={longest}", dtype, options)

@@ -22,18 +22,19 @@ from sait_kernels.triton.softmax import LOWEST, numerators, sign_of
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
-# Elements of a tile of K or V: 64 a thread, so that each has 8 loads of 16 bytes under way (16 of float32). Two
-# programs on a multiprocessor then keep 32 KB coming, its share of bandwidth x latency (4.3 TB/s x 1 us / 132).
-ROW_TILE = 8192
-# Elements of a tile of logits, (heads, tokens): 16 a thread; it is read from the cache a few times.
-LOGIT_TILE = 2048
+# Bytes of a tile of K or V: each thread has 8 loads of 16 bytes under way. Two programs on a multiprocessor then keep
+# 32 KB coming, its share of bandwidth x latency (4.3 TB/s x 1 us / 132).
+ROW_TILE = 16384
+# Element size of the inputs -> elements of a tile of logits, (heads, tokens), read from the cache a few times: 8 or 16
+# a thread, with which no variant spills.
+LOGIT_TILE = {2: 1024, 4: 2048}
 NUM_WARPS = 4
 
 
-def class_blocks(H: int, D: int, kind: str) -> dict[str, Any]:
+def class_blocks(H: int, D: int, itemsize: int, kind: str) -> dict[str, Any]:
     """The constants of the kernels below, and how they are launched."""
     block_d, heads = triton.next_power_of_2(D), triton.next_power_of_2(H)
-    rows, columns = ROW_TILE // block_d, max(16, LOGIT_TILE // heads)
+    rows, columns = ROW_TILE // (itemsize * block_d), max(16, LOGIT_TILE[itemsize] // heads)
     return {
         **{"VALUES": kind == "cls_value", "D": D, "BLOCK_D": block_d, "ROWS": rows},
         **{"HEADS": heads, "COLUMNS": columns, "num_warps": NUM_WARPS},
@@ -72,7 +73,15 @@ def score_tokens(
             v = v if v is not None and kind == "cls_value" else k
             sizes, scratch = (T, H, min(num_prefix, T), scale), class_scratch(q, kind)
             _class_scores[(cu_seqlens.shape[0] - 1,)](
-                q, k, v, cu_seqlens, scratch, scores, *sizes, *strides(q, k, v), **class_blocks(H, D, kind)
+                q,
+                k,
+                v,
+                cu_seqlens,
+                scratch,
+                scores,
+                *sizes,
+                *strides(q, k, v),
+                **class_blocks(H, D, q.element_size(), kind),
             )
     return scores
 
@@ -205,7 +214,7 @@ def score_tokens_backward(
         if kind == "column":
             score_columns.backward(grad, q, k, cu_seqlens, max_seqlen, scale, dq, dk)
         else:
-            images, blocks = cu_seqlens.shape[0] - 1, class_blocks(H, D, kind)
+            images, blocks = cu_seqlens.shape[0] - 1, class_blocks(H, D, q.element_size(), kind)
             v = v if v is not None and kind == "cls_value" else k
             sizes, both, logits = (T, H, min(num_prefix, T), scale), strides(q, k, v), class_scratch(q, kind)
             dlogits = torch.empty_like(logits)
@@ -319,7 +328,7 @@ def variants() -> Iterator[Variant]:
     """DeiT-S, a head dimension that is no power of two, and the largest."""
     for dtype, H, D in (("bf16", 6, 64), ("fp16", 16, 80), ("bf16", 12, 256), ("fp32", 6, 64), ("fp32", 12, 256)):
         for kind in ("cls", "cls_value"):
-            options = class_blocks(H, D, kind)
+            options = class_blocks(H, D, 4 if dtype == "fp32" else 2, kind)
             rows = {name: value for name, value in options.items() if name not in ("HEADS", "COLUMNS")}
             for kernel, constants in ((_class_scores, options), (_class_dlogits, options), (_class_gradients, rows)):
                 yield variant(kernel, f"{kind} {dtype} H={H} D={D}", dtype, constants)

@@ -197,8 +197,8 @@ def _keys(p_scores, first, n, num_prefix, BLOCK: tl.constexpr):
 @triton.jit
 def _weights(b_keys, best, mass):
     """What keys weigh in select_mass: the score where it is positive. Infinite scores share all, and so do all patches
-    where no score is positive. At mass 1 what is positive counts, since the smallest weights vanish in a sum. All of
-    these are float32; as such they take half the registers, and become float64 where they are added.
+    where no score is positive. At mass 1 what is positive counts, since the smallest weights vanish in a sum. All are
+    float32 numbers; as such they take half the registers, and become float64 where they are added.
     """
     b_weights = tl.where(best > 0, tl.maximum(b_keys, 0).to(tl.float32, bitcast=True), 1.0)
     b_weights = tl.where(best == 0x7F800000, (b_keys == best).to(tl.float32), b_weights)
