@@ -165,12 +165,14 @@ def main() -> int:
         reasons = wrong + ([] if arguments.update else moved)
         table.add_row(name, *map(str, numbers), matrix, "; ".join(reasons) or "ok")
     console.print(table)
-    gone = [] if arguments.only or arguments.modules else [name for name in baseline if name not in results]
+    everything = not (arguments.only or arguments.modules)
+    asked = tuple(f"sm_{capability} " for capability in arguments.sm)
+    gone = [name for name in baseline if everything and name.startswith(asked) and name not in results]
     if arguments.update:
         kept = {name: facts for name, facts in baseline.items() if name not in gone}
         arguments.baseline.write_text(json.dumps(kept | results, indent=1, sort_keys=True) + "\n")
     else:
-        drifted += sum(int(name.split()[0].removeprefix("sm_")) in arguments.sm for name in gone)
+        drifted += len(gone)
         for name in gone:
             console.print(f"{name}: in the baseline, but no longer a variant")
     console.print(
