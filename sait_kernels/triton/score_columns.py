@@ -35,7 +35,7 @@ LAUNCHES = {
     (2, 128): (Launch(64, 4), Launch(64, 8)),
     (2, 256): (Launch(64, 8), Launch(32, 4)),
     (4, 64): (Launch(32, 4), Launch(32, 4)),
-    (4, 256): (Launch(32, 8), Launch(32, 8)),
+    (4, 256): (Launch(16, 8), Launch(16, 8)),
 }
 # The interpreter pays for each operation, whatever its size.
 if INTERPRETED:

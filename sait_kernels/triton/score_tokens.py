@@ -22,13 +22,15 @@ from sait_kernels.triton.softmax import LOWEST, numerators, sign_of
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
-# Bytes of a tile of K or V: each thread has 8 loads of 16 bytes under way. Two programs on a multiprocessor then keep
+# Bytes of a tile of K or V: each thread has 4 loads of 16 bytes under way. Two programs on a multiprocessor then keep
 # 32 KB coming, its share of bandwidth x latency (4.3 TB/s x 1 us / 132).
 ROW_TILE = 16384
-# Element size of the inputs -> elements of a tile of logits, (heads, tokens), read from the cache a few times: 8 or 16
+# Element size of the inputs -> elements of a tile of logits, (heads, tokens), read from the cache a few times: 2 or 8
 # a thread, with which no variant spills.
-LOGIT_TILE = {2: 1024, 4: 2048}
-NUM_WARPS = 4
+LOGIT_TILE = {2: 512, 4: 2048}
+# Of every kernel that scores by the class token: another number could add in another order, and prune_attention must
+# choose by the very bits of score_tokens. With 4 the selection beside the scores spills on Ampere.
+NUM_WARPS = 8
 
 
 def class_blocks(H: int, D: int, itemsize: int, kind: str) -> dict[str, Any]:

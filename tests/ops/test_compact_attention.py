@@ -77,8 +77,8 @@ def test_values(backend: str, case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(backend: str, case: Case, dtype: torch.dtype) -> None:
-    if slow_here(backend) and case.T > 200 and dtype == torch.float16:
-        pytest.skip("the interpreter computes it as it does bfloat16, which is tested, and takes long")
+    if slow_here(backend) and case.T > 200 and dtype != DTYPES[CASES.index(case) % 2]:
+        pytest.skip("large cases take turns in float32 and bfloat16: the interpreter takes long")
     check_gradients(case, dtype, some_rows(case.lengths))
     if sum(case.lengths) < (200 if slow_here(backend) else 400):
         check_gradients(case, dtype, None)
