@@ -172,7 +172,7 @@ class Trainer:
             "epoch": epoch,
             "mode": mode,
             "lr": self.optimizer.param_groups[0]["lr"],
-            **{name: round(mean, 5) for name, mean in zip(sums, means, strict=True)},
+            **{name: float(f"{mean:.5g}") for name, mean in zip(sums, means, strict=True)},
             "seconds": round(seconds, 2),
             "images_per_s": round(steps * config.batch / seconds, 1),
         }
