@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shutil.copyfile(
             folder(name, 0, options.runs) / MODEL, options.checkpoints / f"{name.lower()}-canvas.safetensors"
         )
-    pictured = ["--model", str(options.checkpoints / "sait-canvas.safetensors"), *PICTURED, "--out", str(options.out)]
+    pictured = ["--model", relative(options.checkpoints / "sait-canvas.safetensors"), *PICTURED, "--out", str(options.out)]
     subprocess.run([sys.executable, "-m", "sait.cli", "show", *pictured], check=True, cwd=ROOT)
 
 
