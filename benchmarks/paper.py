@@ -82,8 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shutil.copyfile(
             folder(name, 0, options.runs) / MODEL, options.checkpoints / f"{name.lower()}-canvas.safetensors"
         )
-    pictured = ["--model", relative(options.checkpoints / "sait-canvas.safetensors"), *PICTURED, "--out", str(options.out)]
-    subprocess.run([sys.executable, "-m", "sait.cli", "show", *pictured], check=True, cwd=ROOT)
+    pictured = relative(options.checkpoints / "sait-canvas.safetensors")
+    words = ["--model", pictured, *PICTURED, "--out", str(options.out)]
+    subprocess.run([sys.executable, "-m", "sait.cli", "show", *words], check=True, cwd=ROOT)
 
 
 def train_all(config: Path, runs: Path, seeds: Sequence[int], jobs: int) -> None:
