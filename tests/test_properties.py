@@ -12,6 +12,7 @@ from everything import Batch, run_everything
 from helpers import (
     BACKENDS,
     DTYPES,
+    KERNEL_BACKENDS,
     assert_same_bits,
     assert_same_selection,
     bounds_of,
@@ -54,7 +55,7 @@ def on_every(names: Iterable[str], *examples: dict[str, Any], **strategies: st.S
 
 on_every_backend = partial(on_every, BACKENDS)
 # The reference is plain torch, whose matrix products give other bits at other addresses and on other thread counts.
-on_every_kernel = partial(on_every, [name for name in BACKENDS if name != "reference"])
+on_every_kernel = partial(on_every, KERNEL_BACKENDS)
 
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**16)

@@ -25,6 +25,9 @@ def linear_residual(
 ) -> Tensor:
     """x[indices] + gamma * (y weight^T + bias): an output projection and its residual in one pass.
 
+    The tile follows from the number of rows, so a row's bits may differ between batches of very different size, as they
+    do in torch's own products; they are repeatable.
+
     Args:
         y: (S, K) float32, bfloat16 or float16, rows contiguous: the branch, for the rows that stay.
         weight: (C, K) of y's dtype, as in torch.nn.Linear, rows contiguous.

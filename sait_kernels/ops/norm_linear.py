@@ -28,6 +28,9 @@ def norm_linear(
     The rows are normalised while they are loaded for the product, rounded to x's dtype as a LayerNorm of its own would;
     bias and GELU are applied in float32 before the result is rounded.
 
+    The tile follows from the number of rows, so a row's bits may differ between batches of very different size, as they
+    do in torch's own products; they are repeatable.
+
     Args:
         x: (T, C) float32, bfloat16 or float16, rows contiguous.
         norm_weight, norm_bias: (C,) of the LayerNorm.

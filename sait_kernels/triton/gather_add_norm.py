@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.registration import INTERPRETED
-from sait_kernels.triton.launch import Variant, on_device
+from sait_kernels.triton.launch import Variant, on_device, variant
 from sait_kernels.triton.numeric import quotient, rounded, widened
 
 PARTIALS = 2048  # programs of the backward at most, each of which leaves a sum over its rows: 15 warps on each SM
@@ -224,17 +224,6 @@ def variants() -> Iterator[Variant]:
         ("fp32", "fp32", 384),
     ):
         for kernel, per_warp in ((_forward, 1024), (_backward, 512)):
-            constexprs = {"SCALED": True, **_options(C, per_warp)}
-            num_warps, num_stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
-            types = dict.fromkeys(("p_weight", "p_bias", "p_gamma"), f"*{parameters}")
-            types |= {"p_indices": "*i32", "p_partials": "*fp32", "eps": "fp32"}
-            signature = {
-                name: types.get(name, f"*{dtype}" if name.startswith("p_") else "i32")
-                for name in kernel.arg_names
-                if name not in constexprs
-            }
-            yield Variant(kernel, f"{dtype} C={C}", signature, constexprs, num_warps, num_stages)
-    pointers = dict.fromkeys(("p_partials", "p_dweight", "p_dbias", "p_dgamma"), "*fp32")
-    yield Variant(
-        _sum, "C=384", {**pointers, "programs": "i32", "C": "i32"}, {"ROWS": SUM_ROWS, "CHANNELS": SUM_CHANNELS}
-    )
+            options, of = {"SCALED": True, **_options(C, per_warp)}, f"*{parameters}"
+            yield variant(kernel, f"{dtype} C={C}", dtype, options, p_weight=of, p_bias=of, p_gamma=of)
+    yield variant(_sum, "C=384", "fp32", {"ROWS": SUM_ROWS, "CHANNELS": SUM_CHANNELS})

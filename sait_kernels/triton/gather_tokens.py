@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.registration import INTERPRETED
-from sait_kernels.triton.launch import Variant, bits, on_device
+from sait_kernels.triton.launch import Variant, bits, on_device, variant
 
 TILE = 4096  # elements of a block: four 16-byte accesses a thread in 16 bits
 MAX_CHANNELS = 1024  # of a block; wider rows are copied in several
@@ -105,8 +105,5 @@ def _scatter(
 def variants() -> Iterator[Variant]:
     """DeiT-S and ViT-H in 16 bits."""
     for C in (384, 1280):
-        pointers = dict.fromkeys(("p_x", "p_y", "p_base", "p_out"), "*i16") | {"p_indices": "*i32"}
         for kernel, most, options in ((_gather, 64, {}), (_scatter, MAX_ROWS, {"HAS_BASE": True})):
-            constexprs = {**options, **_options(C, most)}
-            names = [name for name in kernel.arg_names if name not in constexprs]
-            yield Variant(kernel, f"16 bits C={C}", {name: pointers.get(name, "i32") for name in names}, constexprs)
+            yield variant(kernel, f"16 bits C={C}", "i16", {**options, **_options(C, most)})

@@ -1,4 +1,4 @@
-"""What launching a kernel needs everywhere: the tensor's device made current, and raw bits of rows that are copied."""
+"""What launching a kernel needs everywhere, and what `make aot` needs to compile one as a launch would."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 _BITS = {2: torch.int16, 4: torch.int32}
+# Arguments that are of one type in every kernel. Another pointer is to the inputs' type, another number an int32.
+_TYPES = {
+    **dict.fromkeys(("p_cu", "p_indices", "p_kept", "p_spread", "p_lengths"), "*i32"),
+    **dict.fromkeys(("p_logits", "p_dlogits", "p_scores", "p_stats", "p_statistics", "p_partials"), "*fp32"),
+    **dict.fromkeys(("scale", "factor", "eps"), "fp32"),
+    **dict.fromkeys(("mass", "rate"), "fp64"),
+}
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -38,3 +45,18 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 2
     dots: bool = False  # whether matrix instructions must be found in it
+
+
+def variant(kernel: Any, label: str, dtype: str, options: dict[str, Any], dots: bool = False, **types: str) -> Variant:
+    """A kernel for inputs of a dtype such as "bf16".
+
+    Args:
+        options: the constexprs and launch options that a launch passes by name.
+        types: of arguments that this kernel has in another type than _TYPES says.
+    """
+    launch = {name: value for name, value in options.items() if name in ("num_warps", "num_stages")}
+    constexprs = {name: value for name, value in options.items() if name not in launch}
+    known = _TYPES | types
+    names = [name for name in kernel.arg_names if name not in constexprs]
+    signature = {name: known.get(name, f"*{dtype}" if name.startswith("p_") else "i32") for name in names}
+    return Variant(kernel, label, signature, constexprs, **launch, dots=dots)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from sait_kernels.triton.launch import Variant
+from sait_kernels.triton.launch import Variant, variant
 
 
 class Tile(NamedTuple):
@@ -59,9 +59,5 @@ def tile_variants(kernel: Any, flags: dict[str, bool]) -> Iterator[Variant]:
     """The kernel with each tile."""
     for (itemsize, rows), tile in TILES.items():
         dtype = "bf16" if itemsize == 2 else "fp32"
-        constexprs = {**flags, "BLOCK_M": tile.BLOCK_M, "BLOCK_J": tile.BLOCK_J, "BLOCK_K": tile.BLOCK_K}
-        types = {"p_indices": "*i32", "eps": "fp32"}
-        names = [name for name in kernel.arg_names if name not in constexprs]
-        signature = {name: types.get(name, f"*{dtype}" if name.startswith("p_") else "i32") for name in names}
         label = f"{dtype} M>={rows} " + " ".join(name for name, value in flags.items() if value)
-        yield Variant(kernel, label, signature, constexprs, tile.num_warps, tile.num_stages, dots=itemsize == 2)
+        yield variant(kernel, label, dtype, {**flags, **tile._asdict()}, dots=itemsize == 2)

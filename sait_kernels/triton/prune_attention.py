@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.triton.compact_attention import compact_attention
-from sait_kernels.triton.launch import Variant, on_device
+from sait_kernels.triton.launch import Variant, on_device, variant
 from sait_kernels.triton.score_tokens import (
     class_blocks,
     class_logits,
@@ -24,7 +24,6 @@ from sait_kernels.triton.score_tokens import (
     strides,
 )
 from sait_kernels.triton.select import LONGEST, Rule, blocks, choose_image, choose_rows, select_rows
-from sait_kernels.triton.signature import variant
 
 
 def prune_attention(

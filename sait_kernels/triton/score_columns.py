@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.registration import INTERPRETED
-from sait_kernels.triton.launch import Variant
+from sait_kernels.triton.launch import Variant, variant
 from sait_kernels.triton.numeric import IN_INTERPRETER, product, rounded, widened
-from sait_kernels.triton.signature import variant
 from sait_kernels.triton.softmax import LOWEST, numerators, sign_of
 
 
@@ -245,4 +244,4 @@ def variants() -> Iterator[Variant]:
         for backwards, kernels in enumerate(((_row_stats, _column_sums), (_dqueries, _dkeys))):
             for kernel in kernels:
                 options = launch_of(D, itemsize, bool(backwards))
-                yield variant(kernel, f"{dtype} D={D}", dtype, options, dots=itemsize == 2)
+                yield variant(kernel, f"{dtype} D={D}", dtype, options, dots=itemsize == 2, p_grad="*fp32")

@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.triton import score_columns
-from sait_kernels.triton.launch import Variant, on_device
+from sait_kernels.triton.launch import Variant, on_device, variant
 from sait_kernels.triton.numeric import rounded, widened
-from sait_kernels.triton.signature import variant
 from sait_kernels.triton.softmax import LOWEST, numerators, sign_of
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -333,4 +332,4 @@ def variants() -> Iterator[Variant]:
             options = class_blocks(H, D, 4 if dtype == "fp32" else 2, kind)
             rows = {name: value for name, value in options.items() if name not in ("HEADS", "COLUMNS")}
             for kernel, constants in ((_class_scores, options), (_class_dlogits, options), (_class_gradients, rows)):
-                yield variant(kernel, f"{kind} {dtype} H={H} D={D}", dtype, constants)
+                yield variant(kernel, f"{kind} {dtype} H={H} D={D}", dtype, constants, p_grad="*fp32")

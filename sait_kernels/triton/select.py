@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.ops.select import kept_bound
-from sait_kernels.triton.launch import Variant, on_device
-from sait_kernels.triton.signature import variant
+from sait_kernels.triton.launch import Variant, on_device, variant
 
 OUTSIDE = tl.constexpr(-(2**31))  # below the key of every score
 NUM_WARPS = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,10 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, KernelInterface, create_function_from_signature
 
 import sait_kernels as sk
-from sait_kernels.triton import compact_attention, gather_add_norm, gather_tokens
+from sait_kernels.triton import compact_attention, compact_attention_backward, gather_add_norm, gather_tokens
+from sait_kernels.triton.launch import Variant
 
-MODULES = (compact_attention, gather_add_norm, gather_tokens)
+MODULES = (compact_attention, compact_attention_backward, gather_add_norm, gather_tokens)
 OPS = torch.ops.sait_triton
 
 
@@ -53,12 +55,17 @@ class Recorder:
         self.keys.add(f"{specialization} {rest}")
 
 
+def variants_of(module: Any) -> list[Variant]:
+    """On Hopper, where a module's table asks for the device."""
+    return list(module.variants(*([9] if "capability" in inspect.signature(module.variants).parameters else [])))
+
+
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
     """Kernel -> its recorder, for every kernel that variants() knows."""
     found = {}
     for module in MODULES:
-        launched = {variant.kernel for variant in module.variants(*([9] if module is compact_attention else []))}
+        launched = {variant.kernel for variant in variants_of(module)}
         for name, value in list(vars(module).items()):
             if isinstance(value, KernelInterface) and value in launched:
                 found[f"{module.__name__}.{name}"] = recorder = Recorder(value)
