@@ -29,4 +29,10 @@ void compact_attention(const CompactAttentionParams& params);
 void compact_attention_backward(const CompactAttentionBackwardParams& params);
 }  // namespace cpu
 
+namespace cuda {
+// bfloat16 and float16, head_dim 32, 64, 72, 80, 96 or 128, rows and heads of q, k and v at multiples of 16 bytes.
+// Launches on stream (a cudaStream_t); returns a cudaError_t as int.
+int compact_attention(const CompactAttentionParams& params, void* stream);
+}  // namespace cuda
+
 }  // namespace sait

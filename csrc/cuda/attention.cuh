@@ -1,0 +1,239 @@
+// Attention of 16 query rows, one warp, over keys and values in shared memory: what compact_attention and
+// prune_attention have in common.
+//
+// Keys are taken 48 at a time, always from the image's first row on, with a running softmax. So the bits of a row depend
+// on its image alone, whether the keys lie in shared memory all at once or pass through it. A whole row of logits in
+// registers (197 keys: 104 of them) would save the running part, and leave room for 12 warps on an SM; 48 keys are 24
+// registers, and at D = 64 there are 16 warps, without a spill. The tensor cores are the limit: 8 keys take 8
+// multiply_adds, about 50 cycles of a quarter SM, in which the exponentials (32 cycles of a unit of their own) and some 30
+// other instructions find their place.
+#pragma once
+
+#include <cfloat>
+
+#include "instructions.cuh"
+#include "sait/types.h"
+
+namespace sait::cuda {
+
+template <typename Element_, int kHeadDim_>
+struct AttentionTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kKeys = 48;  // of a chunk
+  static constexpr int kSteps = (kHeadDim + 15) / 16;  // multiply_adds over the head dimension
+  static constexpr int kTiles = kHeadDim / 8;  // multiply_adds over the columns of the output
+  static constexpr int kColumns = 16 * kSteps;  // in shared memory, zeros behind the head dimension
+  static constexpr int kStride = kColumns + 8;  // of a row there
+  static constexpr int kRowBytes = 2 * kStride;
+  static_assert(sizeof(Element) == 2 && kHeadDim % 8 == 0);
+  // Eight rows at an odd multiple of 16 bytes lie in eight different groups of banks: load_matrices takes them at once.
+  static_assert(kRowBytes % 32 == 16);
+};
+
+// A warp's 16 query rows, and what it knows of them after some keys. Lane l holds rows l / 4 and l / 4 + 8.
+template <typename Traits>
+struct RowBlock {
+  uint32_t query[Traits::kSteps][4];
+  float sums[Traits::kTiles][4];  // of weight times value
+  float largest[2];  // logit so far
+  float total[2];  // of the weights, this lane's columns only
+};
+
+// Four lanes hold four words each: lane t gets word t of every lane, in their order.
+SAIT_DEVICE void transpose_in_quad(uint32_t (&words)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t received = shuffle_xor(odd ? words[i] : words[i + 1], 1);
+    (odd ? words[i] : words[i + 1]) = received;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t received = shuffle_xor(upper ? words[i] : words[i + 2], 2);
+    (upper ? words[i] : words[i + 2]) = received;
+  }
+}
+
+// exp2(factor * logit - largest) are the weights. A negative scale goes into the queries' signs. At a scale of 0 the
+// factor is so small that every logit counts the same, and keys beyond the image, at -inf, still count nothing.
+SAIT_DEVICE float weight_factor(float scale) { return fmaxf(fabsf(scale) * 1.44269504f, FLT_MIN); }
+
+// Rows `first` to `first + 16` of the `count` that stay, gathered 16 bytes a lane; rows beyond are zeros.
+// kept_rows[i] is the row of the i-th in q; nullptr: row i itself.
+template <typename Traits>
+SAIT_DEVICE void load_queries(RowBlock<Traits>& rows, const typename Traits::Element* q, int64_t row_stride,
+                              const int32_t* kept_rows, int first, int count, float scale) {
+  const int lane = threadIdx.x % kWarpSize;
+  const uint32_t sign = scale < 0 ? 0x80008000u : 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int i = first + lane / 4 + 8 * half;
+    const typename Traits::Element* row = nullptr;
+    if (i < count) row = q + (kept_rows == nullptr ? i : kept_rows[i]) * row_stride;
+#pragma unroll
+    for (int step = 0; step < Traits::kSteps; step += 2) {  // 32 columns: this lane loads 8, and gets 2 of each 8
+      const int column = 16 * step + 8 * (lane % 4);
+      uint32_t words[4] = {};
+      if (row != nullptr && column < Traits::kHeadDim) {
+        const uint4 loaded = load_16(row + column);
+        words[0] = loaded.x ^ sign, words[1] = loaded.y ^ sign, words[2] = loaded.z ^ sign, words[3] = loaded.w ^ sign;
+      }
+      transpose_in_quad(words);
+      rows.query[step][half] = words[0];
+      rows.query[step][half + 2] = words[1];
+      if (step + 1 < Traits::kSteps) {
+        rows.query[step + 1][half] = words[2];
+        rows.query[step + 1][half + 2] = words[3];
+      }
+    }
+  }
+#pragma unroll
+  for (int tile = 0; tile < Traits::kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows.sums[tile][i] = 0;
+  }
+  rows.largest[0] = rows.largest[1] = -INFINITY;
+  rows.total[0] = rows.total[1] = 0;
+}
+
+// Copies n rows of a head, and zeros behind them up to a multiple of 16, into shared memory; without waiting for them.
+template <typename Traits, int kThreads>
+SAIT_DEVICE void copy_rows(typename Traits::Element* shared, const typename Traits::Element* global, int64_t row_stride,
+                           int n) {
+  constexpr int kPieces = Traits::kColumns / 8;  // of 16 bytes
+  const int pieces = (n + 15) / 16 * 16 * kPieces;
+  for (int i = threadIdx.x; i < pieces; i += kThreads) {
+    const int row = i / kPieces, column = i % kPieces * 8;
+    const bool valid = row < n && column < Traits::kHeadDim;
+    copy_async_16(shared + row * Traits::kStride + column, valid ? global + row * row_stride + column : global, valid);
+  }
+}
+
+// Goes on over n <= kKeys keys and values: copy_rows has put them there, so that rows up to a multiple of 16 are finite.
+template <typename Traits>
+SAIT_DEVICE void attend(RowBlock<Traits>& rows, const typename Traits::Element* keys,
+                        const typename Traits::Element* values, int n, float factor) {
+  constexpr int kTiles = Traits::kKeys / 8;
+  const typename Traits::Element tag{};
+  const int lane = threadIdx.x % kWarpSize;
+  float logits[kTiles][4];
+  float largest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int j = 0; j < kTiles; j += 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) logits[j][i] = logits[j + 1][i] = 0;
+    if (8 * j >= n) continue;
+    // Matrices: 8 keys by 8 columns, the next 8 columns, then the same of the next 8 keys.
+    const auto* key = keys + (8 * j + lane / 16 * 8 + lane % 8) * Traits::kStride + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int step = 0; step < Traits::kSteps; ++step) {
+      uint32_t b[4];
+      load_matrices_4(b, key + 16 * step);
+      multiply_add(logits[j], rows.query[step], b[0], b[1], tag);
+      multiply_add(logits[j + 1], rows.query[step], b[2], b[3], tag);
+    }
+#pragma unroll
+    for (int tile = j; tile < j + 2; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (8 * j + 16 > n && 8 * tile + 2 * (lane % 4) + i % 2 >= n) logits[tile][i] = -INFINITY;
+        largest[i / 2] = fmaxf(largest[i / 2], logits[tile][i]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    largest[half] = fmaxf(largest[half], shuffle_xor(largest[half], 1));
+    largest[half] = fmaxf(largest[half], shuffle_xor(largest[half], 2));
+    largest[half] = fmaxf(rows.largest[half], largest[half] * factor);
+    const float shrunk = exp2_fast(rows.largest[half] - largest[half]);
+    rows.largest[half] = largest[half];
+    rows.total[half] *= shrunk;
+#pragma unroll
+    for (int tile = 0; tile < Traits::kTiles; ++tile) {
+      rows.sums[tile][2 * half] *= shrunk;
+      rows.sums[tile][2 * half + 1] *= shrunk;
+    }
+  }
+
+#pragma unroll
+  for (int j = 0; j < kTiles; j += 2) {
+    if (8 * j >= n) continue;
+#pragma unroll
+    for (int tile = j; tile < j + 2; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        logits[tile][i] = exp2_fast(fmaf(logits[tile][i], factor, -largest[i / 2]));
+        rows.total[i / 2] += logits[tile][i];
+      }
+    }
+    const uint32_t weights[4] = {pack(logits[j][0], logits[j][1], tag), pack(logits[j][2], logits[j][3], tag),
+                                 pack(logits[j + 1][0], logits[j + 1][1], tag),
+                                 pack(logits[j + 1][2], logits[j + 1][3], tag)};
+    // Matrices: 8 values by 8 columns, the next 8 values, then the same of the next 8 columns; transposed.
+    const auto* value = values + (8 * j + lane / 8 % 2 * 8 + lane % 8) * Traits::kStride + lane / 16 * 8;
+#pragma unroll
+    for (int tile = 0; tile < Traits::kTiles; tile += 2) {
+      uint32_t b[4];
+      load_matrices_4_transposed(b, value + 8 * tile);
+      multiply_add(rows.sums[tile], weights, b[0], b[1], tag);
+      if (tile + 1 < Traits::kTiles) multiply_add(rows.sums[tile + 1], weights, b[2], b[3], tag);
+    }
+  }
+}
+
+// Writes the rows of load_queries to rows `first` and on of out, 16 bytes a lane.
+template <typename Traits>
+SAIT_DEVICE void store_rows(const RowBlock<Traits>& rows, typename Traits::Element* out, int64_t row_stride, int first,
+                            int count) {
+  const typename Traits::Element tag{};
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float total = rows.total[half];
+    total += shuffle_xor(total, 1);
+    total += shuffle_xor(total, 2);
+    const float inverse = 1 / total;
+    const int i = first + lane / 4 + 8 * half;
+#pragma unroll
+    for (int tile = 0; tile < Traits::kTiles; tile += 4) {  // 32 columns: this lane has 2 of each 8, and stores 8
+      uint32_t words[4] = {};
+#pragma unroll
+      for (int w = 0; w < 4 && tile + w < Traits::kTiles; ++w) {
+        const float (&sums)[4] = rows.sums[tile + w];
+        words[w] = pack(sums[2 * half] * inverse, sums[2 * half + 1] * inverse, tag);
+      }
+      transpose_in_quad(words);
+      const int column = 8 * (tile + lane % 4);
+      if (i < count && column < Traits::kHeadDim) {
+        store_16(out + i * row_stride + column, {words[0], words[1], words[2], words[3]});
+      }
+    }
+  }
+}
+
+// Calls run(AttentionTraits<Element, D>{}) for the dtype and head dimension; cudaErrorInvalidValue if none is built.
+template <typename Run>
+int with_attention_traits(DType dtype, int64_t head_dim, Run run) {
+  const auto with_dim = [&](auto tag) -> int {
+    using Element = decltype(tag);
+    switch (head_dim) {
+      case 32: return run(AttentionTraits<Element, 32>{});
+      case 64: return run(AttentionTraits<Element, 64>{});
+      case 72: return run(AttentionTraits<Element, 72>{});
+      case 80: return run(AttentionTraits<Element, 80>{});
+      case 96: return run(AttentionTraits<Element, 96>{});
+      case 128: return run(AttentionTraits<Element, 128>{});
+      default: return cudaErrorInvalidValue;
+    }
+  };
+  switch (dtype) {
+    case DType::kBFloat16: return with_dim(__nv_bfloat16{});
+    case DType::kFloat16: return with_dim(__half{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace sait::cuda
