@@ -26,6 +26,8 @@ struct AttentionTraits {
   static constexpr int kColumns = 16 * kSteps;  // in shared memory, zeros behind the head dimension
   static constexpr int kStride = kColumns + 8;  // of a row there
   static constexpr int kRowBytes = 2 * kStride;
+  // Blocks of 128 threads on an SM: as many as leave registers enough for no spill.
+  static constexpr int kBlocks = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
   static_assert(sizeof(Element) == 2 && kHeadDim % 8 == 0);
   // Eight rows at an odd multiple of 16 bytes lie in eight different groups of banks: load_matrices takes them at once.
   static_assert(kRowBytes % 32 == 16);
@@ -39,6 +41,11 @@ struct RowBlock {
   float largest[2];  // logit so far
   float total[2];  // of the weights, this lane's columns only
 };
+
+template <typename Element>
+SAIT_DEVICE const Element* row_of(const HeadView& view, int64_t row, int64_t head) {
+  return static_cast<const Element*>(view.data) + row * view.row_stride + head * view.head_stride;
+}
 
 // Four lanes hold four words each: lane t gets word t of every lane, in their order.
 SAIT_DEVICE void transpose_in_quad(uint32_t (&words)[4]) {
@@ -211,6 +218,32 @@ SAIT_DEVICE void store_rows(const RowBlock<Traits>& rows, typename Traits::Eleme
         store_16(out + i * row_stride + column, {words[0], words[1], words[2], words[3]});
       }
     }
+  }
+}
+
+// The kept rows of one head of an image, 16 at a time and warp, over keys and values that copy_rows has been asked for:
+// all `tokens` of them, behind a commit. `q` and kept_rows are as for load_queries; row i goes to out + i * out_stride.
+template <typename Traits, int kThreads>
+SAIT_DEVICE void attend_all(const typename Traits::Element* keys, const typename Traits::Element* values, int tokens,
+                            const typename Traits::Element* q, int64_t q_stride, const int32_t* kept_rows, int kept,
+                            typename Traits::Element* out, int64_t out_stride, float scale) {
+  constexpr int kRows = kThreads / kWarpSize * 16;
+  const float factor = weight_factor(scale);
+  int first = static_cast<int>(threadIdx.x) / kWarpSize * 16;
+  RowBlock<Traits> rows;
+  load_queries(rows, q, q_stride, kept_rows, first, kept, scale);  // these come while the keys do
+  copies_wait<0>();
+  sync_block();
+#pragma unroll 1
+  while (first < kept) {
+#pragma unroll 1
+    for (int key = 0; key < tokens; key += Traits::kKeys) {
+      attend(rows, keys + key * Traits::kStride, values + key * Traits::kStride, min(tokens - key, Traits::kKeys),
+             factor);
+    }
+    store_rows(rows, out, out_stride, first, kept);
+    first += kRows;
+    if (first < kept) load_queries(rows, q, q_stride, kept_rows, first, kept, scale);
   }
 }
 

@@ -29,15 +29,11 @@ struct Head {
     kept = static_cast<int>(p.kept.cu_seqlens[image + 1] - first);
     const bool gathers = p.kept.indices != nullptr;
     kept_rows = gathers ? p.kept.indices + first : nullptr;
-    q = at(p.q, gathers ? 0 : begin, head);
-    k = at(p.k, begin, head);
-    v = at(p.v, begin, head);
+    q = row_of<Element>(p.q, gathers ? 0 : begin, head);
+    k = row_of<Element>(p.k, begin, head);
+    v = row_of<Element>(p.v, begin, head);
     out_stride = p.heads * Traits::kHeadDim;
     out = static_cast<Element*>(p.out) + first * out_stride + head * Traits::kHeadDim;
-  }
-
-  SAIT_DEVICE static const Element* at(const HeadView& view, int64_t row, int64_t head) {
-    return static_cast<const Element*>(view.data) + row * view.row_stride + head * view.head_stride;
   }
 };
 
@@ -45,10 +41,7 @@ struct Head {
 constexpr int kResidentThreads = 128;
 
 template <typename Traits>
-__global__ void __launch_bounds__(kResidentThreads, Traits::kHeadDim <= 64   ? 4
-                                                    : Traits::kHeadDim <= 96 ? 3
-                                                                             : 2)
-    attend_resident(const CompactAttentionParams p) {
+__global__ void __launch_bounds__(kResidentThreads, Traits::kBlocks) attend_resident(const CompactAttentionParams p) {
   const Head<Traits> head(p, blockIdx.x);
   if (head.kept == 0) return;
   auto* keys = reinterpret_cast<typename Traits::Element*>(shared_memory());
@@ -56,26 +49,8 @@ __global__ void __launch_bounds__(kResidentThreads, Traits::kHeadDim <= 64   ? 4
   copy_rows<Traits, kResidentThreads>(keys, head.k, p.k.row_stride, head.tokens);
   copy_rows<Traits, kResidentThreads>(values, head.v, p.v.row_stride, head.tokens);
   copies_commit();
-
-  const float factor = weight_factor(p.scale);
-  RowBlock<Traits> rows;
-  bool waits = true;
-#pragma unroll 1
-  for (int first = 16 * (threadIdx.x / kWarpSize); waits || first < head.kept; first += kResidentThreads / 2) {
-    load_queries(rows, head.q, p.q.row_stride, head.kept_rows, first, head.kept, p.scale);
-    if (waits) {  // the first queries come while the keys do
-      copies_wait<0>();
-      sync_block();
-      waits = false;
-    }
-    if (first >= head.kept) break;
-#pragma unroll 1
-    for (int key = 0; key < head.tokens; key += Traits::kKeys) {
-      attend(rows, keys + key * Traits::kStride, values + key * Traits::kStride, min(head.tokens - key, Traits::kKeys),
-             factor);
-    }
-    store_rows(rows, head.out, head.out_stride, first, head.kept);
-  }
+  attend_all<Traits, kResidentThreads>(keys, values, head.tokens, head.q, p.q.row_stride, head.kept_rows, head.kept,
+                                       head.out, head.out_stride, p.scale);
 }
 
 // Block (image and head, 128 kept rows): eight warps of 16 rows; the next keys and values come while these are used.

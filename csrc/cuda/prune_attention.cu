@@ -1,0 +1,140 @@
+// prune_attention in one launch, for devices with clusters of blocks.
+//
+// A block takes one head of an image, and the heads of an image are a cluster. Each block scores the keys against its
+// head's class query while the values are still on their way, and reads the other heads' scores from their shared memory.
+// From the mean all of them make the same choice, and each attends with the kept rows, keys and values still at hand.
+// So keys and values are read once, and nothing of a row that is dropped is computed or written. At 197 tokens of
+// D = 64 a block has 63 KB of shared memory, and three of them fit on an SM.
+#include "sait/prune_attention.h"
+
+#include <algorithm>
+
+#include "attention.cuh"
+#include "class_scores.cuh"
+#include "launch.cuh"
+#include "select_rows.cuh"
+
+namespace sait::cuda {
+namespace {
+
+constexpr int kThreads = kScoreThreads;
+constexpr int kPortableCluster = 8;
+constexpr int kLargestCluster = 16;  // where the device allows it
+// Two blocks of an SM. Beyond, one launch that scores and selects and one that attends have more warps at work.
+constexpr int kMostSharedBytes = 113 * 1024;
+
+// A block's shared memory, in this order; every part starts at a multiple of 16 bytes.
+template <typename Traits>
+struct Layout {
+  using Element = typename Traits::Element;
+  int keys, values, query, logits, scores, kept, sums, selecting, bytes;
+
+  __host__ SAIT_DEVICE explicit Layout(int tokens) {
+    const int matrix = (tokens + 15) / 16 * 16 * Traits::kRowBytes, vector = (tokens + 3) / 4 * 16;
+    keys = 0;
+    values = keys + matrix;
+    query = values + matrix;
+    logits = query + 4 * Traits::kHeadDim;
+    scores = logits + vector;
+    kept = scores + vector;
+    sums = kept + vector;
+    selecting = sums + static_cast<int>(sizeof(SumScratch));
+    bytes = selecting + static_cast<int>(sizeof(SelectScratch));
+  }
+};
+static_assert(sizeof(SumScratch) % 16 == 0);
+
+template <typename Traits>
+__global__ void __launch_bounds__(kThreads, Traits::kBlocks) prune(const PruneAttentionParams p) {
+#if SAIT_HAS_CLUSTERS
+  using Element = typename Traits::Element;
+  const int heads = static_cast<int>(p.heads), tokens = static_cast<int>(p.batch.max_seqlen);
+  const int head = cluster_rank();
+  const int64_t image = blockIdx.x / heads, begin = image * tokens;
+  const Layout<Traits> layout(tokens);
+  unsigned char* memory = shared_memory();
+  auto* keys = reinterpret_cast<Element*>(memory + layout.keys);
+  auto* values = reinterpret_cast<Element*>(memory + layout.values);
+  auto* query = reinterpret_cast<float*>(memory + layout.query);
+  auto* logits = reinterpret_cast<float*>(memory + layout.logits);
+  auto* scores = reinterpret_cast<float*>(memory + layout.scores);
+  auto* kept = reinterpret_cast<int32_t*>(memory + layout.kept);
+  auto* sums = reinterpret_cast<SumScratch*>(memory + layout.sums);
+  auto* selecting = reinterpret_cast<SelectScratch*>(memory + layout.selecting);
+
+  copy_rows<Traits, kThreads>(keys, row_of<Element>(p.k, begin, head), p.k.row_stride, tokens);
+  copies_commit();
+  copy_rows<Traits, kThreads>(values, row_of<Element>(p.v, begin, head), p.v.row_stride, tokens);
+  copies_commit();
+  for (int i = threadIdx.x; i < Traits::kHeadDim / 8; i += kThreads) {
+    float numbers[8];
+    widen(load_16(row_of<Element>(p.q, begin, head) + 8 * i), numbers, Element{});
+    for (int j = 0; j < 8; ++j) query[8 * i + j] = numbers[j];
+  }
+  copies_wait<1>();
+  sync_block();
+
+  for (int j = threadIdx.x; j < tokens; j += kThreads) {
+    const Element* key = keys + j * Traits::kStride;
+    logits[j] = class_logit<Element>(query, Traits::kHeadDim,
+                                     [&](int c) { return *reinterpret_cast<const uint4*>(key + 8 * c); });
+  }
+  sync_block();
+  softmax_in_place<kThreads>(logits, tokens, p.scale, sums);
+  cluster_arrive();
+  cluster_wait();
+  for (int j = threadIdx.x; j < tokens; j += kThreads) {
+    float sum = 0;
+    for (int h = 0; h < heads; ++h) sum += in_block(logits, h)[j];
+    scores[j] = sum * (1.f / static_cast<float>(heads));
+  }
+  cluster_arrive();  // this block has what it needs of the others; it waits for the same of them at its end
+  sync_block();
+
+  const int num_prefix = static_cast<int>(min(p.num_prefix, p.batch.max_seqlen));
+  const int count = select_rows<kThreads>(scores, tokens, num_prefix, rule_for(p.rule, tokens - num_prefix),
+                                          static_cast<int32_t>(begin), *selecting, kept);
+  sync_block();
+  if (head == 0) {
+    for (int i = threadIdx.x; i < count; i += kThreads) p.indices[image * p.rows + i] = kept[i];
+    if (threadIdx.x == 0) {
+      if (image == 0) p.kept_cu_seqlens[0] = 0;
+      p.kept_cu_seqlens[image + 1] = static_cast<int32_t>((image + 1) * p.rows);
+    }
+  }
+  const int64_t out_stride = p.heads * Traits::kHeadDim;
+  auto* out = static_cast<Element*>(p.out) + image * p.rows * out_stride + head * Traits::kHeadDim;
+  attend_all<Traits, kThreads>(keys, values, tokens, row_of<Element>(p.q, 0, head), p.q.row_stride, kept, count, out,
+                               out_stride, p.scale);
+  cluster_wait();
+#endif
+}
+
+}  // namespace
+
+bool prunes_in_one_launch(const PruneAttentionParams& params) {
+  if (params.rule.mass > 0 || params.batch.max_seqlen < 1) return false;
+  const int device = capability();
+  const int64_t largest = device == 90 || device == 100 ? kLargestCluster : kPortableCluster;
+  if (device < 90 || params.heads > largest) return false;
+  const int most = std::min(most_shared_bytes(), kMostSharedBytes);
+  return with_attention_traits(params.dtype, params.head_dim, [&](auto traits) {
+           using Traits = decltype(traits);
+           // Compared before the layout is made of it, whose numbers are ints.
+           if (params.batch.max_seqlen > most / (2 * Traits::kRowBytes)) return 1;
+           return Layout<Traits>(static_cast<int>(params.batch.max_seqlen)).bytes <= most ? 0 : 1;
+         }) == 0;
+}
+
+int prune_attention(const PruneAttentionParams& params, void* stream) {
+  return with_attention_traits(params.dtype, params.head_dim, [&](auto traits) {
+    using Traits = decltype(traits);
+    const Grid grid{.x = params.batch.images * params.heads,
+                    .threads = kThreads,
+                    .shared_bytes = Layout<Traits>(static_cast<int>(params.batch.max_seqlen)).bytes,
+                    .cluster = static_cast<int>(params.heads)};
+    return launch(prune<Traits>, grid, stream, params);
+  });
+}
+
+}  // namespace sait::cuda
