@@ -90,9 +90,10 @@ SAIT_DEVICE void load_matrices_4_transposed(uint32_t (&r)[4], const void* shared
 // a[0], a[1]: rows g and g + 8, columns 2t and 2t + 1;  a[2], a[3]: the same rows, columns 8 further;
 // b0, b1:     rows 2t, 2t + 1 and 8 further, column g;   c: row g, columns 2t, 2t + 1; row g + 8, the same.
 SAIT_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 SAIT_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -119,6 +120,9 @@ SAIT_DEVICE float2 unpack(uint32_t pair, __nv_bfloat16) {
   return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
 }
 SAIT_DEVICE float2 unpack(uint32_t pair, __half) { return __half22float2(reinterpret_cast<const __half2&>(pair)); }
+SAIT_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
+// a b rounded on its own, where the compiler might fuse it with an addition and round once.
+SAIT_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 SAIT_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 SAIT_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 
