@@ -95,29 +95,26 @@ SAIT_DEVICE float sum_of_squares(int head_dim, Row row) {
   return sum_of_chunks<E>(head_dim, [&](int c, float sum) { return add_squares<E>(row(c), sum); });
 }
 
-// 2^x for x <= 0, to an ulp; 0 below 2^-125. ex2.approx is off by two and its unit takes 16 numbers a cycle and
-// multiprocessor; this is 11 of the 128 instructions it issues in that time.
-SAIT_DEVICE float exp2_exact(float x) {
+// exp(scale (s - s*)) for a logit s and the logit s* of the greatest exponent, given `factor` = scale log2(e), to an ulp;
+// 0 below 2^-125. The difference is taken before it is scaled: near 0, where the exponential is large, it is exact.
+// ex2.approx is off by two ulp, and its unit takes 16 numbers a cycle and multiprocessor; this is 11 instructions, of
+// which 128 are issued in that time.
+constexpr float kLog2e = 1.44269504088896341f;
+SAIT_DEVICE float softmax_numerator(float logit, float shift, float factor) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: what is added to it becomes a whole number
-  const float whole = x + kRound;
-  const float rest = x - (whole - kRound);  // in [-1/2, 1/2]
-  // A minimax polynomial of degree 6, off by 1.9e-9.
+  const float difference = logit - shift;
+  const float whole = fmaf(difference, factor, kRound);
+  const float rest = fmaf(difference, factor, -(whole - kRound));  // in [-1/2, 1/2]
+  // 2^rest by a minimax polynomial of degree 6, off by 1.9e-9.
   float power = fmaf(1.534581e-4f, rest, 1.3399931e-3f);
   power = fmaf(power, rest, 9.6184891e-3f);
   power = fmaf(power, rest, 5.55032864e-2f);
   power = fmaf(power, rest, 2.402264625e-1f);
   power = fmaf(power, rest, 6.931471825e-1f);
   power = fmaf(power, rest, 1.f);
-  // The product, and not the sum of exponents, keeps a NaN.
+  // A product, since adding up exponents would lose a NaN.
   const float result = power * float_of_bits((float_bits(whole) << 23) + 0x3f800000u);
-  return x < -125.f ? 0.f : result;
-}
-
-// exp(scale (s - s*)) for a logit s and the logit s* of the greatest exponent. The difference is taken before it is
-// scaled: near 0, where the exponential is large, it is exact.
-constexpr float kLog2e = 1.44269504088896341f;
-SAIT_DEVICE float softmax_numerator(float logit, float shift, float scale) {
-  return exp2_exact((logit - shift) * (scale * kLog2e));
+  return difference * factor < -125.f ? 0.f : result;
 }
 
 // Shared memory of the sums of a block.
@@ -184,10 +181,11 @@ struct Team {
 template <int kThreads>
 SAIT_DEVICE void softmax_in_place(float* logits, int n, float scale, SumScratch* scratch) {
   const float sign = scale < 0.f ? -1.f : 1.f;
+  const float factor = scale * kLog2e;
   const float shift = sign * Team<kThreads>::greatest(n, scratch, [=](int j) { return sign * logits[j]; });
   // A thread looks at the same numbers in each pass.
   const float total =
-      Team<kThreads>::sum(n, scratch, [=](int j) { return logits[j] = softmax_numerator(logits[j], shift, scale); });
+      Team<kThreads>::sum(n, scratch, [=](int j) { return logits[j] = softmax_numerator(logits[j], shift, factor); });
   const float inverse = 1.f / total;
   for (int j = Team<kThreads>::rank(); j < n; j += kThreads) logits[j] *= inverse;
 }
@@ -196,6 +194,7 @@ SAIT_DEVICE void softmax_in_place(float* logits, int n, float scale, SumScratch*
 // over the patches, by all kScoreThreads threads. Values that are all zero have no importance to share out.
 SAIT_DEVICE void share_out(float* scores, int n, int num_prefix, SumScratch* scratch) {
   using Block = Team<kScoreThreads>;
+  sync_block();  // and no product that a score is can be fused with the sum
   const float patches = Block::sum(n, scratch, [=](int j) { return j < num_prefix ? 0.f : scores[j]; });
   const float total = patches < kTiny ? kTiny : patches;
   for (int j = Block::rank(); j < n; j += kScoreThreads) scores[j] /= total;
