@@ -289,6 +289,11 @@ template <typename T>
 float2 unpack(uint32_t pair, T) {
   return {std::bit_cast<T>(static_cast<uint16_t>(pair)), std::bit_cast<T>(static_cast<uint16_t>(pair >> 16))};
 }
+inline int count_bits(uint32_t bits) { return std::popcount(bits); }
+inline double rounded_product(double a, double b) {
+  volatile double product = a * b;  // keeps the host's compiler from fusing it, too
+  return product;
+}
 inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float float_of_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 

@@ -1,0 +1,203 @@
+// What the first row of an image looks at, one head at a time: logits, softmax, and the sum over heads.
+//
+// score_tokens and the attention that prunes as it goes share these functions, and so the choice of rows is the same to
+// the last bit: every sum has one order, whoever computes it, and no product is left to be fused with a sum or not.
+#pragma once
+
+#include <limits>
+
+#include "instructions.cuh"
+
+namespace sait::cuda {
+
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+constexpr float kTiny = std::numeric_limits<float>::min();
+constexpr int kScoreThreads = 128;  // of a block that scores
+constexpr int kPartialSums = 8;  // of a dot product: the chunks c, c + 8, ... of 16 bytes; 8 lanes read 128 bytes
+
+template <typename E>
+constexpr int kChunk = 16 / sizeof(E);  // elements of 16 bytes
+
+// x[0, kChunk) of 16 bytes of elements.
+SAIT_DEVICE void widen(uint4 chunk, float (&x)[4], float) {
+  x[0] = float_of_bits(chunk.x), x[1] = float_of_bits(chunk.y);
+  x[2] = float_of_bits(chunk.z), x[3] = float_of_bits(chunk.w);
+}
+template <typename E>
+SAIT_DEVICE void widen(uint4 chunk, float (&x)[8], E) {
+  const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack(words[i], E{});
+    x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+  }
+}
+
+// `sum` and the products of two chunks, one after the other.
+template <int kElements>
+SAIT_DEVICE float add_products(const float (&a)[kElements], const float (&b)[kElements], float sum) {
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) sum = fmaf(a[i], b[i], sum);
+  return sum;
+}
+
+// The partial sums of eight lanes, put together as sum_of_partials does.
+SAIT_DEVICE float sum_of_lanes(float partial) {
+  for (int mask = 1; mask < kPartialSums; mask *= 2) partial += shuffle_xor(partial, mask);
+  return partial;
+}
+SAIT_DEVICE float sum_of_partials(const float (&p)[kPartialSums]) {
+  return ((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7]));
+}
+
+// A sum over the 16-byte chunks of a row by one thread; term(c, sum) adds that of chunk c.
+template <typename E, typename Term>
+SAIT_DEVICE float sum_of_chunks(int head_dim, Term term) {
+  float partials[kPartialSums] = {};
+  const int chunks = head_dim / kChunk<E>;
+  for (int first = 0; first < chunks; first += kPartialSums) {
+#pragma unroll
+    for (int i = 0; i < kPartialSums; ++i) {
+      if (first + i < chunks) partials[i] = term(first + i, partials[i]);
+    }
+  }
+  return sum_of_partials(partials);
+}
+
+// What chunk c of a row adds to its dot product with the query, float32 and aligned to 16 bytes; and to that with itself.
+template <typename E>
+SAIT_DEVICE float add_logit(const float* query, int c, uint4 chunk, float sum) {
+  float x[kChunk<E>], y[kChunk<E>];
+  widen(chunk, x, E{});
+#pragma unroll
+  for (int i = 0; i < kChunk<E>; i += 4) {
+    const float4 part = *reinterpret_cast<const float4*>(query + c * kChunk<E> + i);
+    y[i] = part.x, y[i + 1] = part.y, y[i + 2] = part.z, y[i + 3] = part.w;
+  }
+  return add_products(x, y, sum);
+}
+template <typename E>
+SAIT_DEVICE float add_squares(uint4 chunk, float sum) {
+  float x[kChunk<E>];
+  widen(chunk, x, E{});
+  return add_products(x, x, sum);
+}
+
+// query . key for one key, by one thread; row(c) returns its 16 bytes number c, from wherever they lie.
+template <typename E, typename Row>
+SAIT_DEVICE float class_logit(const float* query, int head_dim, Row row) {
+  return sum_of_chunks<E>(head_dim, [&](int c, float sum) { return add_logit<E>(query, c, row(c), sum); });
+}
+
+// The sum of squares of one head of a value: those of all heads, added up in their order, are the square of its norm.
+template <typename E, typename Row>
+SAIT_DEVICE float sum_of_squares(int head_dim, Row row) {
+  return sum_of_chunks<E>(head_dim, [&](int c, float sum) { return add_squares<E>(row(c), sum); });
+}
+
+// exp(scale (s - s*)) for a logit s and the logit s* of the greatest exponent, given `factor` = scale log2(e), to an ulp;
+// 0 below 2^-125. The difference is taken before it is scaled: near 0, where the exponential is large, it is exact.
+// ex2.approx is off by two ulp, and its unit takes 16 numbers a cycle and multiprocessor; this is 11 instructions, of
+// which 128 are issued in that time.
+constexpr float kLog2e = 1.44269504088896341f;
+SAIT_DEVICE float softmax_numerator(float logit, float shift, float factor) {
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: what is added to it becomes a whole number
+  const float difference = logit - shift;
+  const float whole = fmaf(difference, factor, kRound);
+  const float rest = fmaf(difference, factor, -(whole - kRound));  // in [-1/2, 1/2]
+  // 2^rest by a minimax polynomial of degree 6, off by 1.9e-9.
+  float power = fmaf(1.534581e-4f, rest, 1.3399931e-3f);
+  power = fmaf(power, rest, 9.6184891e-3f);
+  power = fmaf(power, rest, 5.55032864e-2f);
+  power = fmaf(power, rest, 2.402264625e-1f);
+  power = fmaf(power, rest, 6.931471825e-1f);
+  power = fmaf(power, rest, 1.f);
+  // A product, since adding up exponents would lose a NaN.
+  const float result = power * float_of_bits((float_bits(whole) << 23) + 0x3f800000u);
+  return difference * factor < -125.f ? 0.f : result;
+}
+
+// Shared memory of the sums of a block.
+struct SumScratch {
+  float parts[2][kScoreThreads / kWarpSize];
+};
+
+// Sums and the greatest of the numbers that item(j) gives for j in [0, n), by a warp or by a block of kScoreThreads.
+// Partial sum t of 128 adds up the numbers t, t + 128, ...; 32 of them make a tree, and the four trees come in order. A
+// warp has all 128, four a lane, and a block has one a thread: the bits are the same.
+template <int kThreads>
+struct Team {
+  static constexpr int kWarps = kScoreThreads / kWarpSize;
+  static constexpr int kSums = kScoreThreads / kThreads;  // partial sums of a thread
+  static_assert(kThreads == kWarpSize || kThreads == kScoreThreads);
+
+  static SAIT_DEVICE int rank() { return static_cast<int>(threadIdx.x) % kThreads; }
+
+  template <typename Item>
+  static SAIT_DEVICE float greatest(int n, SumScratch* scratch, Item item) {
+    float best = kLowest;
+    for (int j = rank(); j < n; j += kThreads) best = fmaxf(best, item(j));
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) best = fmaxf(best, shuffle_xor(best, mask));
+    if constexpr (kThreads == kScoreThreads) {
+      publish(scratch->parts[0], best);
+      for (int i = 0; i < kWarps; ++i) best = fmaxf(best, scratch->parts[0][i]);
+    }
+    return best;
+  }
+
+  template <typename Item>
+  static SAIT_DEVICE float sum(int n, SumScratch* scratch, Item item) {
+    float sums[kSums] = {};
+    for (int first = rank(); first - rank() < n; first += kScoreThreads) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        const int j = first + i * kThreads;
+        if (j < n) sums[i] += item(j);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      for (int mask = kWarpSize / 2; mask > 0; mask /= 2) sums[i] += shuffle_xor(sums[i], mask);
+    }
+    if constexpr (kThreads == kScoreThreads) {
+      publish(scratch->parts[1], sums[0]);
+      const float* parts = scratch->parts[1];
+      return ((parts[0] + parts[1]) + parts[2]) + parts[3];
+    } else {
+      return ((sums[0] + sums[1]) + sums[2]) + sums[3];
+    }
+  }
+
+ private:
+  static SAIT_DEVICE void publish(float* parts, float value) {
+    sync_block();  // others may still read what was there
+    if (threadIdx.x % kWarpSize == 0) parts[threadIdx.x / kWarpSize] = value;
+    sync_block();
+  }
+};
+
+// Turns n logits in shared or global memory into softmax(scale * logits), by the kThreads threads of a block or, with
+// 32, of a warp, which needs no scratch. The logits have to be visible to them, and their results are behind a barrier.
+template <int kThreads>
+SAIT_DEVICE void softmax_in_place(float* logits, int n, float scale, SumScratch* scratch) {
+  const float sign = scale < 0.f ? -1.f : 1.f;
+  const float factor = scale * kLog2e;
+  const float shift = sign * Team<kThreads>::greatest(n, scratch, [=](int j) { return sign * logits[j]; });
+  // A thread looks at the same numbers in each pass.
+  const float total =
+      Team<kThreads>::sum(n, scratch, [=](int j) { return logits[j] = softmax_numerator(logits[j], shift, factor); });
+  const float inverse = 1.f / total;
+  for (int j = Team<kThreads>::rank(); j < n; j += kThreads) logits[j] *= inverse;
+}
+
+// cls_value: turns n scores, sum_h A_h0j times the square root of the sum of squares of v_j, into shares of their sum
+// over the patches, by all kScoreThreads threads. Values that are all zero have no importance to share out.
+SAIT_DEVICE void share_out(float* scores, int n, int num_prefix, SumScratch* scratch) {
+  using Block = Team<kScoreThreads>;
+  sync_block();  // and no product that a score is can be fused with the sum
+  const float patches = Block::sum(n, scratch, [=](int j) { return j < num_prefix ? 0.f : scores[j]; });
+  const float total = patches < kTiny ? kTiny : patches;
+  for (int j = Block::rank(); j < n; j += kScoreThreads) scores[j] /= total;
+}
+
+}  // namespace sait::cuda
