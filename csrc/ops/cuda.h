@@ -4,9 +4,18 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <ATen/ops/clone.h>
+
 #include "ops/common.h"
 
 namespace sait {
+
+// The tensor, or a copy of it if one of its rows does not start at a multiple of 16 bytes, as the kernels read them.
+inline at::Tensor aligned(const at::Tensor& t) {
+  int64_t bytes = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.const_data_ptr()));
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) bytes |= t.size(i) > 1 ? t.stride(i) * t.element_size() : 0;
+  return bytes % 16 == 0 ? t : t.clone(at::MemoryFormat::Contiguous);
+}
 
 template <typename Launcher>
 void launch(const char* op, const at::Tensor& on, Launcher launcher) {

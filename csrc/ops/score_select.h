@@ -5,8 +5,15 @@
 #include <optional>
 #include <string_view>
 
+#include <ATen/ops/zeros.h>
+
 #include "ops/common.h"
+#include "sait/score_tokens.h"
 #include "sait/select.h"
+
+#ifdef SAIT_WITH_CUDA
+#include "ops/cuda.h"
+#endif
 
 namespace sait {
 
@@ -37,6 +44,14 @@ inline KeepRule mass_rule(const char* op, double mass, int64_t min_keep, std::op
   return {0, 0, mass, min_keep, max_keep.value_or(-1)};
 }
 
+// The patches of an image that a rate or a count keeps.
+inline int64_t checked_patches(const char* op, const KeepRule& rule, int64_t patches, int64_t image) {
+  const int64_t k = patches > 0 ? cpu::topk_patches(rule, patches) : 0;
+  SAIT_CHECK_VALUE(k <= patches, op, "keep", "at most " << patches << ", the patches of image " << image, k,
+                   "Pass a share such as 0.45, or a smaller number.");
+  return k;
+}
+
 // Where each image starts among the rows that a rate or a count keeps: (images + 1,) int32. cu_seqlens on the CPU.
 inline at::Tensor topk_cu_seqlens(const char* op, const at::Tensor& cu_seqlens, int64_t num_prefix,
                                   const KeepRule& rule) {
@@ -46,12 +61,86 @@ inline at::Tensor topk_cu_seqlens(const char* op, const at::Tensor& cu_seqlens, 
   offsets[0] = 0;
   for (int64_t b = 0; b + 1 < cu_seqlens.size(0); ++b) {
     const int64_t n = cu[b + 1] - cu[b], patches = n - std::min(num_prefix, n);
-    const int64_t k = patches > 0 ? cpu::topk_patches(rule, patches) : 0;
-    SAIT_CHECK_VALUE(k <= patches, op, "keep", "at most " << patches << ", the patches of image " << b, k,
-                     "Pass a share such as 0.45, or a smaller number.");
-    offsets[b + 1] = static_cast<int32_t>(offsets[b] + n - patches + k);
+    offsets[b + 1] = static_cast<int32_t>(offsets[b] + n - patches + checked_patches(op, rule, patches, b));
   }
   return kept;
 }
+
+#ifdef SAIT_WITH_CUDA
+// (indices, cu_seqlens) of the rows that stay, by run(KeptRowsParams, stream), which launches a kernel that ends in
+// keep_rows. Images of equal length: the sizes are known, and nothing synchronises. Else one copy reads two numbers.
+template <typename Run>
+std::tuple<at::Tensor, at::Tensor> kept_rows_by(const char* op, const at::Tensor& cu_seqlens, int64_t max_seqlen,
+                                                int64_t total, int64_t num_prefix, const KeepRule& rule, Run run) {
+  const int64_t images = cu_seqlens.size(0) - 1;
+  const auto empty = [&](int64_t size) { return at::empty({size}, cu_seqlens.options()); };
+  if (total == 0) return {empty(0), at::zeros({images + 1}, cu_seqlens.options())};
+  const Batch batch = batch_view(cu_seqlens, std::min(max_seqlen, total));
+  const int64_t prefix = std::min(num_prefix, total);
+  const auto launch_with = [&](const cuda::KeptRowsParams& params) {
+    launch(op, cu_seqlens, [&](void* stream) { return run(params, stream); });
+  };
+
+  if (rule.mass == 0 && total == images * max_seqlen) {
+    const int64_t patches = std::max<int64_t>(0, max_seqlen - prefix), k = checked_patches(op, rule, patches, 0);
+    const int64_t rows = max_seqlen - patches + k;
+    const at::Tensor indices = empty(images * rows), kept = empty(images + 1);
+    launch_with({nullptr,
+                 batch,
+                 prefix,
+                 {0, k, 0, 1, -1},
+                 rows,
+                 indices.mutable_data_ptr<int32_t>(),
+                 kept.mutable_data_ptr<int32_t>(),
+                 nullptr});
+    return {indices, kept};
+  }
+  const at::Tensor indices = empty(total), spread = empty(batch.max_seqlen > cuda::kMostRowsInShared ? total : 0);
+  const at::Tensor kept = at::zeros({cuda::kept_size(images)}, cu_seqlens.options());
+  launch_with({nullptr, batch, prefix, rule, 0, indices.mutable_data_ptr<int32_t>(), kept.mutable_data_ptr<int32_t>(),
+               spread.numel() > 0 ? spread.mutable_data_ptr<int32_t>() : nullptr});
+  const at::Tensor read = kept.narrow(0, images, 2).cpu();
+  const int32_t* sizes = read.const_data_ptr<int32_t>();
+  if (sizes[1] != 0) topk_cu_seqlens(op, cu_seqlens.cpu(), num_prefix, rule);  // raises, with the image's number
+  return {indices.narrow(0, 0, sizes[0]), kept.narrow(0, 0, images + 1)};
+}
+
+inline std::tuple<at::Tensor, at::Tensor> select_cuda(const char* op, const at::Tensor& scores,
+                                                      const at::Tensor& cu_seqlens, int64_t max_seqlen,
+                                                      int64_t num_prefix, const KeepRule& rule) {
+  const auto contiguous = scores.expect_contiguous();
+  return kept_rows_by(op, cu_seqlens, max_seqlen, scores.size(0), num_prefix, rule,
+                      [&](cuda::KeptRowsParams params, void* stream) {
+                        params.scores = contiguous->const_data_ptr<float>();
+                        return cuda::select(params, stream);
+                      });
+}
+
+// (total,) scores; the rows of params.q, k and v are aligned(). The memory is that of `like`.
+inline at::Tensor scores_cuda(const char* op, ScoreTokensParams params, const at::Tensor& like) {
+  const auto float32 = like.options().dtype(at::kFloat);
+  const at::Tensor scores = at::empty({params.total}, float32);
+  const at::Tensor scratch = at::empty({cuda::scratch_size(params, false)}, float32);
+  params.scores = scores.mutable_data_ptr<float>();
+  params.head_sums = scratch.mutable_data_ptr<float>();
+  launch(op, like, [&](void* stream) { return cuda::score_tokens(params, stream); });
+  return scores;
+}
+
+// (indices, cu_seqlens) of the rows that stay, scored and selected: in one launch for the class token's kinds. The rows
+// of params.q, k and v are aligned().
+inline std::tuple<at::Tensor, at::Tensor> kept_rows_cuda(const char* op, ScoreTokensParams params, const KeepRule& rule,
+                                                         const at::Tensor& cu_seqlens) {
+  const int64_t max_seqlen = params.batch.max_seqlen;
+  if (params.kind == ScoreKind::kColumn) {
+    return select_cuda(op, scores_cuda(op, params, cu_seqlens), cu_seqlens, max_seqlen, params.num_prefix, rule);
+  }
+  const at::Tensor scratch = at::empty({cuda::scratch_size(params, true)}, cu_seqlens.options().dtype(at::kFloat));
+  params.head_sums = scratch.mutable_data_ptr<float>();
+  return kept_rows_by(
+      op, cu_seqlens, max_seqlen, params.total, params.num_prefix, rule,
+      [&](const cuda::KeptRowsParams& keep, void* stream) { return cuda::score_select(params, keep, stream); });
+}
+#endif
 
 }  // namespace sait

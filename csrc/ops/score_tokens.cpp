@@ -46,6 +46,13 @@ at::Tensor score_tokens(const at::Tensor& q, const at::Tensor& k, const std::opt
                         const at::Tensor& cu_seqlens, int64_t max_seqlen, std::string_view kind, int64_t num_prefix,
                         std::optional<double> scale) {
   ScoreTokensParams params = check_score_tokens(q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale);
+#ifdef SAIT_WITH_CUDA
+  if (q.is_cuda()) {
+    const at::Tensor queries = aligned(q), keys = aligned(k), values = params.v.data == nullptr ? keys : aligned(*v);
+    params.q = head_view(queries), params.k = head_view(keys), params.v = head_view(values);
+    return scores_cuda("score_tokens", params, q);
+  }
+#endif
   const auto float32 = q.options().dtype(at::kFloat);
   at::Tensor scores = at::empty({params.total}, float32), head_sums;
   params.scores = scores.mutable_data_ptr<float>();
@@ -105,3 +112,7 @@ TORCH_LIBRARY_IMPL(sait, CPU, m) {
 TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
   m.impl("_check_score_tokens", sait::ChecksOnly<sait::check_score_tokens>::call);
 }
+
+#ifdef SAIT_WITH_CUDA
+TORCH_LIBRARY_IMPL(sait, CUDA, m) { m.impl("score_tokens", sait::score_tokens); }
+#endif

@@ -32,6 +32,9 @@ std::tuple<at::Tensor, at::Tensor> select_topk(const at::Tensor& scores, const a
                                                int64_t max_seqlen, std::optional<double> rate,
                                                std::optional<int64_t> count, int64_t num_prefix) {
   const KeepRule rule = check_select_topk(scores, cu_seqlens, max_seqlen, rate, count, num_prefix);
+#ifdef SAIT_WITH_CUDA
+  if (scores.is_cuda()) return select_cuda("select_topk", scores, cu_seqlens, max_seqlen, num_prefix, rule);
+#endif
   const at::Tensor kept_cu = topk_cu_seqlens("select_topk", cu_seqlens, num_prefix, rule);
   const int32_t* offsets = kept_cu.const_data_ptr<int32_t>();
   const Batch batch = batch_view(cu_seqlens, max_seqlen);
@@ -46,6 +49,9 @@ std::tuple<at::Tensor, at::Tensor> select_mass(const at::Tensor& scores, const a
                                                int64_t max_seqlen, double mass, int64_t num_prefix, int64_t min_keep,
                                                std::optional<int64_t> max_keep) {
   const KeepRule rule = check_select_mass(scores, cu_seqlens, max_seqlen, mass, num_prefix, min_keep, max_keep);
+#ifdef SAIT_WITH_CUDA
+  if (scores.is_cuda()) return select_cuda("select_mass", scores, cu_seqlens, max_seqlen, num_prefix, rule);
+#endif
   const Batch batch = batch_view(cu_seqlens, max_seqlen);
   // How many rows stay is known only afterwards: each image writes where its own rows lie, then they move together.
   const at::Tensor spread = at::empty({scores.size(0)}, cu_seqlens.options());
@@ -91,3 +97,10 @@ TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
   m.impl("_check_select_topk", sait::ChecksOnly<sait::check_select_topk>::call);
   m.impl("_check_select_mass", sait::ChecksOnly<sait::check_select_mass>::call);
 }
+
+#ifdef SAIT_WITH_CUDA
+TORCH_LIBRARY_IMPL(sait, CUDA, m) {
+  m.impl("select_topk", sait::select_topk);
+  m.impl("select_mass", sait::select_mass);
+}
+#endif

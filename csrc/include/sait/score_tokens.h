@@ -1,6 +1,7 @@
 // score_tokens: the importance of every row, float32 whatever the input type.
 #pragma once
 
+#include "sait/select.h"
 #include "sait/types.h"
 
 namespace sait {
@@ -14,7 +15,7 @@ struct ScoreTokensParams {
   DType dtype;
   float scale;
   float* scores;    // (total,)
-  float* head_sums;  // (heads, total) of scratch for kColumn; else nullptr
+  float* head_sums;  // scratch: on the CPU (heads, total) for kColumn, else nullptr; on CUDA as scratch_size says
 };
 
 struct ScoreTokensBackwardParams {
@@ -34,5 +35,16 @@ void score_tokens_backward(const ScoreTokensBackwardParams& params);
 // not used.
 void score_image(const ScoreTokensParams& params, int64_t image, float* scores);
 }  // namespace cpu
+
+namespace cuda {
+// Floats of scratch that score_tokens or score_select need.
+int64_t scratch_size(const ScoreTokensParams& params, bool selects);
+
+// On stream (a cudaStream_t); a cudaError_t as int. All rows have to start at multiples of 16 bytes.
+int score_tokens(const ScoreTokensParams& params, void* stream);
+
+// score_tokens and select in one launch, for the class token's kinds. params.scores is not used.
+int score_select(const ScoreTokensParams& params, const KeptRowsParams& keep, void* stream);
+}  // namespace cuda
 
 }  // namespace sait

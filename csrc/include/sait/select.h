@@ -36,4 +36,27 @@ int64_t select_image(const float* scores, int64_t begin, int64_t end, int64_t nu
 void select(const SelectParams& params);
 }  // namespace cpu
 
+namespace cuda {
+struct KeptRowsParams {
+  const float* scores;  // (total,); nullptr in score_select
+  Batch batch;
+  int64_t num_prefix;
+  KeepRule rule;
+  int64_t rows;      // that every image keeps, where all are of one length; else 0
+  int32_t* indices;  // (images * rows,); where rows is 0 (total,), of which the first cu_seqlens[images] are written
+  // (images + 1,) the rows' cu_seqlens. Where rows is 0, kept_size(images) zeros, of which these are the first; the next
+  // one becomes 1 where the count is above the patches of an image.
+  int32_t* kept;
+  int32_t* spread;  // (total,) of scratch where rows is 0 and images may have more than kMostRowsInShared; else nullptr
+};
+
+constexpr int64_t kMostRowsInShared = 4096;  // 16 KB: then 13 blocks of select share a multiprocessor of an H200
+
+// cu_seqlens, whether an image has too few, a ticket, the length of each image, and where each 128th image starts.
+constexpr int64_t kept_size(int64_t images) { return (images + 1) + 2 + images + (images / 128 + 1); }
+
+// One launch on stream (a cudaStream_t) each; a cudaError_t as int.
+int select(const KeptRowsParams& params, void* stream);
+}  // namespace cuda
+
 }  // namespace sait
