@@ -10,9 +10,11 @@
 #pragma once
 
 #include <cfloat>
+#include <iterator>
+#include <utility>
 
 #include "instructions.cuh"
-#include "sait/types.h"
+#include "sait/compact_attention.h"
 
 namespace sait::cuda {
 
@@ -248,23 +250,23 @@ SAIT_DEVICE void attend_all(const typename Traits::Element* keys, const typename
 }
 
 // Calls run(AttentionTraits<Element, D>{}) for the dtype and head dimension; cudaErrorInvalidValue if none is built.
+template <typename Element, size_t... i, typename Run>
+int with_head_dim(int64_t head_dim, std::index_sequence<i...>, Run run) {
+  int result = cudaErrorInvalidValue;
+  const auto found = [&](auto traits) {
+    result = run(traits);
+    return true;
+  };
+  (void)((head_dim == kHeadDims[i] && found(AttentionTraits<Element, kHeadDims[i]>{})) || ...);
+  return result;
+}
+
 template <typename Run>
 int with_attention_traits(DType dtype, int64_t head_dim, Run run) {
-  const auto with_dim = [&](auto tag) -> int {
-    using Element = decltype(tag);
-    switch (head_dim) {
-      case 32: return run(AttentionTraits<Element, 32>{});
-      case 64: return run(AttentionTraits<Element, 64>{});
-      case 72: return run(AttentionTraits<Element, 72>{});
-      case 80: return run(AttentionTraits<Element, 80>{});
-      case 96: return run(AttentionTraits<Element, 96>{});
-      case 128: return run(AttentionTraits<Element, 128>{});
-      default: return cudaErrorInvalidValue;
-    }
-  };
+  constexpr auto dims = std::make_index_sequence<std::size(kHeadDims)>{};
   switch (dtype) {
-    case DType::kBFloat16: return with_dim(__nv_bfloat16{});
-    case DType::kFloat16: return with_dim(__half{});
+    case DType::kBFloat16: return with_head_dim<__nv_bfloat16>(head_dim, dims, run);
+    case DType::kFloat16: return with_head_dim<__half>(head_dim, dims, run);
     default: return cudaErrorInvalidValue;
   }
 }

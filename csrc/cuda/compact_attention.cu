@@ -1,7 +1,5 @@
 // compact_attention: kept query rows over all rows of their image. Two kernels, equal to the last bit: short images have
 // all keys and values of a head in shared memory, longer ones pass them through it.
-#include "sait/compact_attention.h"
-
 #include <algorithm>
 
 #include "attention.cuh"

@@ -55,6 +55,16 @@ at::Tensor compact_attention(const at::Tensor& q, const at::Tensor& k, const at:
                              const OptionalTensor& kept_cu_seqlens, std::optional<double> scale) {
   const auto [kept, factor] = check_compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept_cu_seqlens, scale);
   at::Tensor out = at::empty({kept.rows, q.size(1) * q.size(2)}, q.options());
+#ifdef SAIT_WITH_CUDA
+  if (runs_on_cuda(q)) {
+    check_cuda_attention("compact_attention", q);
+    const at::Tensor queries = aligned(q), keys = aligned(k), values = aligned(v);
+    const CompactAttentionParams params =
+        attention_params(queries, keys, values, cu_seqlens, max_seqlen, kept, factor, out.mutable_data_ptr());
+    launch("compact_attention", q, [&](void* stream) { return cuda::compact_attention(params, stream); });
+    return out;
+  }
+#endif
   cpu::compact_attention(attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, out.mutable_data_ptr()));
   return out;
 }
@@ -99,6 +109,10 @@ TORCH_LIBRARY_IMPL(sait, CPU, m) {
   m.impl("compact_attention", sait::compact_attention);
   m.impl("compact_attention_backward", sait::compact_attention_backward);
 }
+
+#ifdef SAIT_WITH_CUDA
+TORCH_LIBRARY_IMPL(sait, CUDA, m) { m.impl("compact_attention", sait::compact_attention); }
+#endif
 
 TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
   m.impl("_check_compact_attention", sait::ChecksOnly<sait::check_compact_attention>::call);

@@ -1,8 +1,15 @@
 // Checks and parameters that compact_attention shares with prune_attention.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
+
 #include "ops/common.h"
 #include "sait/compact_attention.h"
+
+#ifdef SAIT_WITH_CUDA
+#include "ops/cuda.h"
+#endif
 
 namespace sait {
 
@@ -23,5 +30,17 @@ inline CompactAttentionParams attention_params(const at::Tensor& q, const at::Te
   return {head_view(q), head_view(k), head_view(v), batch_view(cu_seqlens, max_seqlen), kept, q.size(0),
           q.size(1),    q.size(2),    dtype_of(q),  static_cast<float>(scale),          out};
 }
+
+#ifdef SAIT_WITH_CUDA
+// What compact_attention and prune_attention have no CUDA kernel for is served by Triton, as backend.py decides.
+inline void check_cuda_attention(const char* op, const at::Tensor& q) {
+  SAIT_CHECK_TYPE(q.scalar_type() != at::kFloat, op, "q", "bfloat16 or float16 for the CUDA kernel", q.scalar_type(),
+                  "Use the triton backend, or convert it.");
+  const auto* end = std::end(cuda::kHeadDims);
+  SAIT_CHECK_VALUE(std::find(std::begin(cuda::kHeadDims), end, q.size(2)) != end, op, "q",
+                   "a head dimension of 32, 64, 72, 80, 96 or 128 for the CUDA kernel", q.size(2),
+                   "Use the triton backend.");
+}
+#endif
 
 }  // namespace sait

@@ -2,6 +2,7 @@
 #include "cpu/runtime.h"
 #include "ops/compact_attention.h"
 #include "ops/score_select.h"
+#include "sait/prune_attention.h"
 #include "sait/score_tokens.h"
 
 #include <algorithm>
@@ -55,6 +56,46 @@ std::tuple<at::Tensor, at::Tensor> kept_rows(const char* op, const ScoreTokensPa
   return {indices, kept_cu};
 }
 
+#ifdef SAIT_WITH_CUDA
+// One launch where images are of equal length, keep a fixed number of rows by the class token's attention, and the device
+// has clusters; else one that scores and selects, and one that attends.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention_cuda(const at::Tensor& q, const at::Tensor& k,
+                                                                    const at::Tensor& v, const at::Tensor& cu_seqlens,
+                                                                    ScoreTokensParams score, const KeepRule& rule) {
+  constexpr const char* op = "prune_attention";
+  check_cuda_attention(op, q);
+  const at::Tensor queries = aligned(q), keys = aligned(k), values = aligned(v);
+  score.q = head_view(queries), score.k = head_view(keys), score.v = head_view(values);
+  const int64_t images = score.batch.images, longest = score.batch.max_seqlen, width = q.size(1) * q.size(2);
+  const auto empty = [&](int64_t size) { return at::empty({size}, cu_seqlens.options()); };
+  const bool equal = score.total > 0 && score.total == images * longest;
+  if (equal && rule.mass == 0 && score.kind == ScoreKind::kCls) {
+    const int64_t patches = longest - std::min(score.num_prefix, longest);
+    const int64_t rows = longest - patches + checked_patches(op, rule, patches, 0);
+    const c10::OptionalDeviceGuard guard(q.device());
+    PruneAttentionParams params{score.q,        score.k,          score.v, score.batch, score.heads,
+                                score.head_dim, score.num_prefix, rule,    rows,        score.dtype,
+                                score.scale,    nullptr,          nullptr, nullptr};
+    if (cuda::prunes_in_one_launch(params)) {
+      at::Tensor out = at::empty({images * rows, width}, q.options()), indices = empty(images * rows);
+      at::Tensor kept_cu = empty(images + 1);
+      params.out = out.mutable_data_ptr();
+      params.indices = indices.mutable_data_ptr<int32_t>();
+      params.kept_cu_seqlens = kept_cu.mutable_data_ptr<int32_t>();
+      launch(op, q, [&](void* stream) { return cuda::prune_attention(params, stream); });
+      return {out, indices, kept_cu};
+    }
+  }
+  auto [indices, kept_cu] = kept_rows_cuda(op, score, rule, cu_seqlens);
+  at::Tensor out = at::empty({indices.size(0), width}, q.options());
+  const Kept kept{indices.const_data_ptr<int32_t>(), kept_cu.const_data_ptr<int32_t>(), indices.size(0)};
+  const CompactAttentionParams params =
+      attention_params(queries, keys, values, cu_seqlens, longest, kept, score.scale, out.mutable_data_ptr());
+  launch(op, q, [&](void* stream) { return cuda::compact_attention(params, stream); });
+  return {out, indices, kept_cu};
+}
+#endif
+
 struct Checked {
   ScoreTokensParams score;
   KeepRule rule;
@@ -82,6 +123,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention(const at::Tensor&
                                                                std::optional<double> scale) {
   const auto [score, rule] =
       check_prune_attention(q, k, v, cu_seqlens, max_seqlen, rate, count, mass, kind, num_prefix, scale);
+#ifdef SAIT_WITH_CUDA
+  if (runs_on_cuda(q)) return prune_attention_cuda(q, k, v, cu_seqlens, score, rule);
+#endif
   auto [indices, kept_cu] = kept_rows("prune_attention", score, rule, cu_seqlens);
   at::Tensor out = at::empty({indices.size(0), q.size(1) * q.size(2)}, q.options());
   const Kept kept{indices.const_data_ptr<int32_t>(), kept_cu.const_data_ptr<int32_t>(), indices.size(0)};
@@ -103,6 +147,10 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) { m.impl("prune_attention", sait::prune_attention); }
+
+#ifdef SAIT_WITH_CUDA
+TORCH_LIBRARY_IMPL(sait, CUDA, m) { m.impl("prune_attention", sait::prune_attention); }
+#endif
 
 TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
   m.impl("_check_prune_attention", sait::ChecksOnly<sait::check_prune_attention>::call);

@@ -30,7 +30,10 @@ void compact_attention_backward(const CompactAttentionBackwardParams& params);
 }  // namespace cpu
 
 namespace cuda {
-// bfloat16 and float16, head_dim 32, 64, 72, 80, 96 or 128, rows and heads of q, k and v at multiples of 16 bytes.
+// What the kernels of compact_attention and prune_attention are compiled for, beside bfloat16 and float16.
+constexpr int64_t kHeadDims[] = {32, 64, 72, 80, 96, 128};
+
+// Rows and heads of q, k and v have to start at multiples of 16 bytes.
 // Launches on stream (a cudaStream_t); returns a cudaError_t as int.
 int compact_attention(const CompactAttentionParams& params, void* stream);
 }  // namespace cuda
