@@ -21,6 +21,7 @@ from sait.measure import interleave
 from torch import Tensor
 
 import sait_kernels as sk
+from sait_kernels.backend import KERNELS
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -151,7 +152,7 @@ def compare(
             roofs make of them is the floor.
     """
     copies = case.copies()
-    made = [sides(copy) for copy in copies]
+    made = [with_triton(*sides(copy)) for copy in copies]
     names = list(made[0][1])
     calls = [[ours for ours, _ in made], *([baselines[which] for _, baselines in made] for which in names)]
     with torch.inference_mode():
@@ -173,6 +174,18 @@ def compare(
         }
         rows.append(row | {"goal": goals[against]} if goals and against in goals else row)
     return rows
+
+
+def with_triton(ours: Callable[[], object], baselines: Mapping[str, Callable[[], object]]) -> Sides:
+    """On a GPU with CUDA kernels our own Triton kernels are one more baseline: which is faster decides who serves."""
+    if not (ON_GPU and "cuda" in KERNELS["compact_attention"]):
+        return ours, baselines
+
+    def triton() -> object:
+        with sk.backend("triton"):
+            return ours()
+
+    return ours, {**baselines, "sait_kernels, Triton": triton}
 
 
 def one_after_the_other(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

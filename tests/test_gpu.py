@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import assert_as_exact_as_torch, assert_same_bits, flat
+from helpers import KERNEL_BACKENDS, assert_as_exact_as_torch, assert_same_bits, flat
 from torch import Tensor
 
 import sait_kernels as sk
@@ -16,6 +21,7 @@ import sait_kernels as sk
 pytestmark = pytest.mark.gpu
 B, N, H, D = 4, 65, 3, 64
 C = H * D
+SMALL_CALLS = Path(__file__).with_name("small_calls.py")
 
 
 def inputs(seed: int) -> dict[str, Tensor]:
@@ -127,6 +133,22 @@ def test_mass_synchronises_once() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in caught if "synchroniz" in str(w.message)]) <= 1
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str, backend: str) -> None:
+    """No access out of bounds and no race in shared memory, in one small call of each op."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on the path; it comes with the CUDA toolkit")
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor has its own bounds
+    words = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(SMALL_CALLS), backend]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not serve this device")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "compact_attention" in done.stdout
 
 
 @pytest.fixture(scope="module")
