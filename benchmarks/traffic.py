@@ -1,7 +1,6 @@
 """DRAM bytes of each op's kernels against the fewest that it must move: ``python benchmarks/traffic.py`` on a GPU.
 
-Runs itself under Nsight Compute (``ncu``), which reads the hardware counters. The inputs are several times the L2 cache,
-so that what is read twice from memory shows. The goal is 1.15.
+Runs itself under Nsight Compute (``ncu``), which empties the caches and reads the hardware counters. The goal is 1.15.
 """
 
 from __future__ import annotations
