@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sait_kernels import library
 from sait_kernels.backend import autocast, choose, kernels, register
 from sait_kernels.registration import register_backward, register_op
 from sait_kernels.selection import Selection, check_selection, image_bounds
+
+CUDA_HEAD_DIMS: tuple[int, ...] = tuple(library.module.cuda_head_dims) if library.module else ()
 
 
 def compact_attention(
@@ -117,4 +120,13 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 register_op("compact_attention", _fake, __name__)
 register_op("compact_attention_backward", _backward_fake, __name__)
 register_backward("compact_attention", _backward, _context)
-register("compact_attention")
+def cuda_limits(q: Tensor) -> str | None:
+    """Why the CUDA kernels of attention do not serve such queries, or None."""
+    if q.dtype == torch.float32:
+        return "it multiplies in bfloat16 or float16, not float32"
+    if q.dim() == 3 and q.shape[2] not in CUDA_HEAD_DIMS:
+        return f"its head dimensions are {', '.join(map(str, CUDA_HEAD_DIMS))}, not {q.shape[2]}"
+    return None
+
+
+register("compact_attention", cuda_limits)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from sait_kernels.backend import autocast, choose, kernels, register
-from sait_kernels.ops.compact_attention import compact_attention_reference
+from sait_kernels.ops.compact_attention import compact_attention_reference, cuda_limits
 from sait_kernels.ops.score_tokens import score_tokens_reference
 from sait_kernels.ops.select import check_mass, kept_bound, select_mass_reference, select_topk_reference, split_keep
 from sait_kernels.registration import register_backward, register_op
@@ -134,4 +134,4 @@ def _backward(ops: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 
 register_op("prune_attention", _fake, __name__)
 register_backward("prune_attention", _backward, _context)
-register("prune_attention")
+register("prune_attention", cuda_limits)
