@@ -1,7 +1,8 @@
 """Builds sait_kernels._C: the CPU kernels always, the CUDA kernels where a matching nvcc is found.
 
 Environment: FORCE_CUDA=1 (fail rather than leave CUDA out), SAIT_NO_CUDA=1 (leave it out), TORCH_CUDA_ARCH_LIST,
-CUDA_HOME, MAX_JOBS. Everything else is in pyproject.toml.
+CUDA_HOME, MAX_JOBS; SAIT_EMULATE=1 builds sait_kernels._emulated instead, for `make emulate`. Everything else is in
+pyproject.toml.
 """
 
 from __future__ import annotations
@@ -54,12 +55,8 @@ def cuda_decision() -> tuple[Path | None, str]:
 
 
 def arch_list() -> str:
-    """TORCH_CUDA_ARCH_LIST, else what this torch was built for, from sm_80 on."""
-    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return os.environ["TORCH_CUDA_ARCH_LIST"]
-    archs = sorted({int(sm) for sm in re.findall(r"sm_(\d+)", torch._C._cuda_getArchFlags() or "")})
-    served = [f"{sm // 10}.{sm % 10}" for sm in archs if sm >= 80]
-    return ";".join(served or ["8.0", "9.0"]) + "+PTX"
+    """TORCH_CUDA_ARCH_LIST, else the two that differ in source: sm_90 has clusters. PTX serves what came later."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
 
 
 def max_jobs() -> int:
@@ -69,7 +66,8 @@ def max_jobs() -> int:
     return max(1, min(os.cpu_count() or 1, int(memory / GIB_PER_JOB)))
 
 
-cuda_home, reason = cuda_decision()
+emulate = flag("SAIT_EMULATE")
+cuda_home, reason = (None, "the CUDA kernels run on the host") if emulate else cuda_decision()
 if cuda_home is None and flag("FORCE_CUDA"):
     raise SystemExit(f"sait_kernels: FORCE_CUDA is set, but the CUDA kernels cannot be built: {reason}")
 if cuda_home is not None:
@@ -88,13 +86,27 @@ include_dirs = [str(ROOT / "csrc"), str(ROOT / "csrc" / "include")]
 cxx_flags = ["-O3", "-std=c++20", "-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-fvisibility=hidden"]
 cxx_flags += ["-ffp-contract=off", "-fopenmp"]
 link_flags = ["-fopenmp"]
-if cuda_home is not None:
+if emulate:
+    extension = CppExtension(
+        "sait_kernels._emulated",
+        cpp_sources,
+        include_dirs=include_dirs,
+        define_macros=[("SAIT_WITH_CUDA", None), ("SAIT_EMULATE", None)],
+        extra_compile_args={"cxx": cxx_flags},
+        # The kernels alone are compiled with the sanitizers, by the Makefile.
+        extra_objects=[f"build/emulated/{Path(source).stem}.o" for source in cuda_sources],
+        extra_link_args=[*link_flags, "-fsanitize=address,undefined"],
+    )
+    built = f"CPU kernels, and CUDA kernels for the CPU ({reason})"
+elif cuda_home is not None:
     macros = [
         ("SAIT_WITH_CUDA", None),
         ("SAIT_CUDA_VERSION", f'"{torch.version.cuda}"'),
         ("SAIT_CUDA_ARCHS", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'),
     ]
-    nvcc_flags = ["-O3", "-std=c++20", "-Xptxas", "-warn-spills", "-Xcompiler", "-fvisibility=hidden"]
+    # A register that spills, or an array in local memory, fails the build.
+    nvcc_flags = ["-O3", "-std=c++20", "-Xptxas", "-warn-spills,-warn-lmem-usage", "-Werror", "all-warnings"]
+    nvcc_flags += ["-Xcompiler", "-fvisibility=hidden"]
     extension = CUDAExtension(
         "sait_kernels._C",
         cpp_sources + cuda_sources,
@@ -121,6 +133,8 @@ class Build(BuildExtension):
     def run(self) -> None:
         print(f"sait_kernels: building {built}; torch {torch.__version__}, {os.environ['MAX_JOBS']} jobs", flush=True)
         super().run()
+        if emulate:
+            return
         packages = [Path(self.build_lib) / "sait_kernels"] + [ROOT / "sait_kernels"] * bool(self.inplace)
         for package in packages:
             (package / "_build_info.py").write_text(

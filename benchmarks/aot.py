@@ -82,13 +82,20 @@ def cuobjdump(cubin: bytes, what: str) -> str:
 def facts_of(usage: str, sass: str, shared: int) -> Facts:
     """Of `cuobjdump -res-usage` and `-sass`; dynamic shared memory is Triton's to know."""
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    instructions = Counter(_INSTRUCTION.findall(sass))
+    instructions = instructions_of(sass)
     if found is None or not instructions:
         raise ValueError("cuobjdump: expected registers and instructions, found neither")
-    spills = sum(count * _bits(name) // 8 for name, count in instructions.items() if re.match("STL|LDL", name))
     loads = [_bits(name) for name in instructions if re.match(r"LDG|LDGSTS|UBLKCP", name) and name != "LDGDEPBAR"]
     matrix = {name: count for name, count in sorted(instructions.items()) if MATRIX.match(name)}
-    return Facts(int(found[1]), shared, int(found[2]), spills, matrix, max(loads, default=0))
+    return Facts(int(found[1]), shared, int(found[2]), spilled_bytes(instructions), matrix, max(loads, default=0))
+
+
+def instructions_of(sass: str) -> Counter[str]:
+    return Counter(_INSTRUCTION.findall(sass))
+
+
+def spilled_bytes(instructions: Counter[str]) -> int:
+    return sum(count * _bits(name) // 8 for name, count in instructions.items() if re.match("STL|LDL", name))
 
 
 def _bits(instruction: str) -> int:
@@ -97,7 +104,7 @@ def _bits(instruction: str) -> int:
     return widths[-1] if widths else 32
 
 
-def faults(facts: Facts, dots: bool) -> list[str]:
+def faults(facts: Any, dots: bool) -> list[str]:
     """Why a variant must not be shipped as it is."""
     found = []
     if facts.spills or facts.stack:
@@ -107,7 +114,7 @@ def faults(facts: Facts, dots: bool) -> list[str]:
     return found
 
 
-def drift(facts: Facts, before: dict[str, Any] | None) -> list[str]:
+def drift(facts: Any, before: dict[str, Any] | None) -> list[str]:
     """What differs from the baseline."""
     if before is None:
         return ["not in the baseline: run with --update"]

@@ -1,4 +1,4 @@
-// The pybind11 module sait_kernels._C: build facts and CPU features. Importing it registers the torch ops.
+// The pybind11 module sait_kernels._C (sait_kernels._emulated in `make emulate`): build facts and CPU features. Importing it registers the torch ops.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
@@ -11,7 +11,7 @@
 #define SAIT_CUDA_ARCHS ""
 #endif
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace sait::cpu;
   m.doc() = "Build facts and CPU features of sait_kernels; the ops are torch.ops.sait.*";
   m.attr("torch_version") = TORCH_VERSION;

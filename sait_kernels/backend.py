@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +19,9 @@ DISPATCH_KEY = {"cpu": "CPU", "cuda": "CUDA"}
 
 # op -> the backends that have a kernel for it; filled by register(), from what is really there.
 KERNELS: dict[str, tuple[str, ...]] = {}
+# op -> what its CUDA kernel leaves out: a function of the op's first tensor that returns the reason, or None.
+Limits = Callable[[Tensor], str | None]
+CUDA_LIMITS: dict[str, Limits] = {}
 
 _forced: ContextVar[str | None] = ContextVar("sait_kernels_backend", default=None)
 # torch.compile guards on globals but not on context variables: the same choice again, for compiled code only. Where
@@ -28,14 +31,20 @@ _entered: dict[object, str] = {}
 _forced_for_compiled: str | None = None
 
 
-def register(op: str) -> None:
-    """Called once by each op's file, last: notes which backends have a kernel for it."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    exists = hasattr(torch.ops.sait, op)
-    found = [name for name, key in DISPATCH_KEY.items() if exists and has_kernel(f"sait::{op}", key)]
+def register(op: str, limits: Limits | None = None) -> None:
+    """Called once by each op's file, last: notes which backends have a kernel for it.
+
+    ``limits`` takes the op's first tensor and says why the CUDA kernel does not serve it, or None where it does:
+    ``lambda q: None if q.shape[2] <= 128 else "it serves head dimensions up to 128"``. Such a call goes to Triton.
+    """
+    found = [name for name, key in DISPATCH_KEY.items() if registration.has_kernel(op, key)]
+    if registration.EMULATED and "cuda" in found:
+        found.remove("cpu")  # the emulated CUDA kernel stands in its place
     if hasattr(torch.ops.sait_triton, op):
         found.append("triton")
     KERNELS[op] = tuple(found)
+    if limits is not None:
+        CUDA_LIMITS[op] = limits
 
 
 @contextlib.contextmanager
@@ -85,13 +94,16 @@ def can_run(op: str, name: str, *tensors: Any, **options: Any) -> tuple[bool, st
     first = next((t for t in (*tensors, *options.values()) if isinstance(t, Tensor)), None)
     if first is None:
         return True, f"{op} has a {name} kernel"
-    interpreted = name == "triton" and registration.INTERPRETED and first.device.type == "cpu"
-    if first.device.type != DEVICE_OF[name] and not interpreted:
+    on_host = (name == "triton" and registration.INTERPRETED) or (name == "cuda" and registration.EMULATED)
+    if first.device.type != DEVICE_OF[name] and not (on_host and first.device.type == "cpu"):
         reason = f"the {name} backend serves {DEVICE_OF[name]} tensors, these are on {first.device.type}"
         hint = "; its interpreter, with TRITON_INTERPRET=1 in the environment from the start, serves cpu tensors"
         return False, reason + (hint if name == "triton" and first.device.type == "cpu" else "")
     if first.dtype not in KERNEL_DTYPES:
         return False, f"the {name} backend serves float32, bfloat16 and float16, these are {first.dtype}"
+    limit = _cuda_limit(op, name, first)
+    if limit is not None:
+        return False, f"the cuda kernel of {op} does not serve it: {limit}"
     return True, f"{op} has a {name} kernel for {first.dtype} on {first.device.type}"
 
 
@@ -114,7 +126,7 @@ def choose(op: str, required: dict[str, Any], optional: dict[str, Any] | None = 
         if not ok:
             raise RuntimeError(f"{op}: the forced backend {backend_name!r} cannot serve this call: {reason}.")
     else:
-        backend_name = _fastest(op, first.device.type)
+        backend_name = _fastest(op, first)
     for name, tensor in tensors.items():
         if tensor.device != first.device:
             raise ValueError(
@@ -128,9 +140,15 @@ def kernels(backend_name: str) -> Any:
     return torch.ops.sait_triton if backend_name == "triton" else torch.ops.sait
 
 
-def _fastest(op: str, device: str) -> str:
+def _cuda_limit(op: str, name: str, first: Tensor) -> str | None:
+    return CUDA_LIMITS[op](first) if name == "cuda" and op in CUDA_LIMITS else None
+
+
+def _fastest(op: str, first: Tensor) -> str:
+    device = first.device.type
     for name in ("cuda", "triton", "cpu"):
-        if DEVICE_OF[name] == device and name in KERNELS[op]:
+        here = DEVICE_OF[name] == device or (name == "cuda" and device == "cpu" and registration.EMULATED)
+        if here and name in KERNELS[op] and _cuda_limit(op, name, first) is None:
             return name
     why = library.problem or f"it has no kernel for tensors on {device!r}"
     raise RuntimeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from types import ModuleType
 
@@ -10,6 +11,8 @@ import torch
 
 __version__ = "0.1.0"
 
+# Set in `make emulate`, whose library runs the CUDA kernels on the host, for tensors of the CPU.
+EMULATED = os.environ.get("SAIT_EMULATED") == "1"
 REBUILD = "rebuild with `pip install --no-build-isolation .` in the source tree, under the torch that is to run it"
 
 
@@ -23,6 +26,8 @@ def _cuda_variant(version: str | None) -> str:
 
 def _load() -> tuple[ModuleType | None, str]:
     """(module, "") or (None, the problem with both versions and the cure)."""
+    if EMULATED:
+        return importlib.import_module("sait_kernels._emulated"), ""
     running = f"torch {torch.__version__} ({_cuda_variant(torch.version.cuda)})"
     try:
         facts = importlib.import_module("sait_kernels._build_info")

@@ -17,14 +17,20 @@ import torch
 
 from sait_kernels import library
 
-# Triton decides when a kernel is defined whether a GPU runs it or its interpreter.
+# Kernels of a GPU that run on the host, for tests: CUDA's by emulation, Triton's by its interpreter, which is chosen
+# when a kernel is defined.
+EMULATED = library.EMULATED
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on", "yes"}
 NAMESPACES = ("sait", "sait_triton")
 _twins = torch.library.Library("sait_triton", "DEF")
+_gradients = torch.library.Library("sait", "IMPL")
 
 
 def register_op(op: str, fake: Callable[..., Any], file: str) -> None:
     """Called by each op's file: defines the twin where there is a Triton kernel, and says what either returns.
+
+    A gradient that has no CUDA kernel is the Triton kernel in ``sait``, too, so that an op may have only its forward in
+    CUDA.
 
     The kernel is the function of the op's name in the file of ``sait_kernels/triton`` that has the name of the op's
     file; it is imported with the first call. It takes what the C++ op takes, checked by ``sait::_check_<op>``; where
@@ -40,6 +46,8 @@ def register_op(op: str, fake: Callable[..., Any], file: str) -> None:
         _twins.define(op + torch.library.infer_schema(fake, mutates_args=()))
         for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
             _twins.impl(op, _kernel(module, op), key)
+        if op.endswith("_backward") and has_kernel(op, "CPU") and not has_kernel(op, "CUDA"):
+            _gradients.impl(op, _kernel(module, op), "CUDA")
     for namespace in _holding(op):
         torch.library.register_fake(f"{namespace}::{op}", fake)
 
@@ -49,6 +57,11 @@ def register_backward(op: str, backward: Callable[..., Any], context: Callable[.
     for namespace in _holding(op):
         formula = functools.partial(backward, getattr(torch.ops, namespace))
         torch.library.register_autograd(f"{namespace}::{op}", formula, setup_context=context)
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether ``sait::<op>`` is there and has a kernel for a dispatch key."""
+    return hasattr(torch.ops.sait, op) and torch._C._dispatch_has_kernel_for_dispatch_key(f"sait::{op}", key)
 
 
 def _holding(op: str) -> list[str]:

@@ -26,10 +26,10 @@ from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
 import sait_kernels as sk  # noqa: E402
 from sait_kernels import library  # noqa: E402
-from sait_kernels.registration import INTERPRETED  # noqa: E402
+from sait_kernels.registration import EMULATED, INTERPRETED  # noqa: E402
 
 # A backend joins every test by its name here.
-KERNEL_BACKENDS = ("triton",) if ON_GPU else ("cpu", "triton")
+KERNEL_BACKENDS = ("triton", "cuda") if ON_GPU else ("cuda",) if EMULATED else ("cpu", "triton")
 BACKENDS = ("reference", *KERNEL_BACKENDS)
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,8 +81,11 @@ def kernel_ops() -> list[Any]:
 
 
 def slow_here(backend: str) -> bool:
-    """Triton's interpreter takes some 50 us for an operation of a program: there, large problems take turns."""
-    return backend == "triton" and INTERPRETED
+    """Triton's interpreter takes some 50 us for an operation of a program: there, large problems take turns.
+
+    The emulation of CUDA takes some 3 us for an exchange of a warp.
+    """
+    return (backend == "triton" and INTERPRETED) or (backend == "cuda" and EMULATED)
 
 
 def cu_of(lengths: Sequence[int]) -> Tensor:

@@ -5,6 +5,10 @@
 
 #include "ops/common.h"
 
+#ifdef SAIT_WITH_CUDA
+#include "ops/cuda.h"
+#endif
+
 namespace sait {
 namespace {
 
@@ -53,10 +57,26 @@ std::tuple<at::Tensor, at::Tensor> gather_add_norm(const at::Tensor& x, const at
   const at::Tensor weights = channel_vector(weight), biases = channel_vector(bias);
   const at::Tensor gammas = gamma ? channel_vector(*gamma) : at::Tensor();
   at::Tensor residual = at::empty(y.sizes(), y.options()), normed = at::empty(y.sizes(), y.options());
-  cpu::gather_add_norm({row_view(x), row_view(y), indices.const_data_ptr<int32_t>(), weights.const_data_ptr<float>(),
-                        biases.const_data_ptr<float>(), gamma ? gammas.const_data_ptr<float>() : nullptr, y.size(0),
-                        x.size(0), x.size(1), static_cast<float>(eps), dtype_of(x), residual.mutable_data_ptr(),
-                        normed.mutable_data_ptr()});
+  const GatherAddNormParams params{row_view(x),
+                                   row_view(y),
+                                   indices.const_data_ptr<int32_t>(),
+                                   weights.const_data_ptr<float>(),
+                                   biases.const_data_ptr<float>(),
+                                   gamma ? gammas.const_data_ptr<float>() : nullptr,
+                                   y.size(0),
+                                   x.size(0),
+                                   x.size(1),
+                                   static_cast<float>(eps),
+                                   dtype_of(x),
+                                   residual.mutable_data_ptr(),
+                                   normed.mutable_data_ptr()};
+#ifdef SAIT_WITH_CUDA
+  if (runs_on_cuda(x)) {
+    launch("gather_add_norm", x, [&](void* stream) { return cuda::gather_add_norm(params, stream); });
+    return {residual, normed};
+  }
+#endif
+  cpu::gather_add_norm(params);
   return {residual, normed};
 }
 
@@ -118,3 +138,7 @@ TORCH_LIBRARY_IMPL(sait, CPU, m) {
 TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
   m.impl("_check_gather_add_norm", sait::check_gather_add_norm);
 }
+
+#ifdef SAIT_WITH_CUDA
+TORCH_LIBRARY_IMPL(sait, CUDA, m) { m.impl("gather_add_norm", sait::gather_add_norm); }
+#endif

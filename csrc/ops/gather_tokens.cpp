@@ -24,7 +24,7 @@ at::Tensor gather_tokens(const at::Tensor& x, const at::Tensor& indices) {
       x.const_data_ptr(), out.mutable_data_ptr(), indices.const_data_ptr<int32_t>(), indices.size(0), x.size(0),
       x.size(1) * size,   x.stride(0) * size};
 #ifdef SAIT_WITH_CUDA
-  if (x.is_cuda()) {
+  if (runs_on_cuda(x)) {
     launch("gather_tokens", x, [&](void* stream) { return cuda::gather_tokens(params, stream); });
     return out;
   }
@@ -56,9 +56,22 @@ at::Tensor scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_
   check_scatter_tokens(y, indices, total, base);
   at::Tensor out = at::empty({total, y.size(1)}, y.options());
   const int64_t size = y.element_size();
-  cpu::scatter_tokens({y.const_data_ptr(), base ? base->const_data_ptr() : nullptr, out.mutable_data_ptr(),
-                       indices.const_data_ptr<int32_t>(), indices.size(0), total, y.size(1) * size, y.stride(0) * size,
-                       base ? base->stride(0) * size : 0});
+  const ScatterTokensParams params{y.const_data_ptr(),
+                                   base ? base->const_data_ptr() : nullptr,
+                                   out.mutable_data_ptr(),
+                                   indices.const_data_ptr<int32_t>(),
+                                   indices.size(0),
+                                   total,
+                                   y.size(1) * size,
+                                   y.stride(0) * size,
+                                   base ? base->stride(0) * size : 0};
+#ifdef SAIT_WITH_CUDA
+  if (runs_on_cuda(y)) {
+    launch("scatter_tokens", y, [&](void* stream) { return cuda::scatter_tokens(params, stream); });
+    return out;
+  }
+#endif
+  cpu::scatter_tokens(params);
   return out;
 }
 
@@ -83,5 +96,8 @@ TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
 }
 
 #ifdef SAIT_WITH_CUDA
-TORCH_LIBRARY_IMPL(sait, CUDA, m) { m.impl("gather_tokens", sait::gather_tokens); }
+TORCH_LIBRARY_IMPL(sait, CUDA, m) {
+  m.impl("gather_tokens", sait::gather_tokens);
+  m.impl("scatter_tokens", sait::scatter_tokens);
+}
 #endif

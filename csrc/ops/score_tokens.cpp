@@ -47,7 +47,7 @@ at::Tensor score_tokens(const at::Tensor& q, const at::Tensor& k, const std::opt
                         std::optional<double> scale) {
   ScoreTokensParams params = check_score_tokens(q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale);
 #ifdef SAIT_WITH_CUDA
-  if (q.is_cuda()) {
+  if (runs_on_cuda(q)) {
     const at::Tensor queries = aligned(q), keys = aligned(k), values = params.v.data == nullptr ? keys : aligned(*v);
     params.q = head_view(queries), params.k = head_view(keys), params.v = head_view(values);
     return scores_cuda("score_tokens", params, q);

@@ -33,7 +33,7 @@ std::tuple<at::Tensor, at::Tensor> select_topk(const at::Tensor& scores, const a
                                                std::optional<int64_t> count, int64_t num_prefix) {
   const KeepRule rule = check_select_topk(scores, cu_seqlens, max_seqlen, rate, count, num_prefix);
 #ifdef SAIT_WITH_CUDA
-  if (scores.is_cuda()) return select_cuda("select_topk", scores, cu_seqlens, max_seqlen, num_prefix, rule);
+  if (runs_on_cuda(scores)) return select_cuda("select_topk", scores, cu_seqlens, max_seqlen, num_prefix, rule);
 #endif
   const at::Tensor kept_cu = topk_cu_seqlens("select_topk", cu_seqlens, num_prefix, rule);
   const int32_t* offsets = kept_cu.const_data_ptr<int32_t>();
@@ -50,7 +50,7 @@ std::tuple<at::Tensor, at::Tensor> select_mass(const at::Tensor& scores, const a
                                                std::optional<int64_t> max_keep) {
   const KeepRule rule = check_select_mass(scores, cu_seqlens, max_seqlen, mass, num_prefix, min_keep, max_keep);
 #ifdef SAIT_WITH_CUDA
-  if (scores.is_cuda()) return select_cuda("select_mass", scores, cu_seqlens, max_seqlen, num_prefix, rule);
+  if (runs_on_cuda(scores)) return select_cuda("select_mass", scores, cu_seqlens, max_seqlen, num_prefix, rule);
 #endif
   const Batch batch = batch_view(cu_seqlens, max_seqlen);
   // How many rows stay is known only afterwards: each image writes where its own rows lie, then they move together.

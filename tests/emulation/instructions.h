@@ -19,7 +19,7 @@ namespace host {
 
 // apply(lanes) for the 32 arguments of a warp, once all of its lanes are here.
 template <typename Lane, typename Apply>
-void collective(const char* name, Where where, Lane& mine, Apply apply) {
+SAIT_UNCHECKED void collective(const char* name, Where where, Lane& mine, Apply apply) {
   if (machine.arrive(name, where, &mine)) {
     Lane* lanes[kWarpSize];
     for (int lane = 0; lane < kWarpSize; ++lane) lanes[lane] = static_cast<Lane*>(machine.lanes()[lane]);
@@ -29,30 +29,31 @@ void collective(const char* name, Where where, Lane& mine, Apply apply) {
   machine.wait();
 }
 
-// Each lane gets the value of lane from(its own).
-template <typename T, typename From>
-T exchange(const char* name, Where where, T value, From from) {
+// Each lane gets the value of the lane that it names.
+template <typename T>
+T exchange(const char* name, Where where, T value, int source) {
   struct Lane {
     T value, result;
-    decltype(from) source;
-  } mine{value, {}, from};
-  collective(name, where, mine, [](Lane** lanes) {
-    for (int lane = 0; lane < kWarpSize; ++lane) lanes[lane]->result = lanes[lanes[lane]->source(lane)]->value;
+    int source;
+  } mine{value, {}, source % kWarpSize};
+  collective(name, where, mine, [](Lane** lanes) SAIT_UNCHECKED {
+    for (int lane = 0; lane < kWarpSize; ++lane) lanes[lane]->result = lanes[lanes[lane]->source]->value;
   });
   return mine.result;
 }
 
 template <typename T>
 T exchange_xor(Where where, T value, int mask) {
-  return exchange("shuffle_xor", where, value, [mask](int lane) { return (lane ^ mask) % kWarpSize; });
+  return exchange("shuffle_xor", where, value, machine.self().lane ^ mask);
 }
 template <typename T>
 T exchange_lane(Where where, T value, int from) {
-  return exchange("shuffle", where, value, [from](int) { return from & (kWarpSize - 1); });
+  return exchange("shuffle", where, value, from & (kWarpSize - 1));
 }
 template <typename T>
 T exchange_up(Where where, T value, int delta) {
-  return exchange("shuffle_up", where, value, [delta](int lane) { return lane < delta ? lane : lane - delta; });
+  const int lane = machine.self().lane;
+  return exchange("shuffle_up", where, value, lane < delta ? lane : lane - delta);
 }
 
 template <typename Combine>
@@ -89,7 +90,7 @@ void load_matrices(const char* name, Where where, uint32_t (&r)[4], const void* 
   check_aligned(name, where, address);
   check_shared(name, where, address);
   MatrixRow mine{&r, address};
-  collective(name, where, mine, [](MatrixRow** lanes) {
+  collective(name, where, mine, [](MatrixRow** lanes) SAIT_UNCHECKED {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t element[8][8];
       for (int row = 0; row < 8; ++row) std::memcpy(element[row], lanes[8 * matrix + row]->address, 16);
@@ -111,12 +112,13 @@ struct Fragments {
 // Sums in float32, one product after the other along k; the products of two 16-bit numbers are exact in it.
 template <typename T>
 void multiply_add(const char* name, Where where, Fragments mine) {
-  collective(name, where, mine, [](Fragments** lanes) __attribute__((optimize("O3"), no_sanitize("address"))) {
+  collective(name, where, mine, [](Fragments** lanes) SAIT_UNCHECKED {
     typedef float Row __attribute__((vector_size(32)));
     float a[16][16];
     Row b[16], c[16];
-    const auto element = [](uint32_t pair, int high) {
-      return static_cast<float>(std::bit_cast<T>(static_cast<uint16_t>(pair >> (16 * high))));
+    const auto element = [](uint32_t pair, int high) SAIT_UNCHECKED {
+      const T narrow = __builtin_bit_cast(T, static_cast<uint16_t>(pair >> (16 * high)));
+      return static_cast<float>(narrow);
     };
     for (int lane = 0; lane < kWarpSize; ++lane) {
       const int g = lane / 4, t = lane % 4;

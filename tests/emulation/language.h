@@ -15,7 +15,6 @@
 #define __host__
 #define __constant__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
@@ -57,6 +56,8 @@ inline dim3 blockDim, gridDim;
 
 using std::max;
 using std::min;
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 
 // Rounded to nearest, ties to even; a NaN becomes 0x7fff, as on the device.

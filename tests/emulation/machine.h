@@ -11,7 +11,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include <memory>
 #include <mutex>
 #include <source_location>
 #include <string>
@@ -32,6 +31,10 @@
 #error "the emulation switches stacks by x86-64 instructions"
 #endif
 
+// For what runs at every switch: the sanitizers watch the kernels, not the scheduler. Such a function calls none of the
+// standard library, whose templates are compiled with checks and then not inlined.
+#define SAIT_UNCHECKED __attribute__((no_sanitize("address", "undefined"), optimize("O3")))
+
 namespace sait::emulation {
 
 using Where = std::source_location;
@@ -39,6 +42,7 @@ using Where = std::source_location;
 constexpr int kLanes = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr size_t kStackBytes = 256 << 10, kGuardBytes = 4096;
+constexpr int kMostBlocks = 16, kMostWarps = kMostBlocks * 32;  // of a cluster
 constexpr size_t kMostSharedBytes = 227 << 10, kRedZone = 4096;
 
 struct Copy {
@@ -118,11 +122,11 @@ class Machine {
 
   // The block of the cluster that has this rank.
   Block& block(int rank) { return blocks_[rank]; }
-  int rank() { return static_cast<int>(running_->block - blocks_.data()); }
+  int rank() { return static_cast<int>(running_->block - blocks_); }
 
   // All lanes of a warp come here with the same name from the same line; the last one gets true, does the work with
   // what the others left in lanes(), and releases them.
-  bool arrive(const char* name, Where where, void* mine) {
+  SAIT_UNCHECKED bool arrive(const char* name, Where where, void* mine) {
     Fiber& fiber = *running_;
     Warp& warp = warps_[fiber.warp];
     if (warp.living != kAllLanes) {
@@ -132,7 +136,7 @@ class Machine {
       warp.name = name;
       warp.where = where;
       warp.first = fiber.lane;
-    } else if (std::strcmp(name, warp.name) != 0 || !same_line(where, warp.where)) {
+    } else if (name != warp.name || !same_line(where, warp.where)) {
       fail(where, "divergent warp: %s, but lane %d waits at %s (%s)", name, warp.first, warp.name,
            place(warp.where).c_str());
     }
@@ -142,14 +146,14 @@ class Machine {
     fiber.where = where;
     return warp.arrived == kAllLanes;
   }
-  void* const* lanes() { return warps_[running_->warp].lanes; }
-  void release_warp() {
+  SAIT_UNCHECKED void* const* lanes() { return warps_[running_->warp].lanes; }
+  SAIT_UNCHECKED void release_warp() {
     Warp& warp = warps_[running_->warp];
     warp.arrived = 0;
     make_ready(running_->warp, kAllLanes);
   }
 
-  void sync_block(Where where) {
+  SAIT_UNCHECKED void sync_block(Where where) {
     Fiber& fiber = *running_;
     Block& block = *fiber.block;
     if (block.at_barrier > 0 && !same_line(where, block.barrier)) {
@@ -182,7 +186,7 @@ class Machine {
   }
 
   // Lets the thread wait until it is made ready; another one goes on.
-  void wait() {
+  SAIT_UNCHECKED void wait() {
     Fiber* next = choose();
     if (next == nullptr) fail_deadlock();
     if (next != running_) switch_to(*next);
@@ -195,8 +199,8 @@ class Machine {
   }
   // In the arena of any block, declared or not.
   bool is_shared(const void* address) {
-    for (const Block& block : blocks_) {
-      const auto offset = static_cast<const unsigned char*>(address) - block.shared;
+    for (int rank = 0; rank < cluster_; ++rank) {
+      const auto offset = static_cast<const unsigned char*>(address) - blocks_[rank].shared;
       if (offset >= 0 && offset < static_cast<ptrdiff_t>(kMostSharedBytes)) return true;
     }
     return false;
@@ -213,7 +217,7 @@ class Machine {
   }
 
  private:
-  static bool same_line(Where a, Where b) {
+  SAIT_UNCHECKED static bool same_line(Where a, Where b) {
     return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
   }
   static std::string place(Where where) { return std::string(where.file_name()) + ":" + std::to_string(where.line()); }
@@ -235,7 +239,7 @@ class Machine {
     else order_ = Order::kRandom;
     ++launches_;
   }
-  uint64_t random() {  // xorshift
+  SAIT_UNCHECKED uint64_t random() {  // xorshift
     random_ ^= random_ << 13;
     random_ ^= random_ >> 7;
     random_ ^= random_ << 17;
@@ -245,17 +249,17 @@ class Machine {
   void allocate() {
     warps_per_block_ = (threads_ + kLanes - 1) / kLanes;
     const int warps = warps_per_block_ * cluster_;
-    warps_.resize(warps);
-    ready_.assign(warps, 0);
-    busy_.assign((warps + 63) / 64, 0);
-    while (static_cast<int>(fibers_.size()) < warps * kLanes) fibers_.push_back(new_fiber());
-    while (static_cast<int>(arenas_.size()) < cluster_) {
-      constexpr size_t size = kRedZone + kMostSharedBytes + kRedZone;
-      arenas_.push_back(static_cast<unsigned char*>(map(size)));
-      ASAN_POISON_MEMORY_REGION(arenas_.back(), size);
+    warps_in_use_ = warps;
+    for (int i = 0; i < warps * kLanes; ++i) {
+      if (fibers_[i] == nullptr) fibers_[i] = new_fiber();
     }
-    blocks_.resize(cluster_);
-    for (int rank = 0; rank < cluster_; ++rank) blocks_[rank].shared = arenas_[rank] + kRedZone - 16;
+    for (int rank = 0; rank < cluster_; ++rank) {
+      if (blocks_[rank].shared != nullptr) continue;
+      constexpr size_t size = kRedZone + kMostSharedBytes + kRedZone;
+      auto* arena = static_cast<unsigned char*>(map(size));
+      ASAN_POISON_MEMORY_REGION(arena, size);
+      blocks_[rank].shared = arena + kRedZone - 16;
+    }
   }
 
   static void* map(size_t bytes) {
@@ -267,10 +271,10 @@ class Machine {
     return memory;
   }
 
-  static std::unique_ptr<Fiber> new_fiber() {
+  static Fiber* new_fiber() {
     auto* memory = static_cast<unsigned char*>(map(kGuardBytes + kStackBytes));
     mprotect(memory, kGuardBytes, PROT_NONE);
-    auto fiber = std::make_unique<Fiber>();
+    auto* fiber = new Fiber();
     fiber->stack = memory + kGuardBytes;
     fiber->stack_size = kStackBytes;
     // switch_stack pops six registers and returns to fiber_main, which then finds the stack as after a call.
@@ -312,7 +316,7 @@ class Machine {
     switch_to(*choose());
   }
 
-  void switch_to(Fiber& next) {
+  SAIT_UNCHECKED void switch_to(Fiber& next) {
     Fiber& self = *running_;
     previous_ = &self;
     running_ = &next;
@@ -320,7 +324,7 @@ class Machine {
     switch_stack(&self.stack_pointer, next.stack_pointer);
     resume();
   }
-  void resume() {
+  SAIT_UNCHECKED void resume() {
     SAIT_FINISH_SWITCH(running_->sanitizer, *previous_);
     if (running_ == &host_) return;
     ::threadIdx = running_->thread;
@@ -358,62 +362,59 @@ class Machine {
   }
 
   // Threads that have ended are not waited for.
-  void complete_barrier(Block& block) {
+  SAIT_UNCHECKED void complete_barrier(Block& block) {
     if (block.at_barrier == 0 || block.at_barrier < block.living) return;
     block.at_barrier = 0;
-    const int first = static_cast<int>(&block - blocks_.data()) * warps_per_block_;
+    const int first = static_cast<int>(&block - blocks_) * warps_per_block_;
     for (int w = first; w < first + warps_per_block_; ++w) make_ready(w, warps_[w].living);
   }
   void complete_cluster_barrier() {
     if (cluster_arrived_ == 0 || cluster_arrived_ < living_) return;
     cluster_arrived_ = 0;
     ++cluster_barriers_;
-    for (const auto& fiber : fibers_) {
+    for (int i = 0; i < warps_in_use_ * kLanes; ++i) {
+      const Fiber* fiber = fibers_[i];
       if (fiber->living && fiber->cluster_waits == cluster_barriers_) make_ready(fiber->warp, 1u << fiber->lane);
     }
   }
 
   // ready_ has a bit for each thread that may go on, busy_ one for each warp with such threads. Descending, both are
   // numbered from the end, so that the lowest one is always the one to take.
-  int place_of(int warp) const {
-    return order_ == Order::kDescending ? static_cast<int>(warps_.size()) - 1 - warp : warp;
-  }
-  static uint32_t reversed(uint32_t lanes) {
+  SAIT_UNCHECKED int place_of(int warp) const { return order_ == Order::kDescending ? warps_in_use_ - 1 - warp : warp; }
+  SAIT_UNCHECKED static uint32_t reversed(uint32_t lanes) {
     lanes = (lanes >> 1 & 0x55555555) | (lanes & 0x55555555) << 1;
     lanes = (lanes >> 2 & 0x33333333) | (lanes & 0x33333333) << 2;
     lanes = (lanes >> 4 & 0x0f0f0f0f) | (lanes & 0x0f0f0f0f) << 4;
     return __builtin_bswap32(lanes);
   }
-  void make_ready(int warp, uint32_t lanes) {
+  SAIT_UNCHECKED void make_ready(int warp, uint32_t lanes) {
     if (lanes == 0) return;
     const int at = place_of(warp);
     ready_[at] |= order_ == Order::kDescending ? reversed(lanes) : lanes;
     busy_[at / 64] |= 1ull << at % 64;
   }
   // Takes a thread that may go on; nullptr where all wait.
-  Fiber* choose() {
+  SAIT_UNCHECKED Fiber* choose() {
     int warp = -1;
-    if (order_ == Order::kRandom) {
-      warp = busy_from(static_cast<int>(random() % warps_.size()));
-    }
+    if (order_ == Order::kRandom) warp = busy_from(static_cast<int>(random() % warps_in_use_));
     if (warp < 0) warp = busy_from(0);
     if (warp < 0) return nullptr;
     uint32_t& lanes = ready_[warp];
-    int lane = std::countr_zero(lanes);
+    int lane = __builtin_ctz(lanes);
     if (order_ == Order::kRandom) {
-      const int turn = static_cast<int>(random() % kLanes);
-      lane = (std::countr_zero(std::rotr(lanes, turn)) + turn) % kLanes;
+      const uint32_t behind = lanes & (kAllLanes << random() % kLanes);
+      if (behind != 0) lane = __builtin_ctz(behind);
     }
     lanes &= ~(1u << lane);
     if (lanes == 0) busy_[warp / 64] &= ~(1ull << warp % 64);
     if (order_ == Order::kDescending) lane = kLanes - 1 - lane;
-    return fibers_[place_of(warp) * kLanes + lane].get();
+    return fibers_[place_of(warp) * kLanes + lane];
   }
   // The first warp from this one on that has a thread to go on, or -1.
-  int busy_from(int warp) const {
+  SAIT_UNCHECKED int busy_from(int warp) const {
     uint64_t mask = ~0ull << warp % 64;
-    for (size_t i = warp / 64; i < busy_.size(); ++i, mask = ~0ull) {
-      if (busy_[i] & mask) return static_cast<int>(i * 64) + std::countr_zero(busy_[i] & mask);
+    for (int i = warp / 64; i <= (warps_in_use_ - 1) / 64; ++i, mask = ~0ull) {
+      if (busy_[i] & mask) return i * 64 + __builtin_ctzll(busy_[i] & mask);
     }
     return -1;
   }
@@ -421,7 +422,8 @@ class Machine {
   [[noreturn]] void fail_deadlock() {
     std::fprintf(stderr, "\nemulation: deadlock: no thread can go on [%s order]\n", order_name());
     int shown = 0;
-    for (const auto& fiber : fibers_) {
+    for (int i = 0; i < warps_in_use_ * kLanes; ++i) {
+      const Fiber* fiber = fibers_[i];
       if (!fiber->living || shown++ >= 40) continue;
       std::fprintf(stderr, "  block (%u, %u), thread %u: at %s, %s\n", fiber->block->index.x, fiber->block->index.y,
                    fiber->thread.x, fiber->waits_at, place(fiber->where).c_str());
@@ -438,12 +440,12 @@ class Machine {
   Fiber host_{};
   Fiber* running_ = &host_;
   Fiber* previous_ = nullptr;
-  std::vector<std::unique_ptr<Fiber>> fibers_;  // kept from launch to launch, as are the arenas
-  std::vector<unsigned char*> arenas_;
-  std::vector<Block> blocks_;
-  std::vector<Warp> warps_;
-  std::vector<uint32_t> ready_;
-  std::vector<uint64_t> busy_;
+  int warps_in_use_ = 0;
+  Fiber* fibers_[kMostWarps * kLanes] = {};  // made when first needed and kept, as is the memory of the blocks
+  Block blocks_[kMostBlocks] = {};
+  Warp warps_[kMostWarps] = {};
+  uint32_t ready_[kMostWarps] = {};
+  uint64_t busy_[kMostWarps / 64] = {};
 };
 
 inline Machine machine;

@@ -46,4 +46,9 @@ void gather_add_norm(const GatherAddNormParams& params);
 void gather_add_norm_backward(const GatherAddNormBackwardParams& params);
 }  // namespace cpu
 
+namespace cuda {
+// Launches on stream (a cudaStream_t); returns a cudaError_t as int.
+int gather_add_norm(const GatherAddNormParams& params, void* stream);
+}  // namespace cuda
+
 }  // namespace sait

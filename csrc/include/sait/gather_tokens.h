@@ -36,6 +36,7 @@ void scatter_tokens(const ScatterTokensParams& params);
 namespace cuda {
 // Launches on stream (a cudaStream_t); returns a cudaError_t as int.
 int gather_tokens(const GatherTokensParams& params, void* stream);
+int scatter_tokens(const ScatterTokensParams& params, void* stream);
 }  // namespace cuda
 
 }  // namespace sait

@@ -1,0 +1,168 @@
+// residual = x[indices] + gamma y and its LayerNorm: one warp per kept row. A row is read once and stays in registers up
+// to 1536 channels; a longer one is read back from where it was just written, by the lanes that wrote it.
+#include "sait/gather_add_norm.h"
+
+#include "launch.cuh"
+
+namespace sait::cuda {
+namespace {
+
+constexpr int kWarps = 8;  // of a block
+
+// kWidth numbers from an address that 16 bytes divide, or a single one.
+template <int kWidth>
+SAIT_DEVICE void load(float (&values)[kWidth], const float* from) {
+  if constexpr (kWidth == 1) {
+    values[0] = *from;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + i);
+      values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+    }
+  }
+}
+template <int kWidth, typename T>
+SAIT_DEVICE void load(float (&values)[kWidth], const T* from) {
+  if constexpr (kWidth == 1) {
+    values[0] = static_cast<float>(*from);
+  } else {
+    static_assert(kWidth == 8);
+    const uint4 words = *reinterpret_cast<const uint4*>(from);
+    const float2 pairs[] = {unpack(words.x, T()), unpack(words.y, T()), unpack(words.z, T()), unpack(words.w, T())};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[2 * i] = pairs[i].x, values[2 * i + 1] = pairs[i].y;
+  }
+}
+
+// Writes them rounded, and leaves them as they were written.
+template <int kWidth>
+SAIT_DEVICE void store(float* to, float (&values)[kWidth]) {
+  if constexpr (kWidth == 1) {
+    *to = values[0];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 4) {
+      *reinterpret_cast<float4*>(to + i) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
+    }
+  }
+}
+template <int kWidth, typename T>
+SAIT_DEVICE void store(T* to, float (&values)[kWidth]) {
+  if constexpr (kWidth == 1) {
+    *to = static_cast<T>(values[0]);
+    values[0] = static_cast<float>(*to);
+  } else {
+    uint32_t words[kWidth / 2];
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; ++i) {
+      words[i] = pack(values[2 * i], values[2 * i + 1], T());
+      const float2 pair = unpack(words[i], T());
+      values[2 * i] = pair.x, values[2 * i + 1] = pair.y;
+    }
+    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+SAIT_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+// A lane takes kWidth numbers at a time. kRounds of that hold a row in registers; 0: it is read back.
+template <typename T, int kWidth, int kRounds>
+__global__ void __launch_bounds__(kWarps* kWarpSize) add_norm(GatherAddNormParams p) {
+  constexpr bool kHolds = kRounds > 0;
+  constexpr int kStep = kWidth * kWarpSize;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
+  if (row >= p.rows) return;
+  const T* x = static_cast<const T*>(p.x.data) + p.indices[row] * p.x.row_stride;
+  const T* y = static_cast<const T*>(p.y.data) + row * p.y.row_stride;
+  T* residual = static_cast<T*>(p.residual) + row * p.channels;
+  T* normed = static_cast<T*>(p.normed) + row * p.channels;
+  const int64_t first = threadIdx.x % kWarpSize * kWidth;
+
+  // body(i, held) for each piece of the row from channel i on; `held` are its registers, or room for it.
+  float held[kHolds ? kRounds : 1][kWidth];
+  const auto for_each_piece = [&](auto body) {
+    if constexpr (kHolds) {
+#pragma unroll
+      for (int round = 0; round < kRounds; ++round) {
+        const int64_t i = first + round * kStep;
+        if (i < p.channels) body(i, held[round]);
+      }
+    } else {
+      for (int64_t i = first; i < p.channels; i += kStep) body(i, held[0]);
+    }
+  };
+
+  // The statistics are those of the residual as stored.
+  float sum = 0;
+  for_each_piece([&](int64_t i, float (&numbers)[kWidth]) {
+    float branch[kWidth], scale[kWidth];
+    load(numbers, x + i);
+    load(branch, y + i);
+    if (p.gamma != nullptr) load(scale, p.gamma + i);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) numbers[j] += p.gamma != nullptr ? scale[j] * branch[j] : branch[j];
+    store(residual + i, numbers);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) sum += numbers[j];
+  });
+  const float count = static_cast<float>(p.channels), mean = warp_sum(sum) / count;
+
+  // A second pass: E[r^2] - E[r]^2 would cancel where the mean is large.
+  float squares = 0;
+  for_each_piece([&](int64_t i, float (&numbers)[kWidth]) {
+    if constexpr (!kHolds) load(numbers, residual + i);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) squares += (numbers[j] - mean) * (numbers[j] - mean);
+  });
+  const float rstd = 1.f / sqrtf(warp_sum(squares) / count + p.eps);
+
+  for_each_piece([&](int64_t i, float (&numbers)[kWidth]) {
+    float weight[kWidth], bias[kWidth], result[kWidth];
+    if constexpr (!kHolds) load(numbers, residual + i);
+    load(weight, p.weight + i);
+    load(bias, p.bias + i);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) result[j] = fmaf((numbers[j] - mean) * rstd, weight[j], bias[j]);
+    store(normed + i, result);
+  });
+}
+
+template <typename T, int kWidth>
+int launch_rows(const GatherAddNormParams& p, void* stream) {
+  constexpr int kStep = kWidth * kWarpSize;
+  const Grid grid{.x = (p.rows + kWarps - 1) / kWarps, .threads = kWarps * kWarpSize};
+  const auto kernel = p.channels <= 512    ? add_norm<T, kWidth, 512 / kStep>
+                      : p.channels <= 1536 ? add_norm<T, kWidth, 1536 / kStep>
+                                           : add_norm<T, kWidth, 0>;
+  return launch(kernel, grid, stream, p);
+}
+
+template <typename T>
+int launch_type(const GatherAddNormParams& p, void* stream) {
+  constexpr int kWidth = 16 / sizeof(T);
+  uintptr_t bits = 0;  // of all addresses: those of rows, too
+  for (const void* address :
+       {p.x.data, p.y.data, static_cast<const void*>(p.weight), static_cast<const void*>(p.bias),
+        static_cast<const void*>(p.gamma), static_cast<const void*>(p.residual), static_cast<const void*>(p.normed)}) {
+    bits |= reinterpret_cast<uintptr_t>(address);
+  }
+  for (const int64_t stride : {p.x.row_stride, p.y.row_stride, p.channels}) bits |= stride * sizeof(T);
+  return bits % 16 == 0 ? launch_rows<T, kWidth>(p, stream) : launch_rows<T, 1>(p, stream);
+}
+
+}  // namespace
+
+int gather_add_norm(const GatherAddNormParams& params, void* stream) {
+  switch (params.dtype) {
+    case DType::kFloat32: return launch_type<float>(params, stream);
+    case DType::kBFloat16: return launch_type<__nv_bfloat16>(params, stream);
+    default: return launch_type<__half>(params, stream);
+  }
+}
+
+}  // namespace sait::cuda
