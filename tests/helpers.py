@@ -81,11 +81,8 @@ def kernel_ops() -> list[Any]:
 
 
 def slow_here(backend: str) -> bool:
-    """Triton's interpreter takes some 50 us for an operation of a program: there, large problems take turns.
-
-    The emulation of CUDA takes some 3 us for an exchange of a warp.
-    """
-    return (backend == "triton" and INTERPRETED) or (backend == "cuda" and EMULATED)
+    """Triton's interpreter takes some 50 us for an operation of a program: there, large problems take turns."""
+    return backend == "triton" and INTERPRETED
 
 
 def cu_of(lengths: Sequence[int]) -> Tensor:

@@ -161,12 +161,13 @@ __global__ void __launch_bounds__(kThreads, 4) row_statistics(ColumnParams p) {
         if (!outside(i / 2, i % 2)) larger = fmaxf(larger, logits[i / 2][2 * r + i % 2]);
       }
       for (int mask = 1; mask < 4; mask *= 2) larger = fmaxf(larger, shuffle_xor(larger, mask));
+      const float shift = larger == kLowest ? 0.f : larger;  // nothing yet: -inf weighs 0
       float sum = 0.f;  // on its own: n / 64 roundings of the total, and not n
 #pragma unroll
       for (int i = 0; i < 2 * kPairs; ++i) {
-        if (!outside(i / 2, i % 2)) sum += softmax_numerator(logits[i / 2][2 * r + i % 2], larger, factor);
+        if (!outside(i / 2, i % 2)) sum += softmax_numerator(logits[i / 2][2 * r + i % 2], shift, factor);
       }
-      total[r] = column == 0 ? sum : fmaf(total[r], softmax_numerator(largest[r], larger, factor), sum);
+      total[r] = column == 0 ? sum : fmaf(total[r], softmax_numerator(largest[r], shift, factor), sum);
       largest[r] = larger;
     }
   });

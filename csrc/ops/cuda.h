@@ -13,13 +13,6 @@
 
 namespace sait {
 
-// The tensor, or a copy of it if one of its rows does not start at a multiple of 16 bytes, as the kernels read them.
-inline at::Tensor aligned(const at::Tensor& t) {
-  int64_t bytes = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.const_data_ptr()));
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) bytes |= t.size(i) > 1 ? t.stride(i) * t.element_size() : 0;
-  return bytes % 16 == 0 ? t : t.clone(at::MemoryFormat::Contiguous);
-}
-
 #ifdef SAIT_EMULATE
 
 inline bool runs_on_cuda(const at::Tensor&) { return true; }
@@ -42,5 +35,12 @@ void launch(const char* op, const at::Tensor& on, Launcher launcher) {
 }
 
 #endif
+
+// The tensor, or a copy of it if one of its rows does not start at a multiple of 16 bytes, as the kernels read them.
+inline at::Tensor aligned(const at::Tensor& t) {
+  int64_t bytes = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.const_data_ptr()));
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) bytes |= t.size(i) > 1 ? t.stride(i) * t.element_size() : 0;
+  return bytes % 16 == 0 ? t : t.clone(at::MemoryFormat::Contiguous);
+}
 
 }  // namespace sait
