@@ -95,16 +95,25 @@ SAIT_DEVICE float sum_of_squares(int head_dim, Row row) {
   return sum_of_chunks<E>(head_dim, [&](int c, float sum) { return add_squares<E>(row(c), sum); });
 }
 
-// exp(scale (s - s*)) for a logit s and the logit s* of the greatest exponent, given `factor` = scale log2(e), to an ulp;
-// 0 below 2^-125. The difference is taken before it is scaled: near 0, where the exponential is large, it is exact.
-// ex2.approx is off by two ulp, and its unit takes 16 numbers a cycle and multiprocessor; this is 11 instructions, of
-// which 128 are issued in that time.
-constexpr float kLog2e = 1.44269504088896341f;
-SAIT_DEVICE float softmax_numerator(float logit, float shift, float factor) {
+// scale log2(e) in two float32 numbers: as one it is off by up to 1e-7 for all tokens alike, and their sum with them.
+struct Exponent {
+  float high, low;
+
+  explicit SAIT_DEVICE Exponent(float scale) {
+    constexpr float kLog2e = 1.44269502f, kLog2eRest = 1.92596299e-8f;
+    high = scale * kLog2e;
+    low = fmaf(scale, kLog2eRest, fmaf(scale, kLog2e, -high));
+  }
+};
+
+// exp(scale (s - s*)) for a logit s and the logit s* of the greatest exponent, to an ulp; 0 below 2^-125. The difference
+// is taken before it is scaled: near 0, where the exponential is large, it is exact. ex2.approx is off by two ulp, and
+// its unit takes 16 numbers a cycle and multiprocessor; this is 12 instructions, of which 128 are issued in that time.
+SAIT_DEVICE float softmax_numerator(float logit, float shift, const Exponent& factor) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: what is added to it becomes a whole number
   const float difference = logit - shift;
-  const float whole = fmaf(difference, factor, kRound);
-  const float rest = fmaf(difference, factor, -(whole - kRound));  // in [-1/2, 1/2]
+  const float whole = fmaf(difference, factor.high, kRound);
+  const float rest = fmaf(difference, factor.low, fmaf(difference, factor.high, -(whole - kRound)));  // about +-1/2
   // 2^rest by a minimax polynomial of degree 6, off by 1.9e-9.
   float power = fmaf(1.534581e-4f, rest, 1.3399931e-3f);
   power = fmaf(power, rest, 9.6184891e-3f);
@@ -114,7 +123,7 @@ SAIT_DEVICE float softmax_numerator(float logit, float shift, float factor) {
   power = fmaf(power, rest, 1.f);
   // A product, since adding up exponents would lose a NaN.
   const float result = power * float_of_bits((float_bits(whole) << 23) + 0x3f800000u);
-  return difference * factor < -125.f ? 0.f : result;
+  return difference * factor.high < -125.f ? 0.f : result;
 }
 
 // Shared memory of the sums of a block.
@@ -181,7 +190,7 @@ struct Team {
 template <int kThreads>
 SAIT_DEVICE void softmax_in_place(float* logits, int n, float scale, SumScratch* scratch) {
   const float sign = scale < 0.f ? -1.f : 1.f;
-  const float factor = scale * kLog2e;
+  const Exponent factor(scale);
   const float shift = sign * Team<kThreads>::greatest(n, scratch, [=](int j) { return sign * logits[j]; });
   // A thread looks at the same numbers in each pass.
   const float total =

@@ -140,7 +140,8 @@ __global__ void __launch_bounds__(kThreads, 4) row_statistics(ColumnParams p) {
   const Place at(s, p.blocks);
   if (at.first >= at.n) return;
   const int64_t head = blockIdx.y;
-  const float sign = s.scale < 0.f ? -1.f : 1.f, factor = sign * s.scale * kLog2e;
+  const float sign = s.scale < 0.f ? -1.f : 1.f;
+  const Exponent factor(sign * s.scale);
   const Products<E> products{rows_of<E>(s.q, at.begin, head),
                              rows_of<E>(s.k, at.begin, head),
                              s.q.row_stride,
@@ -187,7 +188,8 @@ __global__ void __launch_bounds__(kThreads, 4) column_sums(ColumnParams p) {
   const ScoreTokensParams& s = p.score;
   const Place at(s, p.blocks);
   if (at.first >= at.n) return;
-  const float sign = s.scale < 0.f ? -1.f : 1.f, factor = sign * s.scale * kLog2e;
+  const float sign = s.scale < 0.f ? -1.f : 1.f;
+  const Exponent factor(sign * s.scale);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   float total[2] = {};
   for (int64_t head = 0; head < s.heads; ++head) {
