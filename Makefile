@@ -74,12 +74,21 @@ emulate: $(EMULATED) $(VENV)/.requirements-dev
 	SAIT_EMULATED=1 LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:python \
 		$(BIN)/python -m pytest tests/emulation tests/ops -k "(cuda or emul or opcheck) and not triton" -p no:cacheprovider
 
-# On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed.
-gpu:
-	$(PYTHON) setup.py build_ext --inplace
+# On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed. One target in
+# three, each of a few minutes.
+gpu: gpu-build gpu-test gpu-bench
+
+gpu-build:
+	FORCE_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+
+gpu-test:
 	PYTHONPATH=.:python SAIT_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/test_gpu.py tests/ops tests/test_properties.py \
 		-k "triton or cuda or gpu" -p no:cacheprovider
+
+gpu-bench:
 	PYTHONPATH=.:python $(PYTHON) -m pytest benchmarks -p no:cacheprovider --save-results $(GPU_RESULTS)
+	PYTHONPATH=.:python $(PYTHON) benchmarks/overhead.py
+	-PYTHONPATH=.:python $(PYTHON) benchmarks/traffic.py
 
 bench: install $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest benchmarks --save-results $(RESULTS)

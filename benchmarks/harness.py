@@ -54,6 +54,10 @@ class Case:
         return [replace(self, copy=i) for i in range(max(2, math.ceil(COLD_BYTES / size)))]
 
     @property
+    def label(self) -> str:
+        return f"N={self.N}"
+
+    @property
     def cu_seqlens(self) -> Tensor:
         return sk.uniform_cu_seqlens(BATCH, self.N, DEVICE)
 
@@ -158,7 +162,7 @@ def compare(
     with torch.inference_mode():
         seconds = interleave([one_after_the_other(call) for call in calls], REPEATS, device=DEVICE)
     ours, *baselines = (taken / len(copies) for taken in seconds)
-    common: dict[str, Any] = {"name": name, "case": f"N={case.N}", "batch": BATCH, "dtype": case.dtype}
+    common: dict[str, Any] = {"name": name, "case": case.label, "batch": BATCH, "dtype": case.dtype}
     if case.dtype == "bf16" and (moved or flop):  # the roof of products is that of bf16
         roofs = measured_roofs()
         floor = max(moved / (roofs["copy_tbps"] * 1e12), flop / (roofs["matmul_tflops"] * 1e12))
