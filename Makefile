@@ -18,7 +18,7 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 RESULTS := benchmarks/results
 GPU_RESULTS ?= $(RESULTS)
 
-.PHONY: demo install test check aot sass emulate gpu bench report paper clean
+.PHONY: demo install test check aot sass emulate gpu gpu-build gpu-test gpu-bench bench report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt

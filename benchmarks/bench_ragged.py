@@ -1,7 +1,7 @@
 """compact_attention of images with 20 to 180 tokens each, as adaptive density leaves them.
 
-On a GPU against torch's FlashAttention for mixed lengths and against nested tensors; on a CPU against SDPA of the padded
-batch with a mask, which is all that torch has there.
+On a GPU against torch's FlashAttention for mixed lengths and against nested tensors; on a CPU against SDPA of the
+padded batch with a mask, which is all that torch has there.
 """
 
 from __future__ import annotations
