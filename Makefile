@@ -3,6 +3,7 @@
 # make test     the test suite                    make check   lint, format, types
 # make paper    train every variant on canvas (hours), and write docs/accuracy.md
 # make aot      every Triton kernel, compiled without a GPU: registers, spills, instructions
+# make sass     every CUDA kernel as it was compiled: registers, spills, instructions
 # make emulate  the CUDA kernels on the host, thread for thread, under sanitizers: their tests without a GPU
 # make gpu      on a machine with a GPU: build, test and measure there, with its own Python
 # make bench    every op and model against torch  make report  README tables from the newest results
@@ -17,7 +18,7 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 RESULTS := benchmarks/results
 GPU_RESULTS ?= $(RESULTS)
 
-.PHONY: demo install test check aot emulate gpu bench report paper clean
+.PHONY: demo install test check aot sass emulate gpu bench report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -54,6 +55,9 @@ check: $(VENV)/.requirements-dev
 aot: install
 	TRITON_INTERPRET=0 $(BIN)/python benchmarks/aot.py
 
+sass: install
+	TRITON_INTERPRET=0 $(BIN)/python benchmarks/sass.py
+
 # -O1 and -g: a sanitizer's report names lines. libstdc++ is loaded with libasan, which looks for it at its start.
 EMULATED := $(patsubst csrc/cuda/%.cu,build/emulated/%.o,$(wildcard csrc/cuda/*.cu))
 EMULATE_FLAGS := -std=c++20 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -fPIC -fvisibility=hidden \
@@ -65,9 +69,10 @@ build/emulated/%.o: csrc/cuda/%.cu $(wildcard csrc/cuda/*.cuh csrc/include/sait/
 	$(CXX) $(EMULATE_FLAGS) -x c++ -c $< -o $@
 
 emulate: $(EMULATED) $(VENV)/.requirements-dev
-	SAIT_EMULATE=1 $(BIN)/python setup.py build_ext --inplace --build-temp build/emulated/library
+	SAIT_EMULATE=1 $(BIN)/python setup.py build_ext --inplace --build-temp build/emulated/library \
+		--build-lib build/emulated/lib
 	SAIT_EMULATED=1 LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:python \
-		$(BIN)/python -m pytest tests/emulation tests/ops -k "cuda or emul" -p no:cacheprovider
+		$(BIN)/python -m pytest tests/emulation tests/ops -k "(cuda or emul or opcheck) and not triton" -p no:cacheprovider
 
 # On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed.
 gpu:

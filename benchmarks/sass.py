@@ -1,4 +1,4 @@
-"""`make sass`: reads the CUDA kernels of the built library: registers, shared memory, spills, and instructions that count.
+"""`make sass`: the CUDA kernels of the built library: their registers, spills, and the instructions that count.
 
 A kernel that spills or has a stack fails; so does one that is no longer as in sass_baseline.json, which a lost matrix
 instruction or 128-bit access shows in.
@@ -74,9 +74,8 @@ def facts_of(usage: str, sass: str) -> dict[str, Facts]:
 def readable(names: list[str]) -> list[str]:
     """sm_90 gather_rows<uint4>(GatherTokensParams)."""
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return [
-        re.sub(r"\bvoid |\bsait::|\bcuda::|\(anonymous namespace\)::", "", name) for name in done.stdout.split("\n")
-    ]
+    noise = re.compile(r"\bvoid |\bsait::|\bcuda::|\(anonymous namespace\)::")
+    return [noise.sub("", name) for name in done.stdout.split("\n")]
 
 
 def kernels(binary: str) -> dict[str, Facts]:

@@ -13,7 +13,8 @@ from helpers import assert_same_bits, hand_selection, leaves, randn
 from torch import Tensor
 
 import sait_kernels as sk
-from sait_kernels import backend, library, registration
+from sait_kernels import library, registration
+from sait_kernels.backend import CUDA_LIMITS, KERNELS, choose
 from sait_kernels.registration import INTERPRETED
 
 OPS = (
@@ -127,18 +128,26 @@ def test_forced_choice_that_cannot_serve(name: str) -> None:
 def test_limits_of_a_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it leaves out goes to another backend, with the reason where it was forced."""
     monkeypatch.setattr(registration, "EMULATED", True)
-    monkeypatch.setitem(backend.KERNELS, "gather_tokens", ("cuda", "cpu"))
-    monkeypatch.setitem(backend.CUDA_LIMITS, "gather_tokens", lambda x: "it is narrow" if x.shape[1] > 4 else None)
+    monkeypatch.setitem(KERNELS, "gather_tokens", ("cuda", "cpu"))
+    monkeypatch.setitem(CUDA_LIMITS, "gather_tokens", lambda x: "it is narrow" if x.shape[1] > 4 else None)
     narrow, wide = randn(5, 4), randn(5, 8)
     assert sk.can_run("gather_tokens", "cuda", narrow)[0]
     assert sk.can_run("gather_tokens", "cuda", wide) == (
         False,
         "the cuda kernel of gather_tokens does not serve it: it is narrow",
     )
-    assert backend.choose("gather_tokens", {"x": narrow}) == "cuda"
-    assert backend.choose("gather_tokens", {"x": wide}) == "cpu"
+    assert choose("gather_tokens", {"x": narrow}) == "cuda"
+    assert choose("gather_tokens", {"x": wide}) == "cpu"
     with sk.backend("cuda"), pytest.raises(RuntimeError, match=r"'cuda' cannot serve this call: .* it is narrow"):
         sk.gather_tokens(wide, hand_selection([[0]], [5]))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_cuda_kernel_has_gradients(op: str) -> None:
+    """Where its gradient has no CUDA kernel, that of Triton is registered in its place."""
+    gradient = f"{op}_backward"
+    if registration.has_kernel(gradient, "CPU"):
+        assert registration.has_kernel(gradient, "CUDA")
 
 
 def test_forced_kernel_refuses_a_type_with_the_reason() -> None:

@@ -9,6 +9,11 @@ namespace {
 
 constexpr int kWarps = 8;  // of a block
 
+SAIT_DEVICE float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+SAIT_DEVICE float widened(__half x) { return __half2float(x); }
+SAIT_DEVICE void round_to(__nv_bfloat16& result, float x) { result = __float2bfloat16_rn(x); }
+SAIT_DEVICE void round_to(__half& result, float x) { result = __float2half_rn(x); }
+
 // kWidth numbers from an address that 16 bytes divide, or a single one.
 template <int kWidth>
 SAIT_DEVICE void load(float (&values)[kWidth], const float* from) {
@@ -25,7 +30,7 @@ SAIT_DEVICE void load(float (&values)[kWidth], const float* from) {
 template <int kWidth, typename T>
 SAIT_DEVICE void load(float (&values)[kWidth], const T* from) {
   if constexpr (kWidth == 1) {
-    values[0] = static_cast<float>(*from);
+    values[0] = widened(*from);
   } else {
     static_assert(kWidth == 8);
     const uint4 words = *reinterpret_cast<const uint4*>(from);
@@ -50,8 +55,10 @@ SAIT_DEVICE void store(float* to, float (&values)[kWidth]) {
 template <int kWidth, typename T>
 SAIT_DEVICE void store(T* to, float (&values)[kWidth]) {
   if constexpr (kWidth == 1) {
-    *to = static_cast<T>(values[0]);
-    values[0] = static_cast<float>(*to);
+    T rounded;
+    round_to(rounded, values[0]);
+    *to = rounded;
+    values[0] = widened(rounded);
   } else {
     uint32_t words[kWidth / 2];
 #pragma unroll
@@ -93,6 +100,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) add_norm(GatherAddNormParam
         if (i < p.channels) body(i, held[round]);
       }
     } else {
+#pragma unroll 1
       for (int64_t i = first; i < p.channels; i += kStep) body(i, held[0]);
     }
   };

@@ -20,8 +20,10 @@ SAIT_DEVICE void write_row(char* target, const char* source, int64_t bytes) {
   const Word* __restrict__ from = reinterpret_cast<const Word*>(source);
   const int lane = threadIdx.x % kWarpSize;
   if (source != nullptr) {
+#pragma unroll 4
     for (int64_t i = lane; i < words; i += kWarpSize) to[i] = from[i];
   } else {
+#pragma unroll 4
     for (int64_t i = lane; i < words; i += kWarpSize) to[i] = Word{};
   }
 }

@@ -104,6 +104,9 @@ void load_matrices(const char* name, Where where, uint32_t (&r)[4], const void* 
   });
 }
 
+SAIT_UNCHECKED inline float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+SAIT_UNCHECKED inline float widened(__half x) { return __half2float(x); }
+
 struct Fragments {
   float (*c)[4];
   const uint32_t (*a)[4];
@@ -116,10 +119,8 @@ void multiply_add(const char* name, Where where, Fragments mine) {
     typedef float Row __attribute__((vector_size(32)));
     float a[16][16];
     Row b[16], c[16];
-    const auto element = [](uint32_t pair, int high) SAIT_UNCHECKED {
-      const T narrow = __builtin_bit_cast(T, static_cast<uint16_t>(pair >> (16 * high)));
-      return static_cast<float>(narrow);
-    };
+    const auto element = [](uint32_t pair, int high)
+                             SAIT_UNCHECKED { return widened(T{static_cast<uint16_t>(pair >> (16 * high))}); };
     for (int lane = 0; lane < kWarpSize; ++lane) {
       const int g = lane / 4, t = lane % 4;
       const Fragments& f = *lanes[lane];
@@ -282,14 +283,14 @@ inline float exp2_fast(float x) {  // subnormal numbers count as zero, going in 
   return std::fpclassify(result) == FP_SUBNORMAL ? 0.f : result;
 }
 inline uint32_t pack(float low, float high, __nv_bfloat16) {
-  return __nv_bfloat16(low).bits | static_cast<uint32_t>(__nv_bfloat16(high).bits) << 16;
+  return __float2bfloat16_rn(low).bits | static_cast<uint32_t>(__float2bfloat16_rn(high).bits) << 16;
 }
 inline uint32_t pack(float low, float high, __half) {
-  return __half(low).bits | static_cast<uint32_t>(__half(high).bits) << 16;
+  return __float2half_rn(low).bits | static_cast<uint32_t>(__float2half_rn(high).bits) << 16;
 }
 template <typename T>
 float2 unpack(uint32_t pair, T) {
-  return {std::bit_cast<T>(static_cast<uint16_t>(pair)), std::bit_cast<T>(static_cast<uint16_t>(pair >> 16))};
+  return {host::widened(T{static_cast<uint16_t>(pair)}), host::widened(T{static_cast<uint16_t>(pair >> 16)})};
 }
 inline int count_bits(uint32_t bits) { return std::popcount(bits); }
 inline double rounded_product(double a, double b) {

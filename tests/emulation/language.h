@@ -19,6 +19,10 @@
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 
+// For what runs at every switch and in every product: the sanitizers watch the kernels, not the emulation. Such a
+// function calls none of the standard library, whose templates are compiled with checks and then not inlined.
+#define SAIT_UNCHECKED __attribute__((no_sanitize("address", "undefined"), optimize("O3")))
+
 struct uint3 {
   unsigned x, y, z;
 };
@@ -60,51 +64,44 @@ inline int __popc(unsigned x) { return std::popcount(x); }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 
-// Rounded to nearest, ties to even; a NaN becomes 0x7fff, as on the device.
+// Without arithmetic and conversions, as torch's flags for nvcc have it.
 struct __nv_bfloat16 {
   uint16_t bits;
-  __nv_bfloat16() = default;
-  __nv_bfloat16(float x) {
-    const auto wide = std::bit_cast<uint32_t>(x);
-    bits = static_cast<uint16_t>(x != x ? 0x7fff : (wide + 0x7fff + (wide >> 16 & 1)) >> 16);
-  }
-  operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 };
-
 struct __half {
   uint16_t bits;
-  __half() = default;
-  __half(float x) {
-    const auto wide = std::bit_cast<uint32_t>(x);
-    const uint32_t magnitude = wide & 0x7fffffff;
-    uint32_t narrow;
-    if (magnitude > 0x7f800000) {
-      bits = 0x7fff;
-      return;
-    }
-    if (magnitude >= 0x47800000) {  // 2^16
-      narrow = 0x7c00;
-    } else if (magnitude < 0x38800000) {
-      // Below 2^-14 the numbers of __half are 2^-24 apart, as those of float are at 1/2: the addition rounds.
-      narrow = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - std::bit_cast<uint32_t>(0.5f);
-    } else {
-      narrow = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
-    }
-    bits = static_cast<uint16_t>(wide >> 16 & 0x8000) | static_cast<uint16_t>(narrow);
-  }
-  operator float() const {
-    uint32_t wide = std::bit_cast<uint32_t>(std::bit_cast<float>((bits & 0x7fffu) << 13) * 0x1p112f);
-    if ((bits & 0x7c00) == 0x7c00) wide |= 0x7f800000;  // infinite or NaN
-    return std::bit_cast<float>(wide | (bits & 0x8000u) << 16);
-  }
 };
 
-inline __nv_bfloat16 __float2bfloat16(float x) { return x; }
-inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
-inline float __bfloat162float(__nv_bfloat16 x) { return x; }
-inline __half __float2half(float x) { return x; }
-inline __half __float2half_rn(float x) { return x; }
-inline float __half2float(__half x) { return x; }
+// Rounded to nearest, ties to even; a NaN becomes 0x7fff, as on the device.
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const auto wide = std::bit_cast<uint32_t>(x);
+  return {static_cast<uint16_t>(x != x ? 0x7fff : (wide + 0x7fff + (wide >> 16 & 1)) >> 16)};
+}
+inline __half __float2half_rn(float x) {
+  const auto wide = std::bit_cast<uint32_t>(x);
+  const uint32_t magnitude = wide & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {0x7fff};
+  uint32_t narrow;
+  if (magnitude >= 0x47800000) {  // 2^16
+    narrow = 0x7c00;
+  } else if (magnitude < 0x38800000) {
+    // Below 2^-14 the numbers of __half are 2^-24 apart, as those of float are at 1/2: the addition rounds.
+    narrow = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - std::bit_cast<uint32_t>(0.5f);
+  } else {
+    narrow = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
+  }
+  return {static_cast<uint16_t>((wide >> 16 & 0x8000) | narrow)};
+}
+SAIT_UNCHECKED inline float __bfloat162float(__nv_bfloat16 x) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
+}
+SAIT_UNCHECKED inline float __half2float(__half x) {
+  uint32_t wide = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, (x.bits & 0x7fffu) << 13) * 0x1p112f);
+  if ((x.bits & 0x7c00) == 0x7c00) wide |= 0x7f800000;  // infinite or NaN
+  return __builtin_bit_cast(float, wide | (x.bits & 0x8000u) << 16);
+}
+inline __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat16_rn(x); }
+inline __half __float2half(float x) { return __float2half_rn(x); }
 
 using cudaStream_t = void*;
 enum cudaError_t {

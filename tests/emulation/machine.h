@@ -31,10 +31,6 @@
 #error "the emulation switches stacks by x86-64 instructions"
 #endif
 
-// For what runs at every switch: the sanitizers watch the kernels, not the scheduler. Such a function calls none of the
-// standard library, whose templates are compiled with checks and then not inlined.
-#define SAIT_UNCHECKED __attribute__((no_sanitize("address", "undefined"), optimize("O3")))
-
 namespace sait::emulation {
 
 using Where = std::source_location;

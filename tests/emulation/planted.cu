@@ -111,8 +111,9 @@ template <typename T, int shift>
 void product(Params p) {
   T* numbers = shared<T>();  // a (16, 16), then b (16, 8)
   const int lane = threadIdx.x;
-  for (int i = lane; i < 256; i += kWarpSize) numbers[i] = static_cast<float>(i / 16 + 2 * (i % 16));
-  for (int i = lane; i < 128; i += kWarpSize) numbers[256 + i] = static_cast<float>(3 * (i / 8) - i % 8);
+  const auto rounded = [](int number) { return T{static_cast<uint16_t>(pack(number, 0, T()))}; };
+  for (int i = lane; i < 256; i += kWarpSize) numbers[i] = rounded(i / 16 + 2 * (i % 16));
+  for (int i = lane; i < 128; i += kWarpSize) numbers[256 + i] = rounded(3 * (i / 8) - i % 8);
   sync_warp();
   uint32_t a[4], b[4];
   load_matrices_4(a, shared_memory() + shift + 32 * (lane % 16) + 16 * (lane / 16));
