@@ -50,7 +50,7 @@ struct KeptRowsParams {
   int32_t* spread;  // (total,) of scratch where rows is 0 and images may have more than kMostRowsInShared; else nullptr
 };
 
-constexpr int64_t kMostRowsInShared = 4096;  // 16 KB: then 13 blocks of select share a multiprocessor of an H200
+constexpr int64_t kMostRowsInShared = 4096;  // 16 KB
 
 constexpr int kSelectThreads = 128;  // of a block, which looks at the lengths of as many images
 
