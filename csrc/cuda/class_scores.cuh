@@ -128,12 +128,14 @@ SAIT_DEVICE float softmax_numerator(float logit, float shift, const Exponent& fa
 
 // Shared memory of the sums of a block.
 struct SumScratch {
-  float parts[2][kScoreThreads / kWarpSize];
+  double sums[kScoreThreads / kWarpSize];
+  float greatest[kScoreThreads / kWarpSize];
 };
 
 // Sums and the greatest of the numbers that item(j) gives for j in [0, n), by a warp or by a block of kScoreThreads.
 // Partial sum t of 128 adds up the numbers t, t + 128, ...; 32 of them make a tree, and the four trees come in order. A
-// warp has all 128, four a lane, and a block has one a thread: the bits are the same.
+// warp has all 128, four a lane, and a block has one a thread: the bits are the same. Trees are in double: beside a
+// weight of nearly 1 each of their seven levels would round away up to half an ulp of the largest score.
 template <int kThreads>
 struct Team {
   static constexpr int kWarps = kScoreThreads / kWarpSize;
@@ -148,14 +150,14 @@ struct Team {
     for (int j = rank(); j < n; j += kThreads) best = fmaxf(best, item(j));
     for (int mask = kWarpSize / 2; mask > 0; mask /= 2) best = fmaxf(best, shuffle_xor(best, mask));
     if constexpr (kThreads == kScoreThreads) {
-      publish(scratch->parts[0], best);
-      for (int i = 0; i < kWarps; ++i) best = fmaxf(best, scratch->parts[0][i]);
+      publish(scratch->greatest, best);
+      for (int i = 0; i < kWarps; ++i) best = fmaxf(best, scratch->greatest[i]);
     }
     return best;
   }
 
   template <typename Item>
-  static SAIT_DEVICE float sum(int n, SumScratch* scratch, Item item) {
+  static SAIT_DEVICE double sum(int n, SumScratch* scratch, Item item) {
     float sums[kSums] = {};
     for (int first = rank(); first - rank() < n; first += kScoreThreads) {
 #pragma unroll
@@ -164,21 +166,23 @@ struct Team {
         if (j < n) sums[i] += item(j);
       }
     }
+    double trees[kSums];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
-      for (int mask = kWarpSize / 2; mask > 0; mask /= 2) sums[i] += shuffle_xor(sums[i], mask);
+      trees[i] = sums[i];
+      for (int mask = kWarpSize / 2; mask > 0; mask /= 2) trees[i] += shuffle_xor(trees[i], mask);
     }
+    const double* parts = trees;
     if constexpr (kThreads == kScoreThreads) {
-      publish(scratch->parts[1], sums[0]);
-      const float* parts = scratch->parts[1];
-      return ((parts[0] + parts[1]) + parts[2]) + parts[3];
-    } else {
-      return ((sums[0] + sums[1]) + sums[2]) + sums[3];
+      publish(scratch->sums, trees[0]);
+      parts = scratch->sums;
     }
+    return ((parts[0] + parts[1]) + parts[2]) + parts[3];
   }
 
  private:
-  static SAIT_DEVICE void publish(float* parts, float value) {
+  template <typename T>
+  static SAIT_DEVICE void publish(T* parts, T value) {
     sync_block();  // others may still read what was there
     if (threadIdx.x % kWarpSize == 0) parts[threadIdx.x / kWarpSize] = value;
     sync_block();
@@ -193,10 +197,12 @@ SAIT_DEVICE void softmax_in_place(float* logits, int n, float scale, SumScratch*
   const Exponent factor(scale);
   const float shift = sign * Team<kThreads>::greatest(n, scratch, [=](int j) { return sign * logits[j]; });
   // A thread looks at the same numbers in each pass.
-  const float total =
+  const double total =
       Team<kThreads>::sum(n, scratch, [=](int j) { return logits[j] = softmax_numerator(logits[j], shift, factor); });
-  const float inverse = 1.f / total;
-  for (int j = Team<kThreads>::rank(); j < n; j += kThreads) logits[j] *= inverse;
+  // One over the total in two numbers: a weight is rounded once.
+  const float inverse = 1.f / static_cast<float>(total);
+  const float rest = inverse * static_cast<float>(fma(-static_cast<double>(inverse), total, 1.0));
+  for (int j = Team<kThreads>::rank(); j < n; j += kThreads) logits[j] = fmaf(logits[j], inverse, logits[j] * rest);
 }
 
 // cls_value: turns n scores, sum_h A_h0j times the square root of the sum of squares of v_j, into shares of their sum
@@ -204,8 +210,8 @@ SAIT_DEVICE void softmax_in_place(float* logits, int n, float scale, SumScratch*
 SAIT_DEVICE void share_out(float* scores, int n, int num_prefix, SumScratch* scratch) {
   using Block = Team<kScoreThreads>;
   sync_block();  // and no product that a score is can be fused with the sum
-  const float patches = Block::sum(n, scratch, [=](int j) { return j < num_prefix ? 0.f : scores[j]; });
-  const float total = patches < kTiny ? kTiny : patches;
+  const double patches = Block::sum(n, scratch, [=](int j) { return j < num_prefix ? 0.f : scores[j]; });
+  const float total = patches < kTiny ? kTiny : static_cast<float>(patches);
   for (int j = Block::rank(); j < n; j += kScoreThreads) scores[j] /= total;
 }
 

@@ -11,8 +11,6 @@
 
 namespace sait::cuda {
 
-constexpr int kSelectThreads = 128;
-
 struct KeepScratch {
   SelectScratch select;
   int sums[kSelectThreads / kWarpSize];

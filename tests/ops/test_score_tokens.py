@@ -106,6 +106,21 @@ def test_scale_zero_is_the_mean(backend: str, kind: str, dtype: torch.dtype) -> 
     torch.testing.assert_close(scores, want, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["cls", "cls_value"])
+def test_images_longer_than_shared_memory(backend: str, kind: str) -> None:
+    """13000 float32 are 52 KB, and a block of CUDA has 96: one head after the other, then rows in global memory."""
+    lengths = (13000, 70)
+    q, k, v = make_qkv(Case(lengths, H=2, D=8), torch.float32)
+    inputs = (q, k, v) if kind == "cls_value" else (q, k)
+
+    def by(scores, q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
+        return scores(q, k, cu_of(lengths), 13000, kind=kind, v=v)
+
+    level = [form(q, k, cu_of(lengths), kind, v=v) for form in expressions.all_scores(torch.float32)]
+    exact = by(sk.reference.score_tokens, *doubles(*inputs))
+    assert_as_exact_as_torch("scores", by(sk.score_tokens, *inputs), exact, *level)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_prefix", [1, 2, 5])
 def test_num_prefix(backend: str, kind: str, num_prefix: int) -> None:

@@ -230,6 +230,17 @@ def test_images_longer_than_a_block(backend: str) -> None:
         assert_same_selection(sk.select_mass(scores, cu, 5000, mass=0.8), want)
 
 
+def test_more_images_than_one_group(backend: str) -> None:
+    """CUDA places the rows of 128 images at a time, after those of the 128 before."""
+    lengths = tuple(7 * b % 5 for b in range(30 if backend == "triton" else 300))
+    scores, cu = scores_of("tied", sum(lengths)), cu_of(lengths)
+    for options in ({"keep": 0.3}, {"keep": 1}):
+        want = sk.reference.select_topk(scores, cu, 4, num_prefix=0, **options)
+        assert_same_selection(sk.select_topk(scores, cu, 4, num_prefix=0, **options), want)
+    want = sk.reference.select_mass(scores, cu, 4, mass=0.6, num_prefix=0)
+    assert_same_selection(sk.select_mass(scores, cu, 4, mass=0.6, num_prefix=0), want)
+
+
 def test_too_many_patches_are_refused(backend: str) -> None:
     for lengths, image in (((8, 8), 0), ((9, 0, 1, 8), 3)):
         # The reference names no image.

@@ -50,10 +50,12 @@ struct KeptRowsParams {
   int32_t* spread;  // (total,) of scratch where rows is 0 and images may have more than kMostRowsInShared; else nullptr
 };
 
-constexpr int64_t kMostRowsInShared = 4096;  // 16 KB: then 13 blocks of select share a multiprocessor of an H200
+constexpr int64_t kMostRowsInShared = 4096;  // 16 KB
+
+constexpr int kSelectThreads = 128;  // of a block, which looks at the lengths of as many images
 
 // cu_seqlens, whether an image has too few, a ticket, the length of each image, and where each 128th image starts.
-constexpr int64_t kept_size(int64_t images) { return (images + 1) + 2 + images + (images / 128 + 1); }
+constexpr int64_t kept_size(int64_t images) { return (images + 1) + 2 + images + (images / kSelectThreads + 1); }
 
 // One launch on stream (a cudaStream_t) each; a cudaError_t as int.
 int select(const KeptRowsParams& params, void* stream);
