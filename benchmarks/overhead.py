@@ -139,7 +139,7 @@ def main() -> None:
     what = (
         "Calls enqueued on the device, without waiting for them."
         if ON_GPU
-        else "All that runs in Python and in torch's dispatcher; no GPU, so without the driver's launch (a few µs each)."
+        else "What runs in Python and in torch's dispatcher; no GPU, so without the driver's launch, a few µs each."
     )
     page = (
         "# Host time of a call\n\n"
