@@ -54,4 +54,24 @@ inline at::Tensor topk_cu_seqlens(const char* op, const at::Tensor& cu_seqlens, 
   return kept;
 }
 
+// Whether all images have max_seqlen tokens, as far as the number of rows can tell: some may end in the tail.
+inline bool is_full(const Batch& batch, int64_t total) {
+  return batch.images > 0 && total % batch.images == 0 && total / batch.images == batch.max_seqlen;
+}
+
+// The rows that stay at most, whatever the lengths and the scores.
+inline int64_t capacity(const Batch& batch, int64_t total, int64_t num_prefix, const KeepRule& rule) {
+  const int64_t longest = std::min(batch.max_seqlen, total), patches = longest - std::min(num_prefix, longest);
+  const int64_t most = rule.mass == 0 ? cpu::topk_patches(rule, patches) : rule.max_keep < 0 ? patches : rule.max_keep;
+  return std::min(total, batch.images * (longest - patches + std::min(most, patches)));
+}
+
+// Indices of which the first `kept` are to be written; the others are `total`, which is no row. On the CPU.
+inline at::Tensor empty_indices(int64_t rows, int64_t kept, int64_t total, const at::Tensor& cu_seqlens) {
+  at::Tensor indices = at::empty({rows}, cu_seqlens.options());
+  int32_t* out = indices.mutable_data_ptr<int32_t>();
+  std::fill(out + kept, out + rows, static_cast<int32_t>(total));
+  return indices;
+}
+
 }  // namespace sait
