@@ -233,10 +233,12 @@ def select_mass_reference(
     return _select(scores, cu_seqlens, num_prefix, how_many, bound)
 
 
-def mass_capacity(T: int, images: int, max_seqlen: int, num_prefix: int, max_keep: int | None) -> int:
+def mass_capacity(
+    total: int, images: int, max_seqlen: int, num_prefix: int, max_keep: int | None
+) -> int | torch.SymInt:
     """The size of a static Selection; compiled code adds no condition on the sizes that it depends on."""
     bound = max_seqlen if max_keep is None else torch.sym_min(max_seqlen, num_prefix + max_keep)
-    return torch.sym_min(T, images * bound)
+    return torch.sym_min(total, images * bound)
 
 
 def _topk_fake(
