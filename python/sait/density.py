@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sait_kernels as sk
@@ -179,5 +178,5 @@ def in_original_rows(selection: Selection, before: Selection | None, total: int)
     """The same choice, its indices counted in the ``total`` rows of the batch that ``before`` was taken from."""
     if before is None:
         return selection
-    rows = F.pad(before.indices, (0, 1), value=total)  # no row stays no row
+    rows = torch.cat([before.indices, before.indices.new_full((1,), total)])  # no row stays no row
     return selection._replace(indices=rows.index_select(0, selection.indices))

@@ -238,6 +238,8 @@ def mass_capacity(
 ) -> int | torch.SymInt:
     """The size of a static Selection; compiled code adds no condition on the sizes that it depends on."""
     bound = max_seqlen if max_keep is None else torch.sym_min(max_seqlen, num_prefix + max_keep)
+    if guard_or_false(total == images * max_seqlen):
+        return images * bound
     return torch.sym_min(total, images * bound)
 
 

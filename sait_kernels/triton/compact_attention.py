@@ -60,7 +60,7 @@ def compact_attention(
     T, H, D = q.shape
     S = T if indices is None else indices.shape[0]
     images, longest = cu_seqlens.shape[0] - 1, min(max_seqlen, T)
-    if not images:
+    if not (images and longest):
         return q.new_zeros(S, H * D)
     out = q.new_empty(S, H * D)
     if out.numel():

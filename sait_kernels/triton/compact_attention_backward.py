@@ -64,7 +64,7 @@ def compact_attention_backward(
     T, H, D = q.shape
     S = T if indices is None else indices.shape[0]
     images, longest = cu_seqlens.shape[0] - 1, min(max_seqlen, T)
-    if not q.numel() or not images:
+    if not (q.numel() and images and longest):
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     dq = q.new_empty(q.shape) if indices is None else q.new_zeros(q.shape)  # rows that were not kept stay zero
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)

@@ -218,6 +218,7 @@ def _dkeys(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dk of a block of keys; program (block, head). Tiles are (keys, queries): a product takes them as they are."""
+    zero_tail(p_dk, p_cu, tl.num_programs(0) // blocks, T, H * D)
     begin, n, first = _image_and_block(p_cu, blocks, BLOCK)
     if first >= n:
         return

@@ -66,7 +66,7 @@ def score_tokens(
     T, H, D = q.shape
     scale = D**-0.5 if scale is None else scale
     images = cu_seqlens.shape[0] - 1
-    if not images:
+    if not (images and max_seqlen):
         return q.new_zeros(T, dtype=torch.float32)
     scores = q.new_empty(T, dtype=torch.float32)
     if T == 0:
@@ -213,7 +213,7 @@ def score_tokens_backward(
     T, H, D = q.shape
     scale = D**-0.5 if scale is None else scale
     images = cu_seqlens.shape[0] - 1
-    if not images:
+    if not (images and max_seqlen):
         return q.new_zeros(q.shape), k.new_zeros(k.shape), q.new_zeros(0) if v is None else v.new_zeros(v.shape)
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dv = q.new_empty(0) if v is None else v.new_empty(v.shape) if kind == "cls_value" else v.new_zeros(v.shape)

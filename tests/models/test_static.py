@@ -11,7 +11,7 @@ import zoo
 from helpers import assert_same_bits
 from timm.layers import DropPath
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 NAMES = ("vit", "distilled", "avgmax", "max", "siglip", "register_gap", "gated", "rms_norm")
@@ -55,7 +55,7 @@ def test_what_a_forward_leaves(backend):
         assert_close(model.forward_head(features), model(x))
         found.append((features, sait.selections(model), sait.kept_mask(model)[0], sait.macs(model)))
     (features, selections, mask, macs), (static_features, static_selections, static_mask, static_macs) = found
-    for few, many, patches in zip(selections, static_selections, (15, 15, 9), strict=True):
+    for few, many, patches in zip(selections, static_selections, (13, 13, 8), strict=True):
         kept, size = len(few.indices), 3 * (model.num_prefix_tokens + patches)
         assert many.indices.tolist() == few.indices.tolist() + [3 * zoo.tokens_of(model, x)] * (size - kept)
         assert many.cu_seqlens.tolist() == few.cu_seqlens.tolist()
@@ -63,7 +63,7 @@ def test_what_a_forward_leaves(backend):
     assert_same_bits("mask", static_mask, mask)
     assert static_macs == macs
     longest = features.shape[1]
-    assert static_features.shape[1] == model.num_prefix_tokens + 9 > longest
+    assert static_features.shape[1] == model.num_prefix_tokens + 8 > longest
     assert_close(static_features[:, :longest], features)
     assert not static_features[:, longest:].any()
 
@@ -91,9 +91,9 @@ def test_no_size_depends_on_data(name):
         fake = mode.from_tensor(x)
         sait.sparsify(model, plan_of(name)).train()
         assert model(fake).shape == (3, 24)
-        assert model.forward_features(fake).shape == (3, model.num_prefix_tokens + 9, 64)
+        assert model.forward_features(fake).shape == (3, model.num_prefix_tokens + 8, 64)
         sait.sparsify(model, plan_of(name, static=False))
-        with pytest.raises(Exception, match="dynamic"):
+        with pytest.raises(DynamicOutputShapeException):
             model(fake)
 
 
@@ -115,15 +115,15 @@ def test_one_graph_whatever_is_kept(name):
     model = sait.sparsify(zoo.build(name), plan_of(name))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    kept = set()
+    lengths: set[int] = set()
     for count in (3, 2, 5):
         x = zoo.images(name, count, seed=count)
         torch._dynamo.mark_dynamic(x, 0)
         want = model(x)
-        kept.add(int(sait.selections(model)[0].cu_seqlens[-1]) / count)
+        lengths.update(sait.selections(model)[0].cu_seqlens.diff().tolist())
         assert_close(compiled(x), want)
     assert compilations == 1
-    assert len(kept) == 3, "batches that keep as much would show nothing"
+    assert len(lengths) > 1, "images of one length would show nothing"
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip"])
