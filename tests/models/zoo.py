@@ -103,7 +103,7 @@ def plans(name: str) -> list[sait.Plan]:
 def static_plan(score: str = "cls", static: bool = True) -> sait.Plan:
     """Each limit binds somewhere, the tail grows, and a fixed share follows."""
     stages = (
-        sait.Stage(0, mass=0.75, max_keep=13, static=static),
+        sait.Stage(0, mass=0.76, max_keep=13, static=static),
         sait.Stage(1, mass=0.6, min_keep=4, static=static),
         sait.Stage(3, keep=0.6),
     )
