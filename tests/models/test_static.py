@@ -61,7 +61,7 @@ def test_what_a_forward_leaves(backend):
         assert many.cu_seqlens.tolist() == few.cu_seqlens.tolist()
         assert many.max_seqlen == model.num_prefix_tokens + patches
     assert_same_bits("mask", static_mask, mask)
-    assert static_macs == macs
+    assert static_macs > macs, "the linear layers compute all rows"
     longest = features.shape[1]
     assert static_features.shape[1] == model.num_prefix_tokens + 8 > longest
     assert_close(static_features[:, :longest], features)
