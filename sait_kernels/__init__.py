@@ -1,7 +1,10 @@
 """Kernels for Vision Transformers that drop tokens: score, select, gather and attend, as torch ops.
 
 Everything is packed: ``x (T, C)`` holds the tokens of all images of a batch, ``cu_seqlens (B + 1,) int32`` the row
-where each image starts. ``python -m sait_kernels.info`` tells what was built and what serves a call.
+where each image starts. Rows from ``cu_seqlens[-1]`` on, the tail, belong to no image: their scores, their attention
+and their gradients are zero, whatever stands there.
+
+``python -m sait_kernels.info`` tells what was built and what serves a call.
 """
 
 from sait_kernels import reference

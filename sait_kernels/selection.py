@@ -14,8 +14,9 @@ class Selection(NamedTuple):
     """Which rows of a packed batch stay.
 
     Attributes:
-        indices: (S,) int32, rows of the T axis, ascending and unique, prefix rows included.
-        cu_seqlens: (B + 1,) int32, where each image starts among the kept rows.
+        indices: (S,) int32, rows of the T axis, ascending and unique, prefix rows included. Behind them may stand T, as
+            often as fills a size that was chosen without knowing their number: no row, zeros when gathered.
+        cu_seqlens: (B + 1,) int32, where each image starts among the kept rows; the last value is their number.
         max_seqlen: a bound on the kept rows of an image; exact for images of equal length.
     """
 
@@ -41,6 +42,11 @@ def uniform_cu_seqlens(B: int, N: int, device: torch.device | str | None = None)
     tensor([  0, 197, 394], dtype=torch.int32)
     """
     return torch.arange(B + 1, dtype=torch.int32, device=device) * N
+
+
+def with_no_row(x: Tensor) -> Tensor:
+    """(T, C) rows and a row of zeros, which index T reads."""
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])
 
 
 def image_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:

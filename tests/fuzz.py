@@ -33,25 +33,28 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def good(rng: random.Random, op: str) -> Arguments:
     dtype, num_prefix = rng.choice(KERNEL_DTYPES), rng.randint(0, 3)
     lengths = [rng.choice((0, rng.randint(max(1, num_prefix), 24))) for _ in range(rng.randint(0, 5))]
-    cu, T, longest = cu_of(lengths), sum(lengths), max(lengths, default=0)
+    cu, T, longest = cu_of(lengths), sum(lengths) + rng.choice((0, 0, 1, 9)), max(lengths, default=0)
     H, D, C = rng.randint(1, 3), rng.choice((8, 16, 40, 64)), rng.choice((1, 5, 16, 33))
     selection = sk.reference.select_topk(randn(T), cu, longest, keep=rng.choice((0.3, 1.0)), num_prefix=num_prefix)
+    no_rows = torch.full((rng.choice((0, 0, 4)),), T, dtype=torch.int32)
+    selection = selection._replace(indices=torch.cat([selection.indices, no_rows]))
     S = len(selection.indices)
     heads = {name: randn(T, H, D, dtype=dtype) for name in "qkv"}
     batch: Arguments = {"cu_seqlens": cu, "max_seqlen": longest + rng.choice((0, 0, 5))}
     kind = rng.choice(("cls", "column", "cls_value")) if num_prefix else "column"
     rule = rng.choice(({"keep": rng.choice((0.1, 0.45, 1.0))}, {"mass": rng.choice((0.2, 0.9, 1.0, 1))}))
+    limits = {"min_keep": rng.randint(1, 3), "max_keep": rng.choice((None, 3, 9)), "static": rng.random() < 0.5}
     if op == "score_tokens":
         return {**heads, **batch, "kind": kind, "num_prefix": num_prefix, "scale": None}
     if op == "select_topk":
         return {"scores": randn(T), **batch, "keep": rng.choice((0.1, 0.45, 1.0)), "num_prefix": num_prefix}
     if op == "select_mass":
-        limits = {"min_keep": rng.randint(1, 3), "max_keep": rng.choice((None, 3, 9))}
         return {"scores": randn(T).exp(), **batch, "mass": 0.7, "num_prefix": num_prefix, **limits}
     if op == "compact_attention":
         return {**heads, **batch, "selection": rng.choice((None, selection)), "scale": None}
     if op == "prune_attention":
-        return {**heads, **batch, **rule, "kind": kind, "num_prefix": num_prefix, "scale": None}
+        limits = limits if "mass" in rule else {}
+        return {**heads, **batch, **rule, **limits, "kind": kind, "num_prefix": num_prefix, "scale": None}
     if op == "gather_tokens":
         return {"x": randn(T, C, dtype=dtype), "selection": selection}
     if op == "scatter_tokens":

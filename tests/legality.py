@@ -24,7 +24,7 @@ def fits(op: str, a: Arguments) -> bool:
         return op != "gather_add_norm" or (math.isfinite(a["eps"]) and a["eps"] > 0)
     rows = len(a["scores"] if "scores" in a else a["q"])
     offsets, num_prefix = a["cu_seqlens"].tolist(), a.get("num_prefix", 0)
-    if not offsets or offsets[0] != 0 or offsets[-1] != rows or num_prefix < 0 or a["max_seqlen"] < 0:
+    if not offsets or offsets[0] != 0 or offsets[-1] > rows or num_prefix < 0 or a["max_seqlen"] < 0:
         return False
     lengths = [end - begin for begin, end in pairwise(offsets)]
     if any(n < 0 or n > a["max_seqlen"] or 0 < n < num_prefix for n in lengths):
@@ -65,13 +65,15 @@ def rule_fits(op: str, a: Arguments, patches: list[int]) -> bool:
     keep, mass = a.get("keep"), a.get("mass")
     if op in ("select_topk", "select_mass", "prune_attention") and (keep is None) == (mass is None):
         return False
+    low, high, static = a.get("min_keep", 1), a.get("max_keep"), a.get("static", False)
+    if keep is not None and (low, high, static) != (1, None, False):
+        return False
     if isinstance(keep, int):
         return keep >= 1 and all(n <= 0 or n >= keep for n in patches)
     if keep is not None:
         return 0 < keep <= 1
     if mass is not None and not 0 < mass <= 1:
         return False
-    low, high = a.get("min_keep", 1), a.get("max_keep")
     return low >= 1 and (high is None or high >= low)
 
 
@@ -79,7 +81,10 @@ def selection_fits(op: str, a: Arguments) -> bool:
     selection: sk.Selection = a["selection"]
     rows = selection.indices.tolist()
     total = a["total"] if op == "scatter_tokens" else len(a["q"] if op == "compact_attention" else a["x"])
-    if total < 0 or any(not 0 <= row < total for row in rows) or any(i >= j for i, j in pairwise(rows)):
+    present = [row for row in rows if row != total]  # the others, which stand for no row, come last
+    if total < 0 or rows[: len(present)] != present or any(not 0 <= row < total for row in present):
+        return False
+    if any(i >= j for i, j in pairwise(present)):
         return False
     if op == "scatter_tokens":
         return len(rows) == len(a["y"])
@@ -88,7 +93,7 @@ def selection_fits(op: str, a: Arguments) -> bool:
     if op == "gather_tokens":
         return True
     kept, offsets = selection.cu_seqlens.tolist(), a["cu_seqlens"].tolist()
-    if len(kept) != len(offsets) or not kept or kept[0] != 0 or kept[-1] != len(rows) or sorted(kept) != kept:
+    if len(kept) != len(offsets) or not kept or kept[0] != 0 or kept[-1] != len(present) or sorted(kept) != kept:
         return False
     images = zip(bounds_of(selection.cu_seqlens), bounds_of(a["cu_seqlens"]), strict=True)
     return all(begin <= row < end for (first, last), (begin, end) in images for row in rows[first:last])

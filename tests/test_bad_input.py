@@ -106,14 +106,12 @@ def bad_offsets(op: str) -> list[Any]:
         bad(op, "cu_seqlens", torch.tensor(0, dtype=torch.int32), ValueError, "1-D", "()"),
         bad(op, "cu_seqlens", cu(0, 9, 6, 9, 6, 9, 10)[::2], ValueError, "contiguous", "stride 2"),
         bad(op, "cu_seqlens", cu(), ValueError, "(B + 1,) offsets", "(0,)"),
-        bad(op, "cu_seqlens", cu(0), ValueError, "last value of 10", "0"),
         bad(op, "cu_seqlens", cu(1, 6, 10), ValueError, "first value of 0", "1"),
         bad(op, "cu_seqlens", cu(-1, 6, 10), ValueError, "first value of 0", "-1"),
         bad(op, "cu_seqlens", cu(0, 6, 4, 10), ValueError, "ascending", "-2 at image 1"),
         bad(op, "cu_seqlens", cu(0, 6, -4, 10), ValueError, "ascending", "-10 at image 1"),
         bad(op, "cu_seqlens", cu(0, 2**31 - 1, -(2**31), 10), ValueError, f"at least {2**31 - 1}", named="max_seqlen"),
-        bad(op, "cu_seqlens", cu(0, 6, 9), ValueError, "last value of 10, the number of rows", "9"),
-        bad(op, "cu_seqlens", cu(0, 6, 11), ValueError, "last value of 10, the number of rows", "11"),
+        bad(op, "cu_seqlens", cu(0, 6, 11), ValueError, "last value of at most 10, the number of rows", "11"),
         bad(op, "cu_seqlens", torch.empty(4, dtype=torch.int32, device="meta"), ValueError, "device cpu", "meta"),
         bad(op, "max_seqlen", 5, ValueError, "at least 6, the length of image 0", "5"),
         bad(op, "max_seqlen", 0, ValueError, "at least 6", "0"),
@@ -162,8 +160,10 @@ def bad_selection(op: str) -> list[Any]:
 
     indices = "selection.indices"
     cases = [
-        bad(op, "selection", with_indices(0, 2, 5, 6, 8, 10), ValueError, "[0, 10)", "10 at position 5", named=indices),
+        bad(op, "selection", with_indices(0, 2, 5, 6, 8, 11), ValueError, "[0, 10)", "11 at position 5", named=indices),
         bad(op, "selection", with_indices(-1, 2, 5, 6, 8, 9), ValueError, "[0, 10)", "-1 at position 0", named=indices),
+        bad(op, "selection", with_indices(0, 2, 5, 10, 8, 9), ValueError, "ascending", "8 after 10", named=indices),
+        bad(op, "selection", with_indices(0, 2, 5, 10, 10, 9), ValueError, "ascending", "9 after 10", named=indices),
         bad(op, "selection", with_indices(0, 2, 2, 6, 8, 9), ValueError, "ascending", "2 after 2", named=indices),
         bad(op, "selection", with_indices(2, 0, 5, 6, 8, 9), ValueError, "ascending", "0 after 2", named=indices),
         bad(op, "selection", selection(dtype=torch.int64), TypeError, "int32", "Long", named=indices),
@@ -224,6 +224,11 @@ CASES = [
     bad("select_mass", "min_keep", 1.5, TypeError, "whole number", "1.5"),
     bad("select_mass", "max_keep", 0, ValueError, "at least min_keep = 1", "0"),
     bad("select_mass", "max_keep", "few", TypeError, "whole number", "'few'"),
+    *(bad(op, "static", 1, TypeError, "True or False", "1") for op in ("select_mass", "prune_attention")),
+    *(
+        bad("prune_attention", name, value, ValueError, "with min_keep, max_keep or static", "None", named="mass")
+        for name, value in (("min_keep", 2), ("max_keep", 9), ("static", True))
+    ),
     *(
         case
         for op in ("select_topk", "select_mass")
@@ -232,7 +237,7 @@ CASES = [
             bad(op, "scores", randn(T).half(), TypeError, "float32", "Half"),
             bad(op, "scores", randn(T).double(), TypeError, "float32", "Double"),
             bad(op, "scores", randn(T).long(), TypeError, "float32", "Long"),
-            bad(op, "scores", randn(T + 1), ValueError, "last value of 11", "10", named="cu_seqlens"),
+            bad(op, "scores", randn(T - 1), ValueError, "last value of at most 9", "10", named="cu_seqlens"),
         )
     ),
     bad(
@@ -256,7 +261,16 @@ CASES = [
             ((0, 3, 4, 6), "indices", "[6, 6) for image 1", "6 to 6"),
         )
     ),
-    bad("scatter_tokens", "total", 9, ValueError, "[0, 9)", "9 at position 5", named="selection.indices"),
+    bad(
+        "compact_attention",
+        "selection",
+        selection((0, 2, 5, 6, 8, 10)),
+        ValueError,
+        "from 0 to 5, the rows",
+        "0 to 6",
+        named="selection.cu_seqlens",
+    ),
+    bad("scatter_tokens", "total", 8, ValueError, "[0, 8)", "9 at position 5", named="selection.indices"),
     bad("scatter_tokens", "total", -1, ValueError, ">= 0", "-1"),
     bad("scatter_tokens", "y", randn(S - 1, C), ValueError, "5", "6", named="selection.indices"),
     bad("scatter_tokens", "base", randn(T, C - 1), ValueError, "(10, 32)", "(10, 31)"),
@@ -350,6 +364,12 @@ def test_mass_of_prune_attention(value: float) -> None:
         sk.prune_attention(**GOOD["prune_attention"]() | {"keep": None, "mass": value})
 
 
+@pytest.mark.parametrize("limits", [{"min_keep": 0}, {"min_keep": 3, "max_keep": 2}, {"max_keep": 1.5}], ids=str)
+def test_limits_of_prune_attention(limits: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"^prune_attention: m.._keep: expected .* got .*\. \S"):
+        sk.prune_attention(**GOOD["prune_attention"]() | {"keep": None, "mass": 0.5} | limits)
+
+
 def test_same_messages_from_the_registered_ops() -> None:
     """torch.ops.sait.* check for themselves."""
     q, x, weight = heads(), randn(S, C), randn(C)
@@ -363,6 +383,8 @@ def test_same_messages_from_the_registered_ops() -> None:
         torch.ops.sait.score_tokens_backward(randn(3), q, q, None, cu_of(LENGTHS), 6, "cls", 1, None)
     with pytest.raises(ValueError, match="gather_add_norm_backward: grad_normed: expected shape"):
         torch.ops.sait.gather_add_norm_backward(x, x[:2], x, x, weight, None, 1e-6)
+    with pytest.raises(ValueError, match="prune_attention: mass: expected a mass, with min_keep, max_keep or static"):
+        torch.ops.sait.prune_attention(q, q, q, cu_of(LENGTHS), 6, 0.5, None, None, "cls", 1, None, 1, None, True)
     with pytest.raises(ValueError, match="select_topk: keep: expected exactly one"):
         torch.ops.sait.select_topk(randn(T), cu_of(LENGTHS), 6, None, None, 1)
 

@@ -49,12 +49,27 @@ def with_selection(call: Callable[..., object]) -> Callable[..., object]:
     return run
 
 
+def adaptively(t: dict[str, Tensor], cu: Tensor) -> object:
+    """Every op on what a mass keeps, in tensors of a static size; a fixed share and another mass follow."""
+    q, k, v = t["qkv"].unbind(1)
+    out, kept = sk.prune_attention(q, k, v, cu, N, mass=0.6, max_keep=40, static=True)
+    residual, normed = sk.gather_add_norm(t["x"], out, kept, t["vector"], t["vector"], 1e-6)
+    residual = sk.linear_residual(normed, t["weight"], t["vector"], residual)
+    heads = [rows.unflatten(1, (H, D)) for rows in (residual, normed, normed)]
+    scores = sk.score_tokens(*heads[:2], *kept[1:])
+    out = sk.compact_attention(*heads, *kept[1:], selection=sk.select_topk(scores, *kept[1:], keep=0.5))
+    again = sk.select_mass(scores, *kept[1:], mass=0.5, static=True)
+    home = sk.scatter_tokens(sk.gather_tokens(residual, again), again, len(residual), base=normed)
+    return out, residual, scores, home, kept, again
+
+
 OPS: dict[str, Callable[[dict[str, Tensor], Tensor], object]] = {
     "score_tokens": lambda t, cu: sk.score_tokens(*t["qkv"].unbind(1)[:2], cu, N),
     "score_tokens, column": lambda t, cu: sk.score_tokens(*t["qkv"].unbind(1)[:2], cu, N, kind="column"),
     "select_topk": lambda t, cu: sk.select_topk(t["scores"], cu, N, keep=0.45)[:2],
     "compact_attention": lambda t, cu: sk.compact_attention(*t["qkv"].unbind(1), cu, N),
     "prune_attention": lambda t, cu: sk.prune_attention(*t["qkv"].unbind(1), cu, N, keep=0.45)[0],
+    "adaptively": adaptively,
     "gather_tokens": with_selection(lambda t, kept, y: sk.gather_tokens(t["x"], kept)),
     "scatter_tokens": with_selection(lambda t, kept, y: sk.scatter_tokens(y, kept, B * N, base=t["x"])),
     "gather_add_norm": with_selection(
@@ -112,7 +127,7 @@ def test_graph_replay(op: str) -> None:
 
 @every_op
 def test_nothing_synchronises(op: str) -> None:
-    """With images of equal length and a fixed share no size depends on data."""
+    """With images of equal length no size depends on data, at a fixed share or at a static mass."""
     call, cu, found = OPS[op], offsets(), inputs(5)
     call(found, cu)
     torch.cuda.set_sync_debug_mode("error")
@@ -205,3 +220,36 @@ def test_model_in_a_graph(model: torch.nn.Module, images: Tensor) -> None:
     graph.replay()
     torch.cuda.synchronize()
     torch.testing.assert_close(logits, model(images.flip(0)))
+
+
+@torch.inference_mode()
+def test_adaptive_model_in_a_graph(model: torch.nn.Module, images: Tensor) -> None:
+    """What is kept follows the images, in tensors whose sizes do not; and nothing synchronises."""
+    import sait
+
+    sait.set_density(model, mass=0.9, max_keep=120, static=True)
+    found = images.clone()
+    model(found)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(found)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(found)
+    (captured,) = sait.selections(model)
+    for seed in (1, 2):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        found.copy_(torch.randn(found.shape, generator=generator, device="cuda") * seed)
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(logits, model(found))
+        (want,) = sait.selections(model)
+        assert torch.equal(captured.indices, want.indices)
+        assert torch.equal(captured.cu_seqlens, want.cu_seqlens)
+        sait.set_density(model, mass=0.9, max_keep=120)
+        torch.testing.assert_close(logits, model(found), rtol=1e-3, atol=1e-3)
+        (few,) = sait.selections(model)
+        assert torch.equal(captured.indices[: len(few.indices)], few.indices)
+        sait.set_density(model, mass=0.9, max_keep=120, static=True)

@@ -135,6 +135,34 @@ def test_mass_is_reached_by_the_fewest(name: str, batch: tuple[Tensor, tuple[int
         assert len(of_kept) == 1 or without_the_last <= mass * weights.sum() + rounding
 
 
+@on_every_backend(
+    batch=scored_batches(),
+    mass=shares,
+    most=st.one_of(st.none(), st.integers(1, 60)),
+    tail=st.integers(0, 20),
+    value=st.floats(width=32),
+)
+def test_static_is_the_same_choice(
+    name: str,
+    batch: tuple[Tensor, tuple[int, ...], int],
+    mass: float,
+    most: int | None,
+    tail: int,
+    value: float,
+) -> None:
+    """In a size that only shapes decide, filled with what is no row, whatever stands in the tail."""
+    scores, lengths, num_prefix = batch
+    total, longest = len(scores) + tail, max(lengths, default=0)
+    with sk.backend(name):
+        rule: dict[str, Any] = {"mass": mass, "num_prefix": num_prefix, "max_keep": most}
+        want = sk.select_mass(scores, cu_of(lengths), longest, **rule)
+        behind = torch.cat([scores, torch.full((tail,), value)])
+        got = sk.select_mass(behind, cu_of(lengths), longest, **rule, static=True)
+    size = min(total, len(lengths) * (longest if most is None else min(longest, num_prefix + most)))
+    assert got.cu_seqlens.tolist() == want.cu_seqlens.tolist()
+    assert got.indices.tolist() == want.indices.tolist() + [total] * (size - len(want.indices))
+
+
 @on_every_backend(batch=scored_batches(), low=shares, high=shares)
 def test_more_never_keeps_fewer(name: str, batch: tuple[Tensor, tuple[int, ...], int], low: float, high: float) -> None:
     scores, lengths, num_prefix = batch

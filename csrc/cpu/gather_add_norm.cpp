@@ -26,7 +26,8 @@ template <typename E>
 void forward_rows(const GatherAddNormParams& p, int64_t begin, int64_t end) {
   using T = typename E::type;
   for (int64_t t = begin; t < end; ++t) {
-    const T* x = static_cast<const T*>(p.x.data) + p.indices[t] * p.x.row_stride;
+    const bool kept = p.indices[t] < p.total;  // else no row of x: zeros
+    const T* x = static_cast<const T*>(p.x.data) + (kept ? p.indices[t] * p.x.row_stride : 0);
     const T* y = static_cast<const T*>(p.y.data) + t * p.y.row_stride;
     T* residual = static_cast<T*>(p.residual) + t * p.channels;
     T* normed = static_cast<T*>(p.normed) + t * p.channels;
@@ -34,7 +35,7 @@ void forward_rows(const GatherAddNormParams& p, int64_t begin, int64_t end) {
     const float sum = sum_over(p.channels, [=, &p](int64_t i, int n) {
       const Vec branch = load_lanes<E>(y + i, n);
       const Vec scaled = p.gamma == nullptr ? branch : load_lanes<F32>(p.gamma + i, n) * branch;
-      store_lanes<E>(residual + i, load_lanes<E>(x + i, n) + scaled, n);
+      store_lanes<E>(residual + i, kept ? load_lanes<E>(x + i, n) + scaled : scaled, n);
       return load_lanes<E>(residual + i, n);
     });
     const Moments m = moments<E>(residual, sum, p.channels, p.eps);

@@ -20,7 +20,9 @@ void gather_tokens(const GatherTokensParams& p) {
   char* out = static_cast<char*>(p.out);
   parallel_for(p.rows, grain(p.row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      std::memcpy(out + i * p.row_bytes, x + p.indices[i] * p.x_row_stride, p.row_bytes);
+      char* row = out + i * p.row_bytes;
+      if (p.indices[i] < p.total) std::memcpy(row, x + p.indices[i] * p.x_row_stride, p.row_bytes);
+      else std::memset(row, 0, p.row_bytes);
     }
   });
 }
@@ -30,7 +32,7 @@ void scatter_tokens(const ScatterTokensParams& p) {
   const char* base = static_cast<const char*>(p.base);
   char* out = static_cast<char*>(p.out);
   parallel_for(p.total, grain(p.row_bytes), [&](int64_t begin, int64_t end) {
-    int64_t next = std::lower_bound(p.indices, p.indices + p.rows, begin) - p.indices;  // indices ascend
+    int64_t next = std::lower_bound(p.indices, p.indices + p.rows, begin) - p.indices;  // indices ascend, `total` last
     for (int64_t t = begin; t < end; ++t) {
       char* row = out + t * p.row_bytes;
       if (next < p.rows && p.indices[next] == t) {

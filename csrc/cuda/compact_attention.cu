@@ -4,6 +4,7 @@
 
 #include "attention.cuh"
 #include "launch.cuh"
+#include "tail.cuh"
 
 namespace sait::cuda {
 namespace {
@@ -35,11 +36,18 @@ struct Head {
   }
 };
 
+template <typename Traits>
+SAIT_DEVICE void zero_rows_of_no_image(const CompactAttentionParams& p) {
+  const int64_t pieces = p.heads * Traits::kHeadDim / 8;  // of a row, 16 bytes each
+  zero_tail(static_cast<uint4*>(p.out), p.kept.cu_seqlens[p.batch.images] * pieces, p.kept.rows * pieces);
+}
+
 // Block (image, head): four warps take the kept rows of the image, 16 at a time, in turn.
 constexpr int kResidentThreads = 128;
 
 template <typename Traits>
 __global__ void __launch_bounds__(kResidentThreads, Traits::kBlocks) attend_resident(const CompactAttentionParams p) {
+  zero_rows_of_no_image<Traits>(p);
   const Head<Traits> head(p, blockIdx.x);
   if (head.kept == 0) return;
   auto* keys = reinterpret_cast<typename Traits::Element*>(shared_memory());
@@ -58,6 +66,7 @@ constexpr int kStreamingRows = kStreamingThreads / 2;
 template <typename Traits>
 __global__ void __launch_bounds__(kStreamingThreads, Traits::kHeadDim <= 64 ? 2 : 1)
     attend_streaming(const CompactAttentionParams p) {
+  zero_rows_of_no_image<Traits>(p);
   Head<Traits> head(p, blockIdx.x);
   const int start = static_cast<int>(blockIdx.y) * kStreamingRows;
   if (start >= head.kept) return;

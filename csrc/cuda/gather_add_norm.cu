@@ -84,7 +84,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) add_norm(GatherAddNormParam
   constexpr int kStep = kWidth * kWarpSize;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   if (row >= p.rows) return;
-  const T* x = static_cast<const T*>(p.x.data) + p.indices[row] * p.x.row_stride;
+  const int32_t index = p.indices[row];
+  const bool kept = index < p.total;  // else no row of x: zeros
+  const T* x = static_cast<const T*>(p.x.data) + (kept ? index * p.x.row_stride : 0);
   const T* y = static_cast<const T*>(p.y.data) + row * p.y.row_stride;
   T* residual = static_cast<T*>(p.residual) + row * p.channels;
   T* normed = static_cast<T*>(p.normed) + row * p.channels;
@@ -109,7 +111,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) add_norm(GatherAddNormParam
   float sum = 0;
   for_each_piece([&](int64_t i, float (&numbers)[kWidth]) {
     float branch[kWidth], scale[kWidth];
-    load(numbers, x + i);
+    if (kept) {
+      load(numbers, x + i);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) numbers[j] = 0;
+    }
     load(branch, y + i);
     if (p.gamma != nullptr) load(scale, p.gamma + i);
 #pragma unroll

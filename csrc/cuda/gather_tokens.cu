@@ -32,8 +32,10 @@ template <typename Word>
 __global__ void __launch_bounds__(kWarps* kWarpSize) gather_rows(GatherTokensParams params) {
   const int64_t row = warp_row();
   if (row >= params.rows) return;
-  write_row<Word>(static_cast<char*>(params.out) + row * params.row_bytes,
-                  static_cast<const char*>(params.x) + params.indices[row] * params.x_row_stride, params.row_bytes);
+  const int32_t index = params.indices[row];
+  const char* source = nullptr;  // no row
+  if (index < params.total) source = static_cast<const char*>(params.x) + index * params.x_row_stride;
+  write_row<Word>(static_cast<char*>(params.out) + row * params.row_bytes, source, params.row_bytes);
 }
 
 // How many of the ascending indices lie below `row`. The lanes look at 32 places at once: 3 rounds for 32768 indices,

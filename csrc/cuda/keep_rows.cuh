@@ -17,6 +17,36 @@ struct KeepScratch {
   int image;
 };
 
+// The sum over the threads of a block of kSelectThreads, for all of them.
+SAIT_DEVICE int sum_of_block(int value, KeepScratch& scratch) {
+  value = reduce_add(value);
+  if (threadIdx.x % kWarpSize == 0) scratch.sums[threadIdx.x / kWarpSize] = value;
+  sync_block();
+  value = 0;
+  for (int part : scratch.sums) value += part;
+  return value;
+}
+
+// The rows that stay of the images before `image`, where that follows from their lengths: `rows` of max_seqlen tokens.
+// Only behind a tail are there shorter ones; then the lengths are read. scratch.sums is free behind the next barrier.
+SAIT_DEVICE int rows_before(const Batch& batch, int64_t num_prefix, const KeepRule& rule, int64_t rows, int64_t image,
+                            KeepScratch& scratch) {
+  if (batch.cu_seqlens[image] == image * batch.max_seqlen) return static_cast<int>(image * rows);
+  int sum = 0;
+  for (int64_t b = threadIdx.x; b < image; b += kSelectThreads) {
+    const int n = batch.cu_seqlens[b + 1] - batch.cu_seqlens[b],
+              patches = n - static_cast<int>(min(num_prefix, int64_t{n}));
+    sum += n - patches + (patches > 0 ? rule_for(rule, patches).most : 0);
+  }
+  sync_warp();
+  return sum_of_block(sum, scratch);
+}
+
+// Writes `total`, no row, to indices [begin, size).
+SAIT_DEVICE void fill_with_no_row(int32_t* indices, int64_t begin, int64_t size, int64_t total) {
+  for (int64_t i = begin + threadIdx.x; i < size; i += kSelectThreads) indices[i] = static_cast<int32_t>(total);
+}
+
 namespace keeping {
 
 // The parts of KeptRowsParams::kept. A number that others wait for is published with 1 added: 0 is none yet.
@@ -46,11 +76,7 @@ SAIT_DEVICE int start_of(const KeptRowsParams& p, int64_t image, int length, Kee
   if (thread < before) sum = wait_for(published.lengths + group * kSelectThreads + thread);
   if (thread == kSelectThreads - 1 && group > 0) sum = wait_for(published.starts + group);
   sync_warp();
-  sum = reduce_add(sum);
-  if (thread % kWarpSize == 0) scratch.sums[thread / kWarpSize] = sum;
-  sync_block();
-  sum = 0;
-  for (int part : scratch.sums) sum += part;
+  sum = sum_of_block(sum, scratch);
   if (thread == 0 && before == kSelectThreads - 1) publish(published.starts + group + 1, sum + length);
   return sum;
 }
@@ -74,16 +100,19 @@ SAIT_DEVICE void keep_rows(const KeptRowsParams& p, int64_t image, const float* 
   const int prefix = static_cast<int>(min(p.num_prefix, int64_t{n}));
   const DeviceRule rule = rule_for(p.rule, n - prefix);
   const bool known = p.rows > 0;
-  int32_t* kept = known ? p.indices + image * p.rows : room;
+  int start = known ? rows_before(p.batch, p.num_prefix, p.rule, p.rows, image, scratch) : 0;
+  int32_t* kept = known ? p.indices + start : room;
   const int length = select_rows<kSelectThreads>(scores, n, prefix, rule, begin, scratch.select, kept);
-  const int start = known ? static_cast<int>(image * p.rows) : keeping::start_of(p, image, length, scratch);
+  if (!known) start = keeping::start_of(p, image, length, scratch);
   if (threadIdx.x == 0) {
     if (image == 0) p.kept[0] = 0;
     p.kept[image + 1] = start + length;
     if (!known && n > prefix && p.rule.count > n - prefix) *keeping::parts_of(p).too_few = 1;
   }
+  if (p.fills && image == p.batch.images - 1) fill_with_no_row(p.indices, start + length, p.size, p.total);
   if (known) return;
-  for (int i = static_cast<int>(threadIdx.x); i < length; i += kSelectThreads) p.indices[start + i] = room[i];
+  const int end = static_cast<int>(min(int64_t{start + length}, p.size));
+  for (int i = start + static_cast<int>(threadIdx.x); i < end; i += kSelectThreads) p.indices[i] = room[i - start];
 }
 
 }  // namespace sait::cuda

@@ -11,8 +11,9 @@
 
 #include "attention.cuh"
 #include "class_scores.cuh"
+#include "keep_rows.cuh"
 #include "launch.cuh"
-#include "select_rows.cuh"
+#include "tail.cuh"
 
 namespace sait::cuda {
 namespace {
@@ -27,7 +28,7 @@ constexpr int kMostSharedBytes = 113 * 1024;
 template <typename Traits>
 struct Layout {
   using Element = typename Traits::Element;
-  int keys, values, query, logits, scores, kept, sums, selecting, bytes;
+  int keys, values, query, logits, scores, kept, sums, keeping, bytes;
 
   __host__ SAIT_DEVICE explicit Layout(int tokens) {
     const int matrix = (tokens + 15) / 16 * 16 * Traits::kRowBytes, vector = (tokens + 3) / 4 * 16;
@@ -38,20 +39,20 @@ struct Layout {
     scores = logits + vector;
     kept = scores + vector;
     sums = kept + vector;
-    selecting = sums + static_cast<int>(sizeof(SumScratch));
-    bytes = selecting + static_cast<int>(sizeof(SelectScratch));
+    keeping = sums + static_cast<int>(sizeof(SumScratch));
+    bytes = keeping + static_cast<int>(sizeof(KeepScratch));
   }
 };
-static_assert(sizeof(SumScratch) % 16 == 0);
+static_assert(sizeof(SumScratch) % 16 == 0 && kThreads == kSelectThreads);
 
 template <typename Traits>
 __global__ void __launch_bounds__(kThreads, Traits::kBlocks) prune(const PruneAttentionParams p) {
 #if SAIT_HAS_CLUSTERS
   using Element = typename Traits::Element;
-  const int heads = static_cast<int>(p.heads), tokens = static_cast<int>(p.batch.max_seqlen);
-  const int head = cluster_rank();
-  const int64_t image = blockIdx.x / heads, begin = image * tokens;
-  const Layout<Traits> layout(tokens);
+  const int heads = static_cast<int>(p.heads), head = cluster_rank();
+  const int64_t image = blockIdx.x / heads, begin = p.batch.cu_seqlens[image];
+  const int tokens = static_cast<int>(p.batch.cu_seqlens[image + 1] - begin);
+  const Layout<Traits> layout(static_cast<int>(p.batch.max_seqlen));
   unsigned char* memory = shared_memory();
   auto* keys = reinterpret_cast<Element*>(memory + layout.keys);
   auto* values = reinterpret_cast<Element*>(memory + layout.values);
@@ -60,13 +61,13 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocks) prune(const PruneAt
   auto* scores = reinterpret_cast<float*>(memory + layout.scores);
   auto* kept = reinterpret_cast<int32_t*>(memory + layout.kept);
   auto* sums = reinterpret_cast<SumScratch*>(memory + layout.sums);
-  auto* selecting = reinterpret_cast<SelectScratch*>(memory + layout.selecting);
+  auto* scratch = reinterpret_cast<KeepScratch*>(memory + layout.keeping);
 
   copy_rows<Traits, kThreads>(keys, row_of<Element>(p.k, begin, head), p.k.row_stride, tokens);
   copies_commit();
   copy_rows<Traits, kThreads>(values, row_of<Element>(p.v, begin, head), p.v.row_stride, tokens);
   copies_commit();
-  for (int i = threadIdx.x; i < Traits::kHeadDim / 8; i += kThreads) {
+  for (int i = threadIdx.x; tokens > 0 && i < Traits::kHeadDim / 8; i += kThreads) {
     float numbers[8];
     widen(load_16(row_of<Element>(p.q, begin, head) + 8 * i), numbers, Element{});
     for (int j = 0; j < 8; ++j) query[8 * i + j] = numbers[j];
@@ -91,21 +92,29 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocks) prune(const PruneAt
   cluster_arrive();  // this block has what it needs of the others; it waits for the same of them at its end
   sync_block();
 
-  const int num_prefix = static_cast<int>(min(p.num_prefix, p.batch.max_seqlen));
+  const int num_prefix = static_cast<int>(min(p.num_prefix, int64_t{tokens}));
   const int count = select_rows<kThreads>(scores, tokens, num_prefix, rule_for(p.rule, tokens - num_prefix),
-                                          static_cast<int32_t>(begin), *selecting, kept);
+                                          static_cast<int32_t>(begin), scratch->select, kept);
+  const int start = rows_before(p.batch, p.num_prefix, p.rule, p.rows, image, *scratch);
   sync_block();
   if (head == 0) {
-    for (int i = threadIdx.x; i < count; i += kThreads) p.indices[image * p.rows + i] = kept[i];
+    for (int i = threadIdx.x; i < count; i += kThreads) p.indices[start + i] = kept[i];
     if (threadIdx.x == 0) {
       if (image == 0) p.kept_cu_seqlens[0] = 0;
-      p.kept_cu_seqlens[image + 1] = static_cast<int32_t>((image + 1) * p.rows);
+      p.kept_cu_seqlens[image + 1] = start + count;
     }
   }
   const int64_t out_stride = p.heads * Traits::kHeadDim;
-  auto* out = static_cast<Element*>(p.out) + image * p.rows * out_stride + head * Traits::kHeadDim;
+  auto* out = static_cast<Element*>(p.out) + start * out_stride + head * Traits::kHeadDim;
   attend_all<Traits, kThreads>(keys, values, tokens, row_of<Element>(p.q, 0, head), p.q.row_stride, kept, count, out,
                                out_stride, p.scale);
+
+  if (p.batch.cu_seqlens[p.batch.images] < p.total) {
+    const int64_t end = rows_before(p.batch, p.num_prefix, p.rule, p.rows, p.batch.images, *scratch);
+    const int64_t size = p.batch.images * p.rows, pieces = out_stride / 8;
+    zero_tail(static_cast<uint4*>(p.out), end * pieces, size * pieces);
+    if (blockIdx.x == 0) fill_with_no_row(p.indices, end, size, p.total);
+  }
   cluster_wait();
 #endif
 }

@@ -11,6 +11,7 @@
 #include "class_scores.cuh"
 #include "launch.cuh"
 #include "sait/score_tokens.h"
+#include "tail.cuh"
 
 namespace sait::cuda {
 namespace columns {
@@ -186,6 +187,7 @@ __global__ void __launch_bounds__(kThreads, 4) row_statistics(ColumnParams p) {
 template <typename E>
 __global__ void __launch_bounds__(kThreads, 4) column_sums(ColumnParams p) {
   const ScoreTokensParams& s = p.score;
+  zero_tail(s.scores, s.batch.cu_seqlens[s.batch.images], s.total);
   const Place at(s, p.blocks);
   if (at.first >= at.n) return;
   const float sign = s.scale < 0.f ? -1.f : 1.f;

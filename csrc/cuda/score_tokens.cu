@@ -10,6 +10,7 @@
 #include "launch.cuh"
 #include "sait/score_tokens.h"
 #include "score_columns.cuh"
+#include "tail.cuh"
 
 namespace sait::cuda {
 namespace {
@@ -84,6 +85,7 @@ SAIT_DEVICE float strip_sum(const E* rows, int64_t stride, int first, int n, int
 template <typename E, bool kSelects>
 __global__ void __launch_bounds__(kScoreThreads, 4) score_images(ClassParams p) {
   const ScoreTokensParams& s = p.score;
+  if constexpr (!kSelects) zero_tail(s.scores, s.batch.cu_seqlens[s.batch.images], s.total);
   auto& scratch = *reinterpret_cast<ClassScratch*>(shared_memory());
   auto* queries = reinterpret_cast<float*>(shared_memory() + sizeof(ClassScratch));
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;

@@ -111,7 +111,8 @@ inline void check_int32_vector(const char* op, const char* name, const at::Tenso
                    "Call .contiguous() on it.");
 }
 
-// Reads the values, so only where that costs no synchronisation: on the CPU.
+// Rows behind the last offset are the tail: they belong to no image. The values are read only where that costs no
+// synchronisation: on the CPU.
 inline void check_cu_seqlens(const char* op, const char* name, const at::Tensor& cu, const at::Tensor& like,
                              int64_t total, int64_t max_seqlen, int64_t num_prefix) {
   check_int32_vector(op, name, cu, like);
@@ -132,24 +133,34 @@ inline void check_cu_seqlens(const char* op, const char* name, const at::Tensor&
     SAIT_CHECK_VALUE(n == 0 || n >= num_prefix, op, "num_prefix", "at most " << n << ", the length of image " << b,
                      num_prefix, "An image has no rows at all, or all its prefix rows.");
   }
-  SAIT_CHECK_VALUE(offsets[images] == total, op, name, "a last value of " << total << ", the number of rows",
+  SAIT_CHECK_VALUE(offsets[images] <= total, op, name, "a last value of at most " << total << ", the number of rows",
                    offsets[images], "They are the running sum of the images' lengths.");
 }
 
-// Ascending rows in [0, total).
-inline void check_indices(const char* op, const char* name, const at::Tensor& indices, const at::Tensor& like,
-                          int64_t total) {
+// Ascending rows in [0, total), and behind them any number of times `total`, which is no row. Returns how many are
+// rows; on a GPU, where the values are not read, how many may be.
+inline int64_t check_indices(const char* op, const char* name, const at::Tensor& indices, const at::Tensor& like,
+                             int64_t total) {
   check_int32_vector(op, name, indices, like);
-  if (!indices.is_cpu()) return;
+  const int64_t size = indices.size(0);
+  if (!indices.is_cpu()) return size;
   const int32_t* rows = indices.const_data_ptr<int32_t>();
-  int64_t last = -1;
-  for (int64_t i = 0; i < indices.size(0); ++i) {
-    SAIT_CHECK_VALUE(rows[i] >= 0 && rows[i] < total, op, name, "rows in [0, " << total << ")",
-                     rows[i] << " at position " << i, "Take them from select_topk or select_mass on the same batch.");
-    SAIT_CHECK_VALUE(rows[i] > last, op, name, "ascending rows without repetition",
+  int64_t last = -1, present = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    SAIT_CHECK_VALUE(rows[i] >= 0 && rows[i] <= total, op, name,
+                     "rows in [0, " << total << "), then " << total << " for no row", rows[i] << " at position " << i,
+                     "Take them from select_topk or select_mass on the same batch.");
+    SAIT_CHECK_VALUE(rows[i] > last || rows[i] == total, op, name, "ascending rows without repetition",
                      rows[i] << " after " << last << " at position " << i, "Sort them.");
     last = rows[i];
+    present += rows[i] < total;
   }
+  return present;
+}
+
+// Writes zeros to the rows from `first` on: what an op owes to rows of the tail.
+inline void zero_tail(const at::Tensor& t, int64_t first) {
+  if (first < t.size(0)) t.narrow(0, first, t.size(0) - first).zero_();
 }
 
 // The factor of q . k: D ** -0.5 by default.

@@ -12,7 +12,7 @@ Kept check_kept(const char* op, const at::Tensor& q, const at::Tensor& cu_seqlen
   SAIT_CHECK_VALUE(indices.has_value() == kept_cu_seqlens.has_value(), op, "selection",
                    "indices and cu_seqlens together", "only one of them", "Pass a whole Selection, or None.");
   if (!indices) return {nullptr, cu_seqlens.const_data_ptr<int32_t>(), q.size(0)};
-  check_indices(op, "selection.indices", *indices, q, q.size(0));
+  const int64_t present = check_indices(op, "selection.indices", *indices, q, q.size(0));
   check_int32_vector(op, "selection.cu_seqlens", *kept_cu_seqlens, q);
   SAIT_CHECK_VALUE(kept_cu_seqlens->size(0) == cu_seqlens.size(0), op, "selection.cu_seqlens",
                    "(B + 1,) = " << cu_seqlens.size(0) << " offsets", kept_cu_seqlens->size(0),
@@ -21,12 +21,12 @@ Kept check_kept(const char* op, const at::Tensor& q, const at::Tensor& cu_seqlen
   if (q.is_cpu()) {
     const int32_t* images = cu_seqlens.const_data_ptr<int32_t>();
     const int64_t count = cu_seqlens.size(0) - 1;
-    SAIT_CHECK_VALUE(kept.cu_seqlens[0] == 0 && kept.cu_seqlens[count] == kept.rows, op, "selection.cu_seqlens",
-                     "offsets from 0 to " << kept.rows << ", the rows of selection.indices",
+    SAIT_CHECK_VALUE(kept.cu_seqlens[0] == 0 && kept.cu_seqlens[count] == present, op, "selection.cu_seqlens",
+                     "offsets from 0 to " << present << ", the rows of selection.indices",
                      kept.cu_seqlens[0] << " to " << kept.cu_seqlens[count], "Take the selection from the same batch.");
     for (int64_t b = 0; b < count; ++b) {
       const int32_t first = kept.cu_seqlens[b], last = kept.cu_seqlens[b + 1];
-      SAIT_CHECK_VALUE(first <= last && last <= kept.rows, op, "selection.cu_seqlens", "ascending offsets",
+      SAIT_CHECK_VALUE(first <= last && last <= present, op, "selection.cu_seqlens", "ascending offsets",
                        first << " before " << last << " at image " << b, "Take the selection from the same batch.");
       SAIT_CHECK_VALUE(first == last || (kept.indices[first] >= images[b] && kept.indices[last - 1] < images[b + 1]),
                        op, "selection.indices", "rows [" << images[b] << ", " << images[b + 1] << ") for image " << b,
@@ -58,6 +58,7 @@ at::Tensor compact_attention(const at::Tensor& q, const at::Tensor& k, const at:
 #ifdef SAIT_WITH_CUDA
   if (runs_on_cuda(q)) {
     check_cuda_attention("compact_attention", q);
+    if (cu_seqlens.size(0) == 1) return out.zero_();  // no block would see to the tail
     const at::Tensor queries = aligned(q), keys = aligned(k), values = aligned(v);
     const CompactAttentionParams params =
         attention_params(queries, keys, values, cu_seqlens, max_seqlen, kept, factor, out.mutable_data_ptr());
@@ -66,6 +67,7 @@ at::Tensor compact_attention(const at::Tensor& q, const at::Tensor& k, const at:
   }
 #endif
   cpu::compact_attention(attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, out.mutable_data_ptr()));
+  zero_tail(out, kept.cu_seqlens[cu_seqlens.size(0) - 1]);
   return out;
 }
 
@@ -87,6 +89,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compact_attention_backward(
                                    dq.mutable_data_ptr(),
                                    dk.mutable_data_ptr(),
                                    dv.mutable_data_ptr()});
+  for (const at::Tensor& t : {dq, dk, dv}) zero_tail(t, cu_seqlens.const_data_ptr<int32_t>()[cu_seqlens.size(0) - 1]);
   return {dq, dk, dv};
 }
 

@@ -30,13 +30,16 @@ void score_and_select(const ScoreTokensParams& params, const KeepRule& rule, Kee
 
 // (indices, cu_seqlens) of the rows that stay.
 std::tuple<at::Tensor, at::Tensor> kept_rows(const char* op, const ScoreTokensParams& params, const KeepRule& rule,
-                                             const at::Tensor& cu_seqlens) {
-  const int64_t images = params.batch.images;
-  const auto allocate = [&](int64_t size) { return at::empty({size}, cu_seqlens.options()); };
+                                             const at::Tensor& cu_seqlens, bool is_static) {
+  const int64_t images = params.batch.images, total = params.total;
+  const auto allocate = [&](int64_t kept, bool whole) {
+    const int64_t rows = whole ? capacity(params.batch, total, params.num_prefix, rule) : kept;
+    return empty_indices(rows, kept, total, cu_seqlens);
+  };
   if (rule.mass == 0) {  // known beforehand: each image writes into its place
     at::Tensor kept_cu = topk_cu_seqlens(op, cu_seqlens, params.num_prefix, rule);
     const int32_t* offsets = kept_cu.const_data_ptr<int32_t>();
-    at::Tensor indices = allocate(offsets[images]);
+    at::Tensor indices = allocate(offsets[images], is_full(params.batch, total));
     int32_t* out = indices.mutable_data_ptr<int32_t>();
     score_and_select(params, rule, [&](int64_t b, const int32_t* rows, int64_t count) {
       std::copy_n(rows, count, out + offsets[b]);
@@ -46,39 +49,40 @@ std::tuple<at::Tensor, at::Tensor> kept_rows(const char* op, const ScoreTokensPa
   std::vector<std::vector<int32_t>> kept(images);
   score_and_select(params, rule,
                    [&](int64_t b, const int32_t* rows, int64_t count) { kept[b].assign(rows, rows + count); });
-  at::Tensor kept_cu = allocate(images + 1);
+  at::Tensor kept_cu = at::empty({images + 1}, cu_seqlens.options());
   int32_t* offsets = kept_cu.mutable_data_ptr<int32_t>();
   offsets[0] = 0;
   for (int64_t b = 0; b < images; ++b) offsets[b + 1] = offsets[b] + static_cast<int32_t>(kept[b].size());
-  at::Tensor indices = allocate(offsets[images]);
+  at::Tensor indices = allocate(offsets[images], is_static);
   int32_t* out = indices.mutable_data_ptr<int32_t>();
   for (int64_t b = 0; b < images; ++b) std::copy(kept[b].begin(), kept[b].end(), out + offsets[b]);
   return {indices, kept_cu};
 }
 
 #ifdef SAIT_WITH_CUDA
-// One launch where images are of equal length, keep a fixed number of rows by the class token's attention, and the device
-// has clusters; else one that scores and selects, and one that attends.
+// One launch where a fixed number of rows stays by the class token's attention, of as many rows as images of max_seqlen
+// tokens have, and the device has clusters; else one that scores and selects, and one that attends.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention_cuda(const at::Tensor& q, const at::Tensor& k,
                                                                     const at::Tensor& v, const at::Tensor& cu_seqlens,
-                                                                    ScoreTokensParams score, const KeepRule& rule) {
+                                                                    ScoreTokensParams score, const KeepRule& rule,
+                                                                    bool is_static) {
   constexpr const char* op = "prune_attention";
   check_cuda_attention(op, q);
   const at::Tensor queries = aligned(q), keys = aligned(k), values = aligned(v);
   score.q = head_view(queries), score.k = head_view(keys), score.v = head_view(values);
-  const int64_t images = score.batch.images, longest = score.batch.max_seqlen, width = q.size(1) * q.size(2);
+  const Batch& batch = score.batch;
+  const int64_t width = q.size(1) * q.size(2);
   const auto empty = [&](int64_t size) { return at::empty({size}, cu_seqlens.options()); };
-  const bool equal = score.total > 0 && score.total == images * longest;
-  if (equal && rule.mass == 0 && score.kind == ScoreKind::kCls) {
-    const int64_t patches = longest - std::min(score.num_prefix, longest);
-    const int64_t rows = longest - patches + checked_patches(op, rule, patches, 0);
+  if (score.total > 0 && is_full(batch, score.total) && rule.mass == 0 && score.kind == ScoreKind::kCls) {
+    const int64_t patches = batch.max_seqlen - std::min(score.num_prefix, batch.max_seqlen);
+    const int64_t rows = batch.max_seqlen - patches + checked_patches(op, rule, patches, 0);
+    PruneAttentionParams params{score.q,        score.k,          score.v, batch,   score.heads,
+                                score.head_dim, score.num_prefix, rule,    rows,    score.total,
+                                score.dtype,    score.scale,      nullptr, nullptr, nullptr};
     const c10::OptionalDeviceGuard guard(q.device());
-    PruneAttentionParams params{score.q,        score.k,          score.v, score.batch, score.heads,
-                                score.head_dim, score.num_prefix, rule,    rows,        score.dtype,
-                                score.scale,    nullptr,          nullptr, nullptr};
     if (cuda::prunes_in_one_launch(params)) {
-      at::Tensor out = at::empty({images * rows, width}, q.options()), indices = empty(images * rows);
-      at::Tensor kept_cu = empty(images + 1);
+      const at::Tensor out = at::empty({batch.images * rows, width}, q.options());
+      const at::Tensor indices = empty(batch.images * rows), kept_cu = empty(batch.images + 1);
       params.out = out.mutable_data_ptr();
       params.indices = indices.mutable_data_ptr<int32_t>();
       params.kept_cu_seqlens = kept_cu.mutable_data_ptr<int32_t>();
@@ -86,11 +90,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention_cuda(const at::Te
       return {out, indices, kept_cu};
     }
   }
-  auto [indices, kept_cu] = kept_rows_cuda(op, score, rule, cu_seqlens);
-  at::Tensor out = at::empty({indices.size(0), width}, q.options());
+  const auto [indices, kept_cu] = kept_rows_cuda(op, score, rule, cu_seqlens, is_static);
+  const at::Tensor out = at::empty({indices.size(0), width}, q.options());
   const Kept kept{indices.const_data_ptr<int32_t>(), kept_cu.const_data_ptr<int32_t>(), indices.size(0)};
   const CompactAttentionParams params =
-      attention_params(queries, keys, values, cu_seqlens, longest, kept, score.scale, out.mutable_data_ptr());
+      attention_params(queries, keys, values, cu_seqlens, batch.max_seqlen, kept, score.scale, out.mutable_data_ptr());
   launch(op, q, [&](void* stream) { return cuda::compact_attention(params, stream); });
   return {out, indices, kept_cu};
 }
@@ -104,11 +108,14 @@ struct Checked {
 Checked check_prune_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                               const at::Tensor& cu_seqlens, int64_t max_seqlen, std::optional<double> rate,
                               std::optional<int64_t> count, std::optional<double> mass, std::string_view kind,
-                              int64_t num_prefix, std::optional<double> scale) {
+                              int64_t num_prefix, std::optional<double> scale, int64_t min_keep,
+                              std::optional<int64_t> max_keep, bool is_static) {
   constexpr const char* op = "prune_attention";
   const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, num_prefix, scale);
   SAIT_CHECK_VALUE(!mass || !(rate || count), op, "mass", "either keep or mass", "both", "Pass one of them.");
-  const KeepRule rule = mass ? mass_rule(op, *mass, 1, std::nullopt) : topk_rule(op, rate, count);
+  SAIT_CHECK_VALUE(mass || (min_keep == 1 && !max_keep && !is_static), op, "mass",
+                   "a mass, with min_keep, max_keep or static", "None", "Pass one, or keep alone.");
+  const KeepRule rule = mass ? mass_rule(op, *mass, min_keep, max_keep) : topk_rule(op, rate, count);
   return {
       {head_view(q), head_view(k), head_view(v), batch_view(cu_seqlens, max_seqlen), q.size(0), q.size(1), q.size(2),
        num_prefix, score_kind(op, kind, num_prefix), dtype_of(q), static_cast<float>(factor), nullptr, nullptr},
@@ -120,16 +127,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention(const at::Tensor&
                                                                int64_t max_seqlen, std::optional<double> rate,
                                                                std::optional<int64_t> count, std::optional<double> mass,
                                                                std::string_view kind, int64_t num_prefix,
-                                                               std::optional<double> scale) {
-  const auto [score, rule] =
-      check_prune_attention(q, k, v, cu_seqlens, max_seqlen, rate, count, mass, kind, num_prefix, scale);
+                                                               std::optional<double> scale, int64_t min_keep,
+                                                               std::optional<int64_t> max_keep, bool is_static) {
+  const auto [score, rule] = check_prune_attention(q, k, v, cu_seqlens, max_seqlen, rate, count, mass, kind, num_prefix,
+                                                   scale, min_keep, max_keep, is_static);
 #ifdef SAIT_WITH_CUDA
-  if (runs_on_cuda(q)) return prune_attention_cuda(q, k, v, cu_seqlens, score, rule);
+  if (runs_on_cuda(q)) return prune_attention_cuda(q, k, v, cu_seqlens, score, rule, is_static);
 #endif
-  auto [indices, kept_cu] = kept_rows("prune_attention", score, rule, cu_seqlens);
+  auto [indices, kept_cu] = kept_rows("prune_attention", score, rule, cu_seqlens, is_static);
   at::Tensor out = at::empty({indices.size(0), q.size(1) * q.size(2)}, q.options());
   const Kept kept{indices.const_data_ptr<int32_t>(), kept_cu.const_data_ptr<int32_t>(), indices.size(0)};
   cpu::compact_attention(attention_params(q, k, v, cu_seqlens, max_seqlen, kept, score.scale, out.mutable_data_ptr()));
+  zero_tail(out, kept.cu_seqlens[score.batch.images]);
   return {out, indices, kept_cu};
 }
 
@@ -139,11 +148,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention(const at::Tensor&
 TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "prune_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float? rate=None, "
-      "SymInt? count=None, float? mass=None, str kind=\"cls\", int num_prefix=1, float? scale=None) "
-      "-> (Tensor, Tensor, Tensor)");
+      "SymInt? count=None, float? mass=None, str kind=\"cls\", int num_prefix=1, float? scale=None, SymInt min_keep=1, "
+      "SymInt? max_keep=None, bool static=False) -> (Tensor, Tensor, Tensor)");
   m.def(
       "_check_prune_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, float? rate=None, "
-      "int? count=None, float? mass=None, str kind=\"cls\", int num_prefix=1, float? scale=None) -> ()");
+      "int? count=None, float? mass=None, str kind=\"cls\", int num_prefix=1, float? scale=None, int min_keep=1, "
+      "int? max_keep=None, bool static=False) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) { m.impl("prune_attention", sait::prune_attention); }

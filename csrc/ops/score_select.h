@@ -66,50 +66,74 @@ inline at::Tensor topk_cu_seqlens(const char* op, const at::Tensor& cu_seqlens, 
   return kept;
 }
 
+// Whether all images have max_seqlen tokens, as far as the number of rows can tell: some may end in the tail.
+inline bool is_full(const Batch& batch, int64_t total) {
+  return batch.images > 0 && total % batch.images == 0 && total / batch.images == batch.max_seqlen;
+}
+
+// The rows that stay at most, whatever the lengths and the scores.
+inline int64_t capacity(const Batch& batch, int64_t total, int64_t num_prefix, const KeepRule& rule) {
+  const int64_t longest = std::min(batch.max_seqlen, total), patches = longest - std::min(num_prefix, longest);
+  const int64_t most = rule.mass == 0 ? cpu::topk_patches(rule, patches) : rule.max_keep < 0 ? patches : rule.max_keep;
+  return std::min(total, batch.images * (longest - patches + std::min(most, patches)));
+}
+
+// Indices of which the first `kept` are to be written; the others are `total`, which is no row. On the CPU.
+inline at::Tensor empty_indices(int64_t rows, int64_t kept, int64_t total, const at::Tensor& cu_seqlens) {
+  at::Tensor indices = at::empty({rows}, cu_seqlens.options());
+  int32_t* out = indices.mutable_data_ptr<int32_t>();
+  std::fill(out + kept, out + rows, static_cast<int32_t>(total));
+  return indices;
+}
+
 #ifdef SAIT_WITH_CUDA
 // (indices, cu_seqlens) of the rows that stay, by run(KeptRowsParams, stream), which launches a kernel that ends in
-// keep_rows. Images of equal length: the sizes are known, and nothing synchronises. Else one copy reads two numbers.
+// keep_rows. As many rows as images of max_seqlen tokens have, or a static mass: the size is known, and nothing
+// synchronises. Else one copy reads two numbers.
 template <typename Run>
 std::tuple<at::Tensor, at::Tensor> kept_rows_by(const char* op, const at::Tensor& cu_seqlens, int64_t max_seqlen,
-                                                int64_t total, int64_t num_prefix, const KeepRule& rule, Run run) {
+                                                int64_t total, int64_t num_prefix, const KeepRule& rule, bool is_static,
+                                                Run run) {
   const int64_t images = cu_seqlens.size(0) - 1;
   const auto empty = [&](int64_t size) { return at::empty({size}, cu_seqlens.options()); };
-  if (total == 0) return {empty(0), at::zeros({images + 1}, cu_seqlens.options())};
-  const Batch batch = batch_view(cu_seqlens, std::min(max_seqlen, total));
+  if (total == 0 || images == 0) return {empty(0), at::zeros({images + 1}, cu_seqlens.options())};
+  const Batch given = batch_view(cu_seqlens, max_seqlen), batch = batch_view(cu_seqlens, std::min(max_seqlen, total));
   const int64_t prefix = std::min(num_prefix, total);
-  const auto launch_with = [&](const cuda::KeptRowsParams& params) {
-    launch(op, cu_seqlens, [&](void* stream) { return run(params, stream); });
-  };
-
-  if (rule.mass == 0 && total == images * max_seqlen) {
-    const int64_t patches = std::max<int64_t>(0, max_seqlen - prefix), k = checked_patches(op, rule, patches, 0);
-    const int64_t rows = max_seqlen - patches + k;
-    const at::Tensor indices = empty(images * rows), kept = empty(images + 1);
-    launch_with({nullptr,
-                 batch,
-                 prefix,
-                 {0, k, 0, 1, -1},
-                 rows,
-                 indices.mutable_data_ptr<int32_t>(),
-                 kept.mutable_data_ptr<int32_t>(),
-                 nullptr});
-    return {indices, kept};
+  const bool known = rule.mass == 0 && is_full(given, total);
+  int64_t rows = 0;
+  if (known) {
+    const int64_t patches = batch.max_seqlen - std::min(prefix, batch.max_seqlen);
+    rows = batch.max_seqlen - patches + checked_patches(op, rule, patches, 0);
   }
-  const at::Tensor indices = empty(total), spread = empty(batch.max_seqlen > cuda::kMostRowsInShared ? total : 0);
-  const at::Tensor kept = at::zeros({cuda::kept_size(images)}, cu_seqlens.options());
-  launch_with({nullptr, batch, prefix, rule, 0, indices.mutable_data_ptr<int32_t>(), kept.mutable_data_ptr<int32_t>(),
-               spread.numel() > 0 ? spread.mutable_data_ptr<int32_t>() : nullptr});
+  const int64_t size = known ? images * rows : is_static ? capacity(batch, total, prefix, rule) : total;
+  const at::Tensor indices = empty(size);
+  const at::Tensor kept = known ? empty(images + 1) : at::zeros({cuda::kept_size(images)}, cu_seqlens.options());
+  const at::Tensor spread = empty(!known && batch.max_seqlen > cuda::kMostRowsInShared ? total : 0);
+  const cuda::KeptRowsParams params{nullptr,
+                                    batch,
+                                    prefix,
+                                    rule,
+                                    rows,
+                                    total,
+                                    indices.mutable_data_ptr<int32_t>(),
+                                    size,
+                                    known || is_static,
+                                    kept.mutable_data_ptr<int32_t>(),
+                                    spread.numel() > 0 ? spread.mutable_data_ptr<int32_t>() : nullptr};
+  launch(op, cu_seqlens, [&](void* stream) { return run(params, stream); });
+  const at::Tensor kept_cu = kept.narrow(0, 0, images + 1);
+  if (known || is_static) return {indices, kept_cu};
   const at::Tensor read = kept.narrow(0, images, 2).cpu();
   const int32_t* sizes = read.const_data_ptr<int32_t>();
   if (sizes[1] != 0) topk_cu_seqlens(op, cu_seqlens.cpu(), num_prefix, rule);  // raises, with the image's number
-  return {indices.narrow(0, 0, sizes[0]), kept.narrow(0, 0, images + 1)};
+  return {indices.narrow(0, 0, sizes[0]), kept_cu};
 }
 
 inline std::tuple<at::Tensor, at::Tensor> select_cuda(const char* op, const at::Tensor& scores,
                                                       const at::Tensor& cu_seqlens, int64_t max_seqlen,
-                                                      int64_t num_prefix, const KeepRule& rule) {
+                                                      int64_t num_prefix, const KeepRule& rule, bool is_static) {
   const auto contiguous = scores.expect_contiguous();
-  return kept_rows_by(op, cu_seqlens, max_seqlen, scores.size(0), num_prefix, rule,
+  return kept_rows_by(op, cu_seqlens, max_seqlen, scores.size(0), num_prefix, rule, is_static,
                       [&](cuda::KeptRowsParams params, void* stream) {
                         params.scores = contiguous->const_data_ptr<float>();
                         return cuda::select(params, stream);
@@ -119,6 +143,7 @@ inline std::tuple<at::Tensor, at::Tensor> select_cuda(const char* op, const at::
 // (total,) scores; the rows of params.q, k and v are aligned(). The memory is that of `like`.
 inline at::Tensor scores_cuda(const char* op, ScoreTokensParams params, const at::Tensor& like) {
   const auto float32 = like.options().dtype(at::kFloat);
+  if (params.batch.images == 0) return at::zeros({params.total}, float32);
   const at::Tensor scores = at::empty({params.total}, float32);
   const at::Tensor scratch = at::empty({cuda::scratch_size(params, false)}, float32);
   params.scores = scores.mutable_data_ptr<float>();
@@ -130,15 +155,16 @@ inline at::Tensor scores_cuda(const char* op, ScoreTokensParams params, const at
 // (indices, cu_seqlens) of the rows that stay, scored and selected: in one launch for the class token's kinds. The rows
 // of params.q, k and v are aligned().
 inline std::tuple<at::Tensor, at::Tensor> kept_rows_cuda(const char* op, ScoreTokensParams params, const KeepRule& rule,
-                                                         const at::Tensor& cu_seqlens) {
+                                                         const at::Tensor& cu_seqlens, bool is_static) {
   const int64_t max_seqlen = params.batch.max_seqlen;
   if (params.kind == ScoreKind::kColumn) {
-    return select_cuda(op, scores_cuda(op, params, cu_seqlens), cu_seqlens, max_seqlen, params.num_prefix, rule);
+    return select_cuda(op, scores_cuda(op, params, cu_seqlens), cu_seqlens, max_seqlen, params.num_prefix, rule,
+                       is_static);
   }
   const at::Tensor scratch = at::empty({cuda::scratch_size(params, true)}, cu_seqlens.options().dtype(at::kFloat));
   params.head_sums = scratch.mutable_data_ptr<float>();
   return kept_rows_by(
-      op, cu_seqlens, max_seqlen, params.total, params.num_prefix, rule,
+      op, cu_seqlens, max_seqlen, params.total, params.num_prefix, rule, is_static,
       [&](const cuda::KeptRowsParams& keep, void* stream) { return cuda::score_select(params, keep, stream); });
 }
 #endif

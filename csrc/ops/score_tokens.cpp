@@ -61,6 +61,7 @@ at::Tensor score_tokens(const at::Tensor& q, const at::Tensor& k, const std::opt
     params.head_sums = head_sums.mutable_data_ptr<float>();
   }
   cpu::score_tokens(params);
+  zero_tail(scores, params.batch.cu_seqlens[params.batch.images]);
   return scores;
 }
 
@@ -86,6 +87,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> score_tokens_backward(const at::T
   else dv = at::empty({0}, q.options());
   cpu::score_tokens_backward(
       {params, grad.const_data_ptr<float>(), dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()});
+  for (const at::Tensor& t : {dq, dk, dv}) zero_tail(t, params.batch.cu_seqlens[params.batch.images]);
   return {dq, dk, dv};
 }
 

@@ -23,7 +23,7 @@ KeepRule check_select_topk(const at::Tensor& scores, const at::Tensor& cu_seqlen
 }
 
 KeepRule check_select_mass(const at::Tensor& scores, const at::Tensor& cu_seqlens, int64_t max_seqlen, double mass,
-                           int64_t num_prefix, int64_t min_keep, std::optional<int64_t> max_keep) {
+                           int64_t num_prefix, int64_t min_keep, std::optional<int64_t> max_keep, bool) {
   check_scores("select_mass", scores, cu_seqlens, max_seqlen, num_prefix);
   return mass_rule("select_mass", mass, min_keep, max_keep);
 }
@@ -33,12 +33,14 @@ std::tuple<at::Tensor, at::Tensor> select_topk(const at::Tensor& scores, const a
                                                std::optional<int64_t> count, int64_t num_prefix) {
   const KeepRule rule = check_select_topk(scores, cu_seqlens, max_seqlen, rate, count, num_prefix);
 #ifdef SAIT_WITH_CUDA
-  if (runs_on_cuda(scores)) return select_cuda("select_topk", scores, cu_seqlens, max_seqlen, num_prefix, rule);
+  if (runs_on_cuda(scores)) return select_cuda("select_topk", scores, cu_seqlens, max_seqlen, num_prefix, rule, false);
 #endif
   const at::Tensor kept_cu = topk_cu_seqlens("select_topk", cu_seqlens, num_prefix, rule);
   const int32_t* offsets = kept_cu.const_data_ptr<int32_t>();
   const Batch batch = batch_view(cu_seqlens, max_seqlen);
-  at::Tensor indices = at::empty({offsets[batch.images]}, cu_seqlens.options());
+  const int64_t total = scores.size(0), kept = offsets[batch.images];
+  const int64_t rows = is_full(batch, total) ? capacity(batch, total, num_prefix, rule) : kept;
+  at::Tensor indices = empty_indices(rows, kept, total, cu_seqlens);
   const auto contiguous = scores.expect_contiguous();
   cpu::select({contiguous->const_data_ptr<float>(), batch, num_prefix, rule, offsets,
                indices.mutable_data_ptr<int32_t>(), nullptr});
@@ -47,10 +49,13 @@ std::tuple<at::Tensor, at::Tensor> select_topk(const at::Tensor& scores, const a
 
 std::tuple<at::Tensor, at::Tensor> select_mass(const at::Tensor& scores, const at::Tensor& cu_seqlens,
                                                int64_t max_seqlen, double mass, int64_t num_prefix, int64_t min_keep,
-                                               std::optional<int64_t> max_keep) {
-  const KeepRule rule = check_select_mass(scores, cu_seqlens, max_seqlen, mass, num_prefix, min_keep, max_keep);
+                                               std::optional<int64_t> max_keep, bool is_static) {
+  const KeepRule rule =
+      check_select_mass(scores, cu_seqlens, max_seqlen, mass, num_prefix, min_keep, max_keep, is_static);
 #ifdef SAIT_WITH_CUDA
-  if (runs_on_cuda(scores)) return select_cuda("select_mass", scores, cu_seqlens, max_seqlen, num_prefix, rule);
+  if (runs_on_cuda(scores)) {
+    return select_cuda("select_mass", scores, cu_seqlens, max_seqlen, num_prefix, rule, is_static);
+  }
 #endif
   const Batch batch = batch_view(cu_seqlens, max_seqlen);
   // How many rows stay is known only afterwards: each image writes where its own rows lie, then they move together.
@@ -62,7 +67,9 @@ std::tuple<at::Tensor, at::Tensor> select_mass(const at::Tensor& scores, const a
   cpu::select({contiguous->const_data_ptr<float>(), batch, num_prefix, rule, batch.cu_seqlens,
                spread.mutable_data_ptr<int32_t>(), offsets + 1});
   for (int64_t b = 0; b < batch.images; ++b) offsets[b + 1] += offsets[b];
-  at::Tensor indices = at::empty({offsets[batch.images]}, cu_seqlens.options());
+  const int64_t total = scores.size(0), kept = offsets[batch.images];
+  const int64_t rows = is_static ? capacity(batch, total, num_prefix, rule) : kept;
+  at::Tensor indices = empty_indices(rows, kept, total, cu_seqlens);
   for (int64_t b = 0; b < batch.images; ++b) {
     std::copy_n(spread.const_data_ptr<int32_t>() + batch.cu_seqlens[b], offsets[b + 1] - offsets[b],
                 indices.mutable_data_ptr<int32_t>() + offsets[b]);
@@ -79,13 +86,13 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
       "SymInt num_prefix) -> (Tensor, Tensor)");
   m.def(
       "select_mass(Tensor scores, Tensor cu_seqlens, SymInt max_seqlen, float mass, SymInt num_prefix, "
-      "SymInt min_keep, SymInt? max_keep) -> (Tensor, Tensor)");
+      "SymInt min_keep, SymInt? max_keep, bool static=False) -> (Tensor, Tensor)");
   m.def(
       "_check_select_topk(Tensor scores, Tensor cu_seqlens, int max_seqlen, float? rate, int? count, int num_prefix) "
       "-> ()");
   m.def(
       "_check_select_mass(Tensor scores, Tensor cu_seqlens, int max_seqlen, float mass, int num_prefix, int min_keep, "
-      "int? max_keep) -> ()");
+      "int? max_keep, bool static=False) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) {

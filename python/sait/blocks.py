@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerNormFp32, LayerScale
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from sait_kernels import Selection
 class Tokens(NamedTuple):
     """The residual stream. Either layout is a view of the packed rows (T, C): a change between them copies nothing."""
 
-    x: Tensor  # (B, n, C) while all images have n tokens, else (1, T, C)
+    x: Tensor  # (B, n, C) while all images have n tokens, else (1, T, C), perhaps with a tail
     cu_seqlens: Tensor  # (B + 1,)
     max_seqlen: int  # a bound where ragged, else n
     ragged: bool
@@ -88,15 +90,9 @@ def _prune(
     """Attention of the rows that a stage keeps, and which these are; by ``scores`` where they are known already."""
     lengths = (tokens.cu_seqlens, tokens.max_seqlen)
     if scores is None:
-        return sk.prune_attention(
-            q, k, v, *lengths, keep=stage.keep, mass=stage.mass, kind=score, num_prefix=num_prefix
-        )
-    known = scores.detach()
-    if stage.keep is not None:
-        selection = sk.select_topk(known, *lengths, keep=stage.keep, num_prefix=num_prefix)
-    else:
-        assert stage.mass is not None
-        selection = sk.select_mass(known, *lengths, mass=stage.mass, num_prefix=num_prefix)
+        return sk.prune_attention(q, k, v, *lengths, **stage.rule, kind=score, num_prefix=num_prefix)
+    select = sk.select_topk if stage.mass is None else sk.select_mass
+    selection = select(scores.detach(), *lengths, **stage.rule, num_prefix=num_prefix)
     return sk.compact_attention(q, k, v, *lengths, selection=selection), selection
 
 
@@ -110,7 +106,13 @@ def drop_path(module: nn.Module, branch: Tensor, tokens: Tokens) -> Tensor:
     if not tokens.ragged or not _drops(module):
         return module(branch)
     factors = module(branch.new_ones(tokens.images, 1, 1))  # 0 or 1 / (1 - drop_prob), drawn by the module itself
-    return branch * factors.flatten().repeat_interleave(tokens.lengths, output_size=branch.shape[1]).view(1, -1, 1)
+    of_rows = F.pad(factors.flatten(), (0, 1)).index_select(0, image_of_rows(tokens.lengths, branch.shape[1]))
+    return branch * of_rows.view(1, -1, 1)
+
+
+def image_of_rows(lengths: Tensor, total: int) -> Tensor:
+    """The image of each of ``total`` rows, and the number of images for those behind the last one."""
+    return torch.searchsorted(lengths.cumsum(0), torch.arange(total, device=lengths.device), right=True)
 
 
 def _project(attn: Any, out: Tensor, normed: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def replace_file(path: str | os.PathLike[str], write: Any) -> None:
 
 
 def _plan_to_json(plan: Plan) -> dict[str, Any]:
-    stages = [{"block": stage.block, "keep": stage.keep, "mass": stage.mass} for stage in plan.stages]
+    stages = [{"block": stage.block, **stage.rule} for stage in plan.stages]
     return {"stages": stages, "score": plan.score}
 
 

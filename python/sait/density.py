@@ -62,7 +62,15 @@ def check_blocks(plan: Plan, depth: int) -> None:
         )
 
 
-def set_density(model: Any, *, keep: float | int | None = None, mass: float | None = None) -> Any:
+def set_density(
+    model: Any,
+    *,
+    keep: float | int | None = None,
+    mass: float | None = None,
+    min_keep: int = 1,
+    max_keep: int | None = None,
+    static: bool = False,
+) -> Any:
     """Changes how many tokens a sparse model keeps, at every stage of its plan; with neither argument, dense again.
 
     Dense runs the forward of the unpatched model: the same result bit for bit. ``keep=1.0`` keeps all tokens, too, and
@@ -74,19 +82,21 @@ def set_density(model: Any, *, keep: float | int | None = None, mass: float | No
     Args:
         model: from sparsify, or a SaitViT.
         keep: as in Stage: a float is a share, an int a number of patches.
-        mass: as in Stage.
+        mass, min_keep, max_keep, static: as in Stage.
 
     Returns:
         The model.
 
     Raises:
-        ValueError, TypeError: both are given, one is outside its range, or the model cannot run at this density.
+        ValueError, TypeError: keep and mass are both given, one is outside its range, or the model cannot run at this
+            density.
     """
     state = state_of(model, "set_density")
-    if keep is None and mass is None:
+    limits = {"min_keep": min_keep, "max_keep": max_keep, "static": static}
+    if keep is None and mass is None and limits == {"min_keep": 1, "max_keep": None, "static": False}:
         state.active = None
         return model
-    plan = state.plan.at_density(keep, mass)
+    plan = state.plan.at_density(keep, mass, **limits)
     model._check_plan(plan)
     state.active = plan
     return model
@@ -96,7 +106,8 @@ def selections(model: nn.Module) -> list[Selection]:
     """What the last forward kept: one Selection for each stage of the plan, in original patch positions.
 
     ``indices`` are rows of the packed batch that entered the first block, image * N + token, whatever earlier stages
-    dropped. Empty before the first forward and after a dense one; not recorded by an exported program.
+    dropped; of a static stage those from ``cu_seqlens[-1]`` on are B * N, no row. Empty before the first forward and
+    after a dense one; not recorded by an exported program.
 
     Raises:
         TypeError: the model is not sparse.
@@ -122,9 +133,9 @@ def kept_mask(model: nn.Module) -> tuple[Tensor, tuple[int, int]]:
         )
     kept = last.selections[-1]
     images = kept.cu_seqlens.shape[0] - 1
-    mask = torch.zeros(images * last.tokens, dtype=torch.bool, device=kept.indices.device)
-    mask[kept.indices.long()] = True
-    return mask.view(images, last.tokens)[:, last.num_prefix :], last.grid
+    mask = torch.zeros(images * last.tokens + 1, dtype=torch.bool, device=kept.indices.device)
+    mask[kept.indices.long()] = True  # one more stands for no row
+    return mask[:-1].view(images, last.tokens)[:, last.num_prefix :], last.grid
 
 
 @contextlib.contextmanager
@@ -163,8 +174,9 @@ def all_rows(images: int, tokens: int, device: torch.device) -> Selection:
     return Selection(rows, sk.uniform_cu_seqlens(images, tokens, device), tokens)
 
 
-def in_original_rows(selection: Selection, before: Selection | None) -> Selection:
-    """The same choice, its indices counted in the rows of the batch that ``before`` was taken from."""
+def in_original_rows(selection: Selection, before: Selection | None, total: int) -> Selection:
+    """The same choice, its indices counted in the ``total`` rows of the batch that ``before`` was taken from."""
     if before is None:
         return selection
-    return selection._replace(indices=before.indices.index_select(0, selection.indices))
+    rows = torch.cat([before.indices, before.indices.new_full((1,), total)])  # no row stays no row
+    return selection._replace(indices=rows.index_select(0, selection.indices))

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import sait_kernels as sk
-from sait.blocks import Tokens, packed
+from sait.blocks import Tokens, image_of_rows, packed
 from sait_kernels import Selection
 
 
@@ -50,16 +51,17 @@ def ragged_head(model: Any, tokens: Tokens, forward_head: Callable[[Tensor], Any
 
 
 def _pooled_rows(model: Any, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """The rows that pooling sees, (R, C), and how many each image has, (B,)."""
+    """The rows that pooling sees, (R, C), and how many each image has, (B,); behind these may be rows of no image."""
     skip = 0 if model.pool_include_prefix else model.num_prefix_tokens
     rows = packed(tokens.x)
     if skip == 0:
         return rows, tokens.lengths
     lengths = tokens.lengths - skip
     total = rows.shape[0] - skip * tokens.images
-    image = torch.arange(tokens.images, device=rows.device).repeat_interleave(lengths, output_size=total)
+    image = image_of_rows(lengths, total)
     # Row r of the result lies behind the prefixes of its own image and of all before it.
-    return rows.index_select(0, torch.arange(total, device=rows.device) + skip * (image + 1)), lengths
+    source = torch.arange(total, device=rows.device) + skip * (image + 1)
+    return rows.index_select(0, source.clamp_max(rows.shape[0] - 1)), lengths
 
 
 def _pool(model: Any, tokens: Tokens) -> Tensor:
@@ -90,10 +92,11 @@ def _attention_pool(model: Any, tokens: Tokens) -> Tensor:
 
 
 def pad(rows: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """(R, C) packed rows as (B, width, C), zeros behind each image's own."""
+    """(R, C) packed rows as (B, width, C), zeros behind each image's own. Rows behind the last image are left out."""
     images, total = lengths.shape[0], rows.shape[0]
-    starts = lengths.cumsum(0) - lengths
-    shift = torch.arange(images, device=rows.device) * width - starts
-    home = torch.arange(total, device=rows.device) + shift.repeat_interleave(lengths, output_size=total)
-    selection = Selection(home.int(), torch.cat([starts.new_zeros(1), lengths.cumsum(0)]).int(), width)
+    ends, image = lengths.cumsum(0), image_of_rows(lengths, total)
+    shift = torch.arange(images, device=rows.device) * width - (ends - lengths)
+    home = torch.arange(total, device=rows.device) + F.pad(shift, (0, 1)).index_select(0, image)
+    home = home.where(image < images, images * width)  # the index of no row
+    selection = Selection(home.int(), F.pad(ends, (1, 0)).int(), width)
     return sk.scatter_tokens(rows, selection, images * width).view(images, width, rows.shape[1])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from sait_kernels.ops.score_tokens import KINDS
-from sait_kernels.ops.select import check_mass, split_keep
+from sait_kernels.ops.select import check_mass, check_static, split_keep
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,23 @@ class Stage:
             and scores nothing; the int 1 keeps one patch.
         mass: in (0, 1]: the fewest patches of each image that carry this share of its score. Exactly one of keep and
             mass is given.
+        min_keep, max_keep: with mass: an image keeps no fewer patches than this and no more than that, if it has them.
+        static: with mass: from here on tensors have the size of a batch whose images all keep max_keep patches, and
+            zeros stand in for those that do not. So no size depends on data: nothing synchronises, and CUDA graphs,
+            torch.compile and torch.export take the model as they do at a fixed share. It costs what max_keep costs in
+            the linear layers, so choose it close to what images keep; attention computes what is kept.
 
     Raises:
-        ValueError, TypeError: a block below 0, both or neither of keep and mass, or one outside its range.
+        ValueError, TypeError: a block below 0, both or neither of keep and mass, what goes with mass beside keep, or
+            one outside its range.
     """
 
     block: int
     keep: float | int | None = None
     mass: float | None = None
+    min_keep: int = 1
+    max_keep: int | None = None
+    static: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.block, bool) or not isinstance(self.block, int):
@@ -36,10 +46,23 @@ class Stage:
             raise ValueError(f"Stage: block: expected 0 or more, got {self.block}. Blocks count from 0.")
         if (self.keep is None) == (self.mass is None):
             raise ValueError(f"Stage: expected exactly one of keep and mass, got keep={self.keep}, mass={self.mass}.")
-        if self.keep is not None:
-            split_keep("Stage", self.keep)
-        else:
-            check_mass("Stage", self.mass)
+        check_static("Stage", self.static)
+        if self.keep is None:
+            check_mass("Stage", self.mass, self.min_keep, self.max_keep)
+            return
+        split_keep("Stage", self.keep)
+        if (self.min_keep, self.max_keep, self.static) != (1, None, False):
+            raise ValueError(
+                f"Stage: mass: expected a number with min_keep, max_keep or static, got keep={self.keep}. "
+                "A fixed share keeps the same number of every image, and is static as it is."
+            )
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """How many patches stay, as prune_attention takes it, and select_topk or select_mass."""
+        if self.mass is None:
+            return {"keep": self.keep}
+        return {"mass": self.mass, "min_keep": self.min_keep, "max_keep": self.max_keep, "static": self.static}
 
     @property
     def keeps_all(self) -> bool:
@@ -84,9 +107,9 @@ class Plan:
         if self.score not in KINDS:
             raise ValueError(f"Plan: score: expected one of {', '.join(KINDS)}, got {self.score!r}.")
 
-    def at_density(self, keep: float | int | None = None, mass: float | None = None) -> Plan:
-        """The same blocks and score, with this keep or mass at every stage."""
-        return replace(self, stages=tuple(Stage(stage.block, keep, mass) for stage in self.stages))
+    def at_density(self, keep: float | int | None = None, mass: float | None = None, **limits: Any) -> Plan:
+        """The same blocks and score, with this keep or mass, and what else a Stage takes, at every stage."""
+        return replace(self, stages=tuple(Stage(stage.block, keep, mass, **limits) for stage in self.stages))
 
     def stage_at(self, block: int) -> Stage | None:
         """The stage that drops tokens at this block, or None."""
@@ -96,3 +119,8 @@ class Plan:
     def ragged(self) -> bool:
         """Whether images may keep different numbers of tokens."""
         return any(stage.mass is not None for stage in self.stages)
+
+    @property
+    def static(self) -> bool:
+        """Whether all sizes are known without reading data."""
+        return all(stage.mass is None or stage.static for stage in self.stages)

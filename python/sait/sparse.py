@@ -38,8 +38,8 @@ def sparsify(
 
     Prefix tokens (class, distillation, register) are never dropped. A head that pools over patches pools over those
     that are kept. ``forward_features`` returns what is kept: (B, n, C) at a fixed share, and (B, longest, C) with zeros
-    behind each image's own tokens where ``mass`` decides. On a model that is sparse already the new plan replaces the
-    old one.
+    behind each image's own tokens where ``mass`` decides; where that is static, ``longest`` is what max_keep allows. On
+    a model that is sparse already the new plan replaces the old one.
 
     >>> import timm
     >>> model = sparsify(timm.create_model("deit_tiny_patch16_224"), block=3, keep=0.45)
@@ -118,7 +118,9 @@ class SparseModel(VisionTransformer):
         tokens = _forward_tokens(self, plan, x, attn_mask, is_causal)
         if not tokens.ragged:
             return tokens.x
-        longest = int(tokens.lengths.max()) if tokens.images else 0
+        longest = tokens.max_seqlen
+        if not plan.static:
+            longest = int(tokens.lengths.max()) if tokens.images else 0
         return pad(packed(tokens.x), tokens.lengths, longest)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
@@ -180,7 +182,7 @@ def _forward_tokens(model: Any, plan: Plan, x: Tensor, attn_mask: Tensor | None,
         if recorded is not None and scores is not None:
             recorded.append(scores)
         if selection is not None:
-            kept.append(in_original_rows(selection, kept[-1] if kept else None))
+            kept.append(in_original_rows(selection, kept[-1] if kept else None, B * N))
         elif stage is not None:  # keep=1.0
             kept.append(kept[-1] if kept else all_rows(B, N, x.device))
     model._sait.publish(Record(tuple(kept), N, model.num_prefix_tokens, grid))

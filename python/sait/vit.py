@@ -58,9 +58,7 @@ class Block(nn.Module):
             x = x + self.attn.proj(out)
             return x + self.mlp(self.norm2(x)), None
         # Keys and values of all tokens, queries of those that stay: from here on the dropped rows do not exist.
-        out, selection = sk.prune_attention(
-            q, k, v, cu_seqlens, max_seqlen, keep=stage.keep, mass=stage.mass, kind=score
-        )
+        out, selection = sk.prune_attention(q, k, v, cu_seqlens, max_seqlen, **stage.rule, kind=score)
         norm = self.norm2
         x, normed = sk.gather_add_norm(x, self.attn.proj(out), selection, norm.weight, norm.bias, norm.eps)
         return x + self.mlp(normed), selection
@@ -120,7 +118,10 @@ class SaitViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, height, width) -> the tokens that are left, (S, C), and where each image starts, (B + 1,)."""
+        """Images (B, 3, height, width) -> the tokens that are left, (S, C), and where each image starts, (B + 1,).
+
+        Of a static stage there may be more rows than the last offset tells: those behind it belong to no image.
+        """
         patches = self.patch_embed(images)
         B, N = patches.shape[0], patches.shape[1] + 1
         x = torch.cat([self.cls_token.expand(B, -1, -1), patches], dim=1) + self.pos_embed
@@ -134,7 +135,7 @@ class SaitViT(nn.Module):
             x, selection = block(x, cu_seqlens, max_seqlen, stage, score)
             if selection is not None:
                 _, cu_seqlens, max_seqlen = selection
-                kept.append(in_original_rows(selection, kept[-1] if kept else None))
+                kept.append(in_original_rows(selection, kept[-1] if kept else None, B * N))
             elif stage is not None:
                 kept.append(kept[-1] if kept else all_rows(B, N, x.device))
         self._sait.publish(Record(tuple(kept), N, 1, self.patch_embed.grid_size) if kept else None)

@@ -33,7 +33,8 @@ def compact_attention(
     Args:
         q, k, v: (T, H, D) float32, bfloat16 or float16, last dimension contiguous: views of one QKV projection as they
             are. D a multiple of 8, at most 256.
-        cu_seqlens: (B + 1,) int32, the row where each image starts.
+        cu_seqlens: (B + 1,) int32, the row where each image starts. Behind the last image's rows, here and in the
+            selection, results and gradients are zero.
         max_seqlen: a bound on the tokens of an image.
         selection: the rows that stay; None keeps all: plain variable-length attention.
         scale: of q . k; D ** -0.5 by default.
@@ -69,12 +70,14 @@ def compact_attention_reference(
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     bounds = image_bounds(cu_seqlens)
     kept_bounds = bounds if selection is None else image_bounds(selection.cu_seqlens)
-    queries = q if selection is None else q.index_select(0, selection.indices)
+    queries = q if selection is None else q.index_select(0, selection.indices[: kept_bounds[-1][1] if bounds else 0])
     parts = [q[:0]]  # no new tensor: the result of an empty batch is differentiable, too
     for (begin, end), (first, last) in zip(bounds, kept_bounds, strict=True):
         logits = scale * torch.einsum("ihd,jhd->hij", queries[first:last].to(compute), k[begin:end].to(compute))
         parts.append(torch.einsum("hij,jhd->ihd", logits.softmax(-1), v[begin:end].to(compute)).to(q.dtype))
-    return torch.cat(parts).flatten(1)
+    rows = len(q) if selection is None else len(selection.indices)
+    tail = q.new_zeros(rows - sum(map(len, parts)), *q.shape[1:])
+    return torch.cat([*parts, tail]).flatten(1)
 
 
 def _fake(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sait_kernels.backend import choose, kernels, register
 from sait_kernels.registration import register_backward, register_op
-from sait_kernels.selection import Selection, check_selection
+from sait_kernels.selection import Selection, check_selection, with_no_row
 
 
 def gather_add_norm(
@@ -25,7 +25,8 @@ def gather_add_norm(
 ) -> tuple[Tensor, Tensor]:
     """residual_t = x[indices_t] + gamma * y_t and normed_t = LayerNorm(residual_t) * weight + bias.
 
-    The dropped rows of x are never read. Where x and y differ in dtype (autocast), both are taken in the wider one.
+    The dropped rows of x are never read; where an index is T, zeros stand for x's row. Where x and y differ in dtype
+    (autocast), both are taken in the wider one.
 
     Args:
         x: (T, C) the residual stream before pruning, rows contiguous.
@@ -64,7 +65,7 @@ def gather_add_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     branch = y.to(compute) if gamma is None else gamma.to(compute) * y.to(compute)
-    residual = (x.index_select(0, selection.indices).to(compute) + branch).to(x.dtype)
+    residual = (with_no_row(x).index_select(0, selection.indices).to(compute) + branch).to(x.dtype)
     # LayerNorm sees the residual as it is stored, so that both results describe the same numbers.
     normed = F.layer_norm(residual.to(compute), residual.shape[-1:], weight.to(compute), bias.to(compute), eps)
     return residual, normed.to(x.dtype)

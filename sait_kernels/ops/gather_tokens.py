@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sait_kernels.backend import choose, kernels, register
 from sait_kernels.registration import register_backward, register_op
-from sait_kernels.selection import Selection, check_selection
+from sait_kernels.selection import Selection, check_selection, with_no_row
 
 
 def gather_tokens(x: Tensor, selection: Selection) -> Tensor:
-    """The kept rows: out[i] = x[indices[i]].
+    """The kept rows: out[i] = x[indices[i]], zeros where the index is T.
 
     Args:
         x: (T, C) float32, bfloat16 or float16, rows contiguous.
@@ -35,6 +35,8 @@ def gather_tokens(x: Tensor, selection: Selection) -> Tensor:
 def scatter_tokens(y: Tensor, selection: Selection, total: int, *, base: Tensor | None = None) -> Tensor:
     """The inverse of gather_tokens: kept rows go home, the others are zero or those of ``base``.
 
+    A row whose index is T is left out, and its gradient is zero.
+
     Args:
         y: (S, C) float32, bfloat16 or float16, rows contiguous.
         selection: which rows these are.
@@ -55,12 +57,12 @@ def scatter_tokens(y: Tensor, selection: Selection, total: int, *, base: Tensor 
 
 
 def gather_tokens_reference(x: Tensor, selection: Selection) -> Tensor:
-    return x.index_select(0, selection.indices)
+    return with_no_row(x).index_select(0, selection.indices)
 
 
 def scatter_tokens_reference(y: Tensor, selection: Selection, total: int, *, base: Tensor | None = None) -> Tensor:
     out = y.new_zeros(total, y.shape[1]) if base is None else base
-    return out.index_copy(0, selection.indices.long(), y)
+    return with_no_row(out).index_copy(0, selection.indices.long(), y)[:total]
 
 
 def _gather_fake(x: Tensor, indices: Tensor) -> Tensor:

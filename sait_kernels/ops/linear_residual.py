@@ -11,7 +11,7 @@ from torch import Tensor
 from sait_kernels.backend import choose, kernels, register
 from sait_kernels.checks import check_channels, check_like, check_linear, check_rows
 from sait_kernels.registration import register_backward, register_op
-from sait_kernels.selection import Selection, check_selection
+from sait_kernels.selection import Selection, check_selection, with_no_row
 
 
 def linear_residual(
@@ -32,7 +32,8 @@ def linear_residual(
         y: (S, K) float32, bfloat16 or float16, rows contiguous: the branch, for the rows that stay.
         weight: (C, K) of y's dtype, as in torch.nn.Linear, rows contiguous.
         bias: (C,) or None.
-        x: (T, C) of y's dtype, rows contiguous: the residual stream. Its dropped rows are never read.
+        x: (T, C) of y's dtype, rows contiguous: the residual stream. Its dropped rows are never read; where an index is
+            T, zeros stand for its row.
         selection: which rows stay; None keeps all.
         gamma: (C,) LayerScale of the branch, or None for 1.
 
@@ -77,7 +78,7 @@ def linear_residual_reference(
 ) -> Tensor:
     compute = torch.float64 if y.dtype == torch.float64 else torch.float32
     branch = F.linear(y.to(compute), weight.to(compute), None if bias is None else bias.to(compute))
-    kept = x if selection is None else x.index_select(0, selection.indices)
+    kept = x if selection is None else with_no_row(x).index_select(0, selection.indices)
     return (kept.to(compute) + (branch if gamma is None else gamma.to(compute) * branch)).to(y.dtype)
 
 

@@ -11,7 +11,16 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from sait_kernels.backend import autocast, choose, kernels, register
 from sait_kernels.ops.compact_attention import compact_attention_reference, cuda_limits
 from sait_kernels.ops.score_tokens import score_tokens_reference
-from sait_kernels.ops.select import check_mass, kept_bound, select_mass_reference, select_topk_reference, split_keep
+from sait_kernels.ops.select import (
+    check_mass,
+    check_static,
+    kept_bound,
+    mass_bound,
+    mass_capacity,
+    select_mass_reference,
+    select_topk_reference,
+    split_keep,
+)
 from sait_kernels.registration import register_backward, register_op
 from sait_kernels.selection import Selection
 
@@ -25,6 +34,9 @@ def prune_attention(
     *,
     keep: float | int | None = None,
     mass: float | None = None,
+    min_keep: int = 1,
+    max_keep: int | None = None,
+    static: bool = False,
     kind: str = "cls",
     num_prefix: int = 1,
     scale: float | None = None,
@@ -38,6 +50,7 @@ def prune_attention(
         cu_seqlens: (B + 1,) int32, the row where each image starts.
         max_seqlen: a bound on the tokens of an image.
         keep, mass: exactly one of them, as in select_topk and select_mass.
+        min_keep, max_keep, static: with mass, as in select_mass; where the Selection has no row, out's rows are zero.
         kind: the score, as in score_tokens.
         num_prefix: prefix rows at the start of each image, never dropped.
         scale: of q . k; D ** -0.5 by default.
@@ -46,7 +59,8 @@ def prune_attention(
         (out (S, H * D) of q's dtype, Selection). out is differentiable in q, k and v; the choice of rows is not.
 
     Raises:
-        ValueError, TypeError: as the three ops; also when both or neither of keep and mass are given.
+        ValueError, TypeError: as the three ops; also when both or neither of keep and mass are given, or keep with what
+            goes with mass.
     """
     if (keep is None) == (mass is None):
         raise ValueError(
@@ -54,18 +68,35 @@ def prune_attention(
             "Pass keep for a fixed share, mass for as many as carry a share of the score."
         )
     rate, count = (None, None) if keep is None else split_keep("prune_attention", keep)
+    check_static("prune_attention", static)
     if mass is not None:
-        mass, _ = check_mass("prune_attention", mass)
+        mass, max_keep = check_mass("prune_attention", mass, min_keep, max_keep)
+    elif (min_keep, max_keep, static) != (1, None, False):
+        raise ValueError(
+            "prune_attention: mass: expected a number with min_keep, max_keep or static, got None. "
+            "Pass it in place of keep, or keep alone."
+        )
     q, k, v = autocast(q, k, v)
     served = choose("prune_attention", {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens})
     if served == "reference":
         return prune_attention_reference(
-            q, k, v, cu_seqlens, max_seqlen, keep=keep, mass=mass, kind=kind, num_prefix=num_prefix, scale=scale
+            *(q, k, v, cu_seqlens, max_seqlen),
+            keep=keep,
+            mass=mass,
+            min_keep=min_keep,
+            max_keep=max_keep,
+            static=static,
+            kind=kind,
+            num_prefix=num_prefix,
+            scale=scale,
         )
     out, indices, kept = kernels(served).prune_attention(
-        q, k, v, cu_seqlens, max_seqlen, rate, count, mass, kind, num_prefix, scale
+        *(q, k, v, cu_seqlens, max_seqlen, rate, count, mass, kind, num_prefix, scale, min_keep, max_keep, static)
     )
-    bound = max_seqlen if mass is not None else kept_bound(max_seqlen, num_prefix, rate, count)
+    if mass is not None:
+        bound = mass_bound(max_seqlen, num_prefix, max_keep)
+    else:
+        bound = kept_bound(max_seqlen, num_prefix, rate, count)
     return out, Selection(indices, kept, bound)
 
 
@@ -78,6 +109,9 @@ def prune_attention_reference(
     *,
     keep: float | int | None = None,
     mass: float | None = None,
+    min_keep: int = 1,
+    max_keep: int | None = None,
+    static: bool = False,
     kind: str = "cls",
     num_prefix: int = 1,
     scale: float | None = None,
@@ -90,7 +124,8 @@ def prune_attention_reference(
         selection = select_topk_reference(scores, cu_seqlens, max_seqlen, keep=keep, num_prefix=num_prefix)
     else:
         assert mass is not None
-        selection = select_mass_reference(scores, cu_seqlens, max_seqlen, mass=mass, num_prefix=num_prefix)
+        limits: dict[str, Any] = {"min_keep": min_keep, "max_keep": max_keep, "static": static}
+        selection = select_mass_reference(scores, cu_seqlens, max_seqlen, mass=mass, num_prefix=num_prefix, **limits)
     return compact_attention_reference(q, k, v, cu_seqlens, max_seqlen, selection=selection, scale=scale), selection
 
 
@@ -106,10 +141,15 @@ def _fake(
     kind: str = "cls",
     num_prefix: int = 1,
     scale: float | None = None,
+    min_keep: int = 1,
+    max_keep: int | None = None,
+    static: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     images = cu.shape[0] - 1
     rows: int | torch.SymInt
-    if mass is None and guard_or_false(q.shape[0] == images * max_seqlen):  # equal lengths: the size is known
+    if static:
+        rows = mass_capacity(q.shape[0], images, max_seqlen, num_prefix, max_keep)
+    elif mass is None and guard_or_false(q.shape[0] == images * max_seqlen):  # the size is known
         rows = images * kept_bound(max_seqlen, num_prefix, rate, count)
     else:
         rows = torch.library.get_ctx().new_dynamic_size()
@@ -118,7 +158,7 @@ def _fake(
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, cu_seqlens, ctx.max_seqlen, *_, ctx.scale = inputs
+    q, k, v, cu_seqlens, ctx.max_seqlen, *_, ctx.scale, _, _, _ = inputs
     _, indices, kept = output
     ctx.mark_non_differentiable(indices, kept)
     ctx.save_for_backward(q, k, v, cu_seqlens, indices, kept)
@@ -129,7 +169,7 @@ def _backward(ops: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     dq, dk, dv = ops.compact_attention_backward(
         grad.contiguous(), q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
     )
-    return (dq, dk, dv, *[None] * 8)
+    return (dq, dk, dv, *[None] * 11)
 
 
 register_op("prune_attention", _fake, __name__)

@@ -37,7 +37,7 @@ def score_tokens(
 
     Args:
         q, k, v: (T, H, D) float32, bfloat16 or float16, last dimension contiguous. v only for ``cls_value``.
-        cu_seqlens: (B + 1,) int32, the row where each image starts.
+        cu_seqlens: (B + 1,) int32, the row where each image starts; rows from the last value on score 0.
         max_seqlen: a bound on the tokens of an image.
         kind: one of the above.
         num_prefix: prefix rows at the start of each image (class, distillation, register tokens).
@@ -84,7 +84,8 @@ def score_tokens_reference(
             parts.append(weighted / weighted[num_prefix:].sum().clamp_min(torch.finfo(compute).tiny))
         else:
             parts.append(attention.mean((0, 1)))
-    return torch.cat(parts)
+    scores = torch.cat(parts)
+    return torch.cat([scores, scores.new_zeros(len(q) - len(scores))])
 
 
 def _fake(

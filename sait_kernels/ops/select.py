@@ -32,10 +32,13 @@ def select_topk(
         num_prefix: prefix rows at the start of each image.
 
     Returns:
-        A Selection; with images of equal length its size is known without reading data, so nothing synchronises.
+        A Selection. With T = B * max_seqlen rows, as images of equal length have, its size is known without reading
+        data, so nothing synchronises: it is what images of max_seqlen tokens keep. Where some are shorter and the rows
+        end in a tail, the indices do, too: T, no row.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype or device, keep outside its range, or an image with fewer patches.
+        ValueError, TypeError: a wrong shape, dtype or device, keep outside its range, or an image with fewer patches;
+            on a GPU such an image is not seen where T = B * max_seqlen, and keeps all that it has.
     """
     rate, count = split_keep("select_topk", keep)
     served = choose("select_topk", {"scores": scores, "cu_seqlens": cu_seqlens})
@@ -54,6 +57,7 @@ def select_mass(
     num_prefix: int = 1,
     min_keep: int = 1,
     max_keep: int | None = None,
+    static: bool = False,
 ) -> Selection:
     """Keeps, per image, the fewest patches that carry a given share of the score, and all prefix rows.
 
@@ -68,14 +72,18 @@ def select_mass(
         mass: in (0, 1]; 1 keeps every patch of positive weight.
         num_prefix: prefix rows at the start of each image.
         min_keep, max_keep: the number of patches is clamped to these, then to what the image has.
+        static: whether the Selection has a size known without reading data: B * min(max_seqlen, num_prefix + max_keep)
+            or T, whichever is less. Its indices from cu_seqlens[-1] on are T, no row, and what is computed for these
+            rows is the tail of the batch.
 
     Returns:
-        A Selection whose size depends on the data: on a GPU one device-to-host synchronisation.
+        A Selection. Without ``static`` its size depends on the data: on a GPU one device-to-host synchronisation.
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device, or a limit outside its range.
     """
     mass, max_keep = check_mass("select_mass", mass, min_keep, max_keep)
+    check_static("select_mass", static)
     served = choose("select_mass", {"scores": scores, "cu_seqlens": cu_seqlens})
     if served == "reference":
         return select_mass_reference(
@@ -86,9 +94,12 @@ def select_mass(
             num_prefix=num_prefix,
             min_keep=min_keep,
             max_keep=max_keep,
+            static=static,
         )
-    indices, kept = kernels(served).select_mass(scores, cu_seqlens, max_seqlen, mass, num_prefix, min_keep, max_keep)
-    return Selection(indices, kept, max_seqlen if max_keep is None else min(max_seqlen, num_prefix + max_keep))
+    indices, kept = kernels(served).select_mass(
+        scores, cu_seqlens, max_seqlen, mass, num_prefix, min_keep, max_keep, static
+    )
+    return Selection(indices, kept, mass_bound(max_seqlen, num_prefix, max_keep))
 
 
 def split_keep(op: str, keep: Any) -> tuple[float | None, Any]:
@@ -123,6 +134,11 @@ def check_mass(op: str, mass: Any, min_keep: Any = 1, max_keep: Any = None) -> t
     return float(mass), max_keep
 
 
+def check_static(op: str, static: Any) -> None:
+    if not isinstance(static, bool):
+        raise TypeError(f"{op}: static: expected True or False, got {static!r}. Pass True for a size known beforehand.")
+
+
 def kept_patches(patches: int, rate: float | None, count: int | None) -> int:
     if count is not None:
         return count
@@ -137,8 +153,19 @@ def kept_bound(max_seqlen: int, num_prefix: int, rate: float | None, count: int 
     return num_prefix + kept_patches(max_seqlen - num_prefix, rate, count)
 
 
-def _select(scores: Tensor, cu_seqlens: Tensor, num_prefix: int, how_many: Callable[[Tensor], int]) -> Selection:
-    """how_many(patch scores, best first) -> patches to keep."""
+def mass_bound(max_seqlen: int, num_prefix: int, max_keep: int | None) -> int:
+    """The rows that an image of max_seqlen tokens keeps by its mass, at most."""
+    return max_seqlen if max_keep is None else min(max_seqlen, num_prefix + max_keep)
+
+
+def _select(
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    num_prefix: int,
+    how_many: Callable[[Tensor], int],
+    bound: int | None,
+) -> Selection:
+    """how_many(patch scores, best first) -> patches to keep. ``bound``: rows of an image, where the size is static."""
     rows = [scores.new_empty(0, dtype=torch.long)]
     lengths = [0]
     for begin, end in image_bounds(cu_seqlens):
@@ -152,7 +179,11 @@ def _select(scores: Tensor, cu_seqlens: Tensor, num_prefix: int, how_many: Calla
         rows.append(image)
         lengths.append(len(image))
     offsets = torch.tensor(lengths, dtype=torch.int32, device=scores.device).cumsum(0, dtype=torch.int32)
-    return Selection(torch.cat(rows).int(), offsets, max(lengths))
+    indices, T = torch.cat(rows).int(), len(scores)
+    if bound is None:
+        return Selection(indices, offsets, max(lengths))
+    size = min(T, (len(lengths) - 1) * bound)
+    return Selection(torch.cat([indices, indices.new_full((size - len(indices),), T)]), offsets, bound)
 
 
 @torch.no_grad()
@@ -167,7 +198,10 @@ def select_topk_reference(
             raise ValueError(f"select_topk: keep: expected at most {len(patches)}, the patches of an image, got {k}.")
         return k
 
-    return _select(scores, cu_seqlens, num_prefix, how_many)
+    bound = None
+    if len(scores) == (len(cu_seqlens) - 1) * max_seqlen:
+        bound = min(max_seqlen, kept_bound(max_seqlen, num_prefix, rate, count))
+    return _select(scores, cu_seqlens, num_prefix, how_many, bound)
 
 
 @torch.no_grad()
@@ -180,6 +214,7 @@ def select_mass_reference(
     num_prefix: int = 1,
     min_keep: int = 1,
     max_keep: int | None = None,
+    static: bool = False,
 ) -> Selection:
     def how_many(patches: Tensor) -> int:
         weights = patches.double().clamp_min(0)
@@ -194,7 +229,18 @@ def select_mass_reference(
         k = max(k, min_keep)
         return min(k if max_keep is None else min(k, max_keep), len(patches))
 
-    return _select(scores, cu_seqlens, num_prefix, how_many)
+    bound = mass_bound(max_seqlen, num_prefix, max_keep) if static else None
+    return _select(scores, cu_seqlens, num_prefix, how_many, bound)
+
+
+def mass_capacity(
+    total: int, images: int, max_seqlen: int, num_prefix: int, max_keep: int | None
+) -> int | torch.SymInt:
+    """The size of a static Selection; compiled code adds no condition on the sizes that it depends on."""
+    bound = max_seqlen if max_keep is None else torch.sym_min(max_seqlen, num_prefix + max_keep)
+    if guard_or_false(total == images * max_seqlen):
+        return images * bound
+    return torch.sym_min(total, images * bound)
 
 
 def _topk_fake(
@@ -202,7 +248,7 @@ def _topk_fake(
 ) -> tuple[Tensor, Tensor]:
     images = cu.shape[0] - 1
     rows: int | torch.SymInt
-    if guard_or_false(scores.shape[0] == images * max_seqlen):  # equal lengths: the size is known
+    if guard_or_false(scores.shape[0] == images * max_seqlen):  # the size is known
         rows = images * kept_bound(max_seqlen, num_prefix, rate, count)
     else:
         rows = torch.library.get_ctx().new_dynamic_size()
@@ -217,8 +263,13 @@ def _mass_fake(
     num_prefix: int,
     min_keep: int,
     max_keep: int | None,
+    static: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    rows = torch.library.get_ctx().new_dynamic_size()
+    rows: int | torch.SymInt
+    if static:
+        rows = mass_capacity(scores.shape[0], cu.shape[0] - 1, max_seqlen, num_prefix, max_keep)
+    else:
+        rows = torch.library.get_ctx().new_dynamic_size()
     return scores.new_empty(rows, dtype=torch.int32), cu.new_empty(cu.shape[0])
 
 

@@ -29,6 +29,7 @@ from sait_kernels.triton.attention_rows import (
 from sait_kernels.triton.compact_attention_backward import compact_attention_backward
 from sait_kernels.triton.launch import Variant, capability, on_device, variant
 from sait_kernels.triton.numeric import quotient
+from sait_kernels.triton.tail import zero_tail
 
 __all__ = ["compact_attention", "compact_attention_backward"]  # the ops, as registration finds them here
 
@@ -59,6 +60,8 @@ def compact_attention(
     T, H, D = q.shape
     S = T if indices is None else indices.shape[0]
     images, longest = cu_seqlens.shape[0] - 1, min(max_seqlen, T)
+    if not (images and longest):
+        return q.new_zeros(S, H * D)
     out = q.new_empty(S, H * D)
     if out.numel():
         options = _forward_options(D, q.element_size(), capability(q), longest, indices is not None)
@@ -72,6 +75,7 @@ def compact_attention(
                 cu_seqlens if indices is None else indices,
                 cu_seqlens if kept_cu_seqlens is None else kept_cu_seqlens,
                 out,
+                S,
                 H,
                 query_blocks,
                 LOG2E * (D**-0.5 if scale is None else scale),
@@ -97,7 +101,7 @@ def _forward_options(D: int, itemsize: int, capability: int, longest: int, gathe
     }
 
 
-@triton.jit(do_not_specialize=["H", "query_blocks"])
+@triton.jit(do_not_specialize=["S", "H", "query_blocks"])
 def _attend(
     p_q,
     p_k,
@@ -106,6 +110,7 @@ def _attend(
     p_indices,
     p_kept,
     p_out,
+    S,
     H,
     query_blocks,
     scale,  # times log2(e)
@@ -124,6 +129,7 @@ def _attend(
     LONG: tl.constexpr,  # whether there may be images of more
 ):
     """Program (image, head, block of kept rows); what it does depends on its image alone, not on the batch."""
+    zero_tail(p_out, p_kept, tl.num_programs(0) // (H * query_blocks), S, H * D)
     b, h, block = place(H, query_blocks)
     begin, n = image(p_cu, b)
     first, kept = image(p_kept, b)

@@ -28,6 +28,7 @@ from sait_kernels.triton.attention_rows import (
 )
 from sait_kernels.triton.launch import Variant, capability, on_device, variant
 from sait_kernels.triton.numeric import quotient
+from sait_kernels.triton.tail import zero_tail
 
 # As FORWARD of compact_attention.py; the second kernel holds two sums of a block's size. At D = 256 blocks and stages
 # are small enough for the 99 KB of shared memory that the smaller devices have.
@@ -63,10 +64,10 @@ def compact_attention_backward(
     T, H, D = q.shape
     S = T if indices is None else indices.shape[0]
     images, longest = cu_seqlens.shape[0] - 1, min(max_seqlen, T)
+    if not (q.numel() and images and longest):
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     dq = q.new_empty(q.shape) if indices is None else q.new_zeros(q.shape)  # rows that were not kept stay zero
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    if not q.numel():
-        return dq, dk, dv
     statistics = torch.empty(3, H, S, dtype=torch.float32, device=q.device)
     scale = D**-0.5 if scale is None else scale
     inputs = (
@@ -82,7 +83,7 @@ def compact_attention_backward(
             _query_gradients[(images * H * blocks,)](*inputs, dq, statistics, H, S, blocks, *numbers, **options)
         options = _backward_options(KEY_GRADIENTS, D, q.element_size(), capability(q), indices is not None)
         blocks = triton.cdiv(longest, options["BLOCK_N"])
-        _key_gradients[(images * H * blocks,)](*inputs, dk, dv, statistics, H, S, blocks, *numbers, **options)
+        _key_gradients[(images * H * blocks,)](*inputs, dk, dv, statistics, T, H, S, blocks, *numbers, **options)
     return dq, dk, dv
 
 
@@ -132,6 +133,8 @@ def _query_gradients(
     Program (image, head, block of kept rows): once over the keys for the three numbers of a row that the weights w and
     that sum take, which it leaves in p_statistics (3, H, S), and once more for the gradient.
     """
+    if not GATHER:
+        zero_tail(p_dq, p_cu, tl.num_programs(0) // (H * query_blocks), S, H * D)
     b, h, block = place(H, query_blocks)
     begin, n = image(p_cu, b)
     first, kept = image(p_kept, b)
@@ -179,7 +182,7 @@ def _query_gradients(
     store_rows(p_dq + h * D, row, H * D, m_i, dq, D, PARTS)
 
 
-@triton.jit(do_not_specialize=["H", "S", "key_blocks"])
+@triton.jit(do_not_specialize=["T", "H", "S", "key_blocks"])
 def _key_gradients(
     p_grad,
     p_q,
@@ -191,6 +194,7 @@ def _key_gradients(
     p_dk,
     p_dv,
     p_statistics,
+    T,
     H,
     S,
     key_blocks,
@@ -214,6 +218,9 @@ def _key_gradients(
     Program (image, head, block of keys). Everything is transposed, (keys, rows), so that the weights come out as the
     left factor of the sums.
     """
+    images = tl.num_programs(0) // (H * key_blocks)
+    zero_tail(p_dk, p_cu, images, T, H * D)
+    zero_tail(p_dv, p_cu, images, T, H * D)
     b, h, block = place(H, key_blocks)
     begin, n = image(p_cu, b)
     first, kept = image(p_kept, b)

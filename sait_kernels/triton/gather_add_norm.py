@@ -41,7 +41,7 @@ def gather_add_norm(
         options = _options(C, per_warp=1024)
         with on_device(x):
             _forward[(triton.cdiv(S, options["ROWS"]),)](
-                x, y, indices, *vectors, residual, normed, S, eps, x.stride(0), y.stride(0),
+                x, y, indices, *vectors, residual, normed, S, x.shape[0], eps, x.stride(0), y.stride(0),
                 SCALED=gamma is not None, **options,
             )  # fmt: skip
     return residual, normed
@@ -61,7 +61,7 @@ def _normalised(b_residual, m, eps, C: tl.constexpr):
     return b_centred * rstd, rstd
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "T"])
 def _forward(
     p_x,
     p_y,
@@ -72,6 +72,7 @@ def _forward(
     p_residual,
     p_normed,
     S,
+    T,
     eps,
     s_x,
     s_y,
@@ -86,7 +87,8 @@ def _forward(
     m_i = o_i < S
     m = m_i[:, None] & (o_c < C)[None, :]
     row = tl.load(p_indices + o_i, m_i, other=0).to(tl.int64)
-    b_x = widened(tl.load(p_x + row[:, None] * s_x + o_c[None, :], m, other=0.0))
+    m_x = m & (row < T)[:, None]  # index T is no row: zeros
+    b_x = widened(tl.load(p_x + row[:, None] * s_x + o_c[None, :], m_x, other=0.0))
     b_y = widened(tl.load(p_y + o_i[:, None] * s_y + o_c[None, :], m, other=0.0))
     if SCALED:
         b_y *= widened(tl.load(p_gamma + o_c, o_c < C, other=0.0))[None, :]

@@ -30,19 +30,20 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
         options = _options(C, most=64)
         with on_device(x):
             _gather[(triton.cdiv(S, options["ROWS"]), triton.cdiv(C, options["WIDTH"]))](
-                bits(x), indices, bits(out), S, C, x.stride(0), **options
+                bits(x), indices, bits(out), S, x.shape[0], C, x.stride(0), **options
             )
     return out
 
 
-@triton.jit(do_not_specialize=["S"])
-def _gather(p_x, p_indices, p_out, S, C, s_x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """out[i] = x[indices[i]]; program (block of i, block of channels)."""
+@triton.jit(do_not_specialize=["S", "T"])
+def _gather(p_x, p_indices, p_out, S, T, C, s_x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """out[i] = x[indices[i]], zeros for index T; program (block of i, block of channels)."""
     o_i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     m = (o_i < S)[:, None] & (o_c < C)[None, :]
     row = tl.load(p_indices + o_i, o_i < S, other=0).to(tl.int64)
-    tl.store(p_out + o_i[:, None] * C + o_c[None, :], tl.load(p_x + row[:, None] * s_x + o_c[None, :], m), m)
+    b_row = tl.load(p_x + row[:, None] * s_x + o_c[None, :], m & (row < T)[:, None], other=0)
+    tl.store(p_out + o_i[:, None] * C + o_c[None, :], b_row, m)
 
 
 def scatter_tokens(y: Tensor, indices: Tensor, total: int, base: Tensor | None = None) -> Tensor:
@@ -77,6 +78,7 @@ def _scatter(
     WIDTH: tl.constexpr,
 ):
     """Writes ROWS kept rows and the dropped ones before each, the last program also those after: indices ascend.
+    Those behind the last kept row are `total`, and no row is written for them.
 
     Output rows are written in order, block by block; each finds its kept row, if it has one, by comparing indices.
     """
@@ -88,7 +90,7 @@ def _scatter(
     if start + ROWS >= S:
         end = tl.full([], total, tl.int64)
     else:
-        end = tl.load(p_indices + start + ROWS - 1).to(tl.int64) + 1
+        end = tl.minimum(tl.load(p_indices + start + ROWS - 1).to(tl.int64) + 1, total)
     for row in range(first, end, ROWS):
         o_row = row + tl.arange(0, ROWS)
         found = o_row[:, None] == kept[None, :]

@@ -15,7 +15,7 @@ _TYPES = {
     **dict.fromkeys(("p_cu", "p_indices", "p_kept", "p_spread", "p_lengths"), "*i32"),
     **dict.fromkeys(("p_logits", "p_dlogits", "p_scores", "p_stats", "p_statistics", "p_partials"), "*fp32"),
     **dict.fromkeys(("scale", "factor", "eps"), "fp32"),
-    **dict.fromkeys(("mass", "rate"), "fp64"),
+    **dict.fromkeys(("share", "rate"), "fp64"),
 }
 
 

@@ -30,6 +30,7 @@ def linear_residual(
                 x if gamma is None else gamma,
                 out,
                 M,
+                x.shape[0],
                 columns,
                 K,
                 y.stride(0),
@@ -43,7 +44,7 @@ def linear_residual(
     return out
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "T"])
 def _linear_residual(
     p_y,
     p_weight,
@@ -53,6 +54,7 @@ def _linear_residual(
     p_gamma,
     p_out,
     M,
+    T,
     J,
     K,
     s_y,
@@ -83,7 +85,8 @@ def _linear_residual(
     else:
         rows = o_m
     m_out = m_m[:, None] & m_j[None, :]
-    acc += widened(tl.load(p_x + rows[:, None] * s_x + o_j[None, :], m_out, other=0.0))
+    m_x = m_out & (rows < T)[:, None]  # index T is no row: zeros
+    acc += widened(tl.load(p_x + rows[:, None] * s_x + o_j[None, :], m_x, other=0.0))
     tl.store(p_out + o_m[:, None] * J + o_j[None, :], rounded(acc, p_out.dtype.element_ty), m_out)
 
 

@@ -38,8 +38,11 @@ def prune_attention(
     kind: str = "cls",
     num_prefix: int = 1,
     scale: float | None = None,
+    min_keep: int = 1,
+    max_keep: int | None = None,
+    static: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rule = Rule(rate, count, mass)
+    rule = Rule(rate, count, mass, min_keep, max_keep, static)
     if kind == "column":
         scores = score_tokens(q, k, None, cu_seqlens, max_seqlen, kind, num_prefix, scale)
         indices, kept = select_rows("prune_attention", scores, cu_seqlens, max_seqlen, num_prefix, rule)
@@ -76,10 +79,10 @@ def _class_rows(
         return choose_rows("prune_attention", launch, cu_seqlens, T, max_seqlen, num_prefix, rule)
 
 
-@triton.jit(do_not_specialize=["T", "H", "num_prefix", "least", "most", "rows"])
+@triton.jit(do_not_specialize=["T", "H", "num_prefix", "least", "most", "longest"])
 def _score_and_choose(
     p_q, p_k, p_v, p_cu, p_logits, p_scores, T, H, scale, s_qt, s_qh, s_kt, s_kh, s_vt, s_vh,
-    p_indices, p_kept, num_prefix, least, most, rows, mass: tl.float64,
+    p_indices, p_kept, num_prefix, least, most, longest, share: tl.float64,
     VALUES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, RULE: tl.constexpr, CHUNKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +95,7 @@ def _score_and_choose(
     )
     class_scores(p_logits, p_scores, begin, n, T, H, num_prefix, scale, VALUES, HEADS, COLUMNS)
     tl.debug_barrier()  # now every thread sees all scores
-    choose_image(p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, rows, mass, RULE, CHUNKED, BLOCK)
+    choose_image(p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, longest, share, RULE, CHUNKED, BLOCK)
 
 
 def variants() -> Iterator[Variant]:

@@ -19,6 +19,7 @@ from sait_kernels.registration import INTERPRETED
 from sait_kernels.triton.launch import Variant, variant
 from sait_kernels.triton.numeric import IN_INTERPRETER, product, rounded, widened
 from sait_kernels.triton.softmax import LOWEST, numerators, sign_of
+from sait_kernels.triton.tail import zero_tail
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def _column_sums(
 
     A block's sum is taken on its own and then added, which keeps the round-off of n additions that of n / BLOCK.
     """
+    zero_tail(p_scores, p_cu, tl.num_programs(0) // blocks, T, 1)
     begin, n, first = _image_and_block(p_cu, blocks, BLOCK)
     if first >= n:
         return
@@ -170,6 +172,7 @@ def _dqueries(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries; p_stats as above, and [2] = sum_j A_ij g_j; program (block, head)."""
+    zero_tail(p_dq, p_cu, tl.num_programs(0) // blocks, T, H * D)
     begin, n, first = _image_and_block(p_cu, blocks, BLOCK)
     if first >= n:
         return
@@ -215,6 +218,7 @@ def _dkeys(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dk of a block of keys; program (block, head). Tiles are (keys, queries): a product takes them as they are."""
+    zero_tail(p_dk, p_cu, tl.num_programs(0) // blocks, T, H * D)
     begin, n, first = _image_and_block(p_cu, blocks, BLOCK)
     if first >= n:
         return

@@ -18,6 +18,7 @@ from sait_kernels.triton import score_columns
 from sait_kernels.triton.launch import Variant, on_device, variant
 from sait_kernels.triton.numeric import rounded, widened
 from sait_kernels.triton.softmax import LOWEST, numerators, sign_of
+from sait_kernels.triton.tail import zero_tail
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -64,6 +65,9 @@ def score_tokens(
 ) -> Tensor:
     T, H, D = q.shape
     scale = D**-0.5 if scale is None else scale
+    images = cu_seqlens.shape[0] - 1
+    if not (images and max_seqlen):
+        return q.new_zeros(T, dtype=torch.float32)
     scores = q.new_empty(T, dtype=torch.float32)
     if T == 0:
         return scores
@@ -73,7 +77,7 @@ def score_tokens(
         else:
             v = v if v is not None and kind == "cls_value" else k
             sizes, scratch = (T, H, min(num_prefix, T), scale), class_scratch(q, kind)
-            _class_scores[(cu_seqlens.shape[0] - 1,)](
+            _class_scores[(images,)](
                 q,
                 k,
                 v,
@@ -185,6 +189,7 @@ def _class_scores(
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Program b scores image b."""
+    zero_tail(p_scores, p_cu, tl.num_programs(0), T, 1)
     begin = tl.load(p_cu + tl.program_id(0)).to(tl.int64)
     n = tl.load(p_cu + tl.program_id(0) + 1) - begin.to(tl.int32)
     T, H = T.to(tl.int64), H.to(tl.int64)
@@ -207,6 +212,9 @@ def score_tokens_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, H, D = q.shape
     scale = D**-0.5 if scale is None else scale
+    images = cu_seqlens.shape[0] - 1
+    if not (images and max_seqlen):
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), q.new_zeros(0) if v is None else v.new_zeros(v.shape)
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dv = q.new_empty(0) if v is None else v.new_empty(v.shape) if kind == "cls_value" else v.new_zeros(v.shape)
     if T == 0:
@@ -215,7 +223,7 @@ def score_tokens_backward(
         if kind == "column":
             score_columns.backward(grad, q, k, cu_seqlens, max_seqlen, scale, dq, dk)
         else:
-            images, blocks = cu_seqlens.shape[0] - 1, class_blocks(H, D, q.element_size(), kind)
+            blocks = class_blocks(H, D, q.element_size(), kind)
             v = v if v is not None and kind == "cls_value" else k
             sizes, both, logits = (T, H, min(num_prefix, T), scale), strides(q, k, v), class_scratch(q, kind)
             dlogits = torch.empty_like(logits)
@@ -301,6 +309,10 @@ def _class_gradients(
 
     Program (image, head).
     """
+    zero_tail(p_dq, p_cu, tl.num_programs(0), T, H * D)
+    zero_tail(p_dk, p_cu, tl.num_programs(0), T, H * D)
+    if VALUES:
+        zero_tail(p_dv, p_cu, tl.num_programs(0), T, H * D)
     begin = tl.load(p_cu + tl.program_id(0)).to(tl.int64)
     n = tl.load(p_cu + tl.program_id(0) + 1) - begin.to(tl.int32)
     T, H, h = T.to(tl.int64), H.to(tl.int64), tl.program_id(1).to(tl.int64)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sait_kernels.ops.select import kept_bound
+from sait_kernels.ops.select import kept_bound, mass_capacity
 from sait_kernels.triton.launch import Variant, on_device, variant
 
 OUTSIDE = tl.constexpr(-(2**31))  # below the key of every score
@@ -37,6 +37,7 @@ class Rule:
     mass: float | None = None
     least: int = 1
     most: int | None = None
+    static: bool = False
 
 
 def select_topk(
@@ -53,8 +54,9 @@ def select_mass(
     num_prefix: int,
     min_keep: int,
     max_keep: int | None,
+    static: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    rule = Rule(mass=mass, least=min_keep, most=max_keep)
+    rule = Rule(mass=mass, least=min_keep, most=max_keep, static=static)
     return select_rows("select_mass", scores, cu_seqlens, max_seqlen, num_prefix, rule)
 
 
@@ -81,37 +83,32 @@ def choose_rows(
 ) -> tuple[Tensor, Tensor]:
     """(indices, cu_seqlens) of the rows that stay; ``launch`` runs a kernel that ends in choose_image.
 
-    Images of equal length: the sizes are known, nothing synchronises. Otherwise one number is read from the device.
+    A static mass, or as many rows as images of max_seqlen tokens have: the size is known, nothing synchronises, and
+    indices behind those that stay are ``total``. Otherwise one number is read from the device.
     """
     images = cu.shape[0] - 1
-    if total == 0:
+    if total == 0 or images == 0:
         return cu.new_empty(0), cu.new_zeros(images + 1)
     longest, prefix = min(max_seqlen, total), min(num_prefix, total)
     options = blocks(longest)
     if rule.mass is not None:
         spread, lengths = cu.new_empty(total), cu.new_empty(images)
+        size = mass_capacity(total, images, max_seqlen, num_prefix, rule.most) if rule.static else total
         least, most = min(rule.least, NO_LIMIT), NO_LIMIT if rule.most is None else min(rule.most, NO_LIMIT)
         launch(spread, lengths, prefix, least, most, 0, rule.mass, RULE="mass", **options)
-        indices, kept = cu.new_empty(total), cu.new_empty(images + 1)
-        _pack[(images,)](spread, cu, lengths, indices, kept, BLOCK=IMAGES, num_warps=NUM_WARPS)
-        return indices[: int(kept[images])], kept
+        indices, kept = cu.new_empty(size), cu.new_empty(images + 1)
+        _pack[(images,)](spread, cu, lengths, indices, kept, size, total, BLOCK=IMAGES, num_warps=NUM_WARPS)
+        return indices if rule.static else indices[: int(kept[images])], kept
+    rate, count = rule.rate or 0.0, min(rule.count or 0, NO_LIMIT)
     if total == images * max_seqlen:
         rows = kept_bound(longest, prefix, rule.rate, rule.count)
         if rows > longest:
             raise ValueError(_too_many(op, longest - prefix, 0, rule))
         indices, kept = cu.new_empty(images * rows), cu.new_empty(images + 1)
-        patches = rows - min(prefix, longest)
-        launch(indices, kept, prefix, patches, patches, rows, 1.0, RULE="equal", **options)
+        launch(indices, kept, prefix, count, count, longest, rate, RULE="equal", **options)
         return indices, kept
     kept = cu.new_empty(images + 3)  # and the rows in all, and the first image with too few patches
-    rate, count = (0.0, rule.count) if rule.rate is None else (rule.rate, 0)
-    # A multiplication and a subtraction fused into one would round once where rate_to_count rounds twice.
-    _offsets[(1,)](
-        *(cu, kept, images, prefix, min(count or 0, NO_LIMIT), rate),
-        BLOCK=IMAGES,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,
-    )
+    _offsets[(1,)](cu, kept, images, prefix, count, rate, BLOCK=IMAGES, num_warps=NUM_WARPS)
     kept_rows, short = kept[images + 1 :].tolist()
     if short < images:
         length = int(cu[short + 1] - cu[short])
@@ -128,12 +125,45 @@ def _too_many(op: str, patches: int, image: int, rule: Rule) -> str:
     )
 
 
+@triton.jit
+def _patches(patches, count, rate):
+    """How many patches of an image stay: `count` of any number, or where that is 0 selection.rate_to_count."""
+    # A product and a difference fused into one would round once where rate_to_count rounds twice. The maximum, which
+    # changes nothing, keeps them apart.
+    product = tl.maximum(rate * patches.to(tl.float64), 0.0)
+    share = tl.maximum(tl.ceil(product - 1e-6).to(tl.int32), 1)
+    return tl.where(patches > 0, tl.where(count > 0, count, share), 0)
+
+
+@triton.jit
+def _rows(n, num_prefix, count, rate):
+    """How many rows stay of an image of n tokens: its patches at most."""
+    patches = tl.maximum(n - num_prefix, 0)
+    return n - patches + tl.minimum(_patches(patches, count, rate), patches)
+
+
+@triton.jit
+def _rows_before(b, p_cu, longest, num_prefix, count, rate, BLOCK: tl.constexpr):
+    """How many rows stay of all images before b."""
+    rows = tl.full([], 0, tl.int32)
+    for first in range(0, b, BLOCK):
+        o_b = first + tl.arange(0, BLOCK)
+        b_n = tl.load(p_cu + o_b + 1, o_b < b, other=0) - tl.load(p_cu + o_b, o_b < b, other=0)
+        rows += tl.sum(_rows(tl.minimum(b_n, longest), num_prefix, count, rate))
+    return rows
+
+
+@triton.jit
+def _no_rows(p_indices, begin, end, total, BLOCK: tl.constexpr):
+    """Writes `total`, which is no row, to the indices from `begin` to `end`."""
+    for first in range(begin, end, BLOCK):
+        o_i = first + tl.arange(0, BLOCK)
+        tl.store(p_indices + o_i, total, o_i < end)
+
+
 @triton.jit(do_not_specialize=["images", "num_prefix", "count"])
 def _offsets(p_cu, p_kept, images, num_prefix, count, rate: tl.float64, BLOCK: tl.constexpr):
-    """Where each image starts among the kept rows; then their number, and the first image that has too few patches.
-
-    One program. The number of patches is selection.rate_to_count, or `count` where that is not 0.
-    """
+    """Where each image starts among the kept rows; then their number, and the first image with too few patches."""
     total = tl.full([], 0, tl.int32)
     short = images
     tl.store(p_kept, 0)
@@ -142,8 +172,7 @@ def _offsets(p_cu, p_kept, images, num_prefix, count, rate: tl.float64, BLOCK: t
         m_b = o_b < images
         b_n = tl.load(p_cu + o_b + 1, m_b, other=0) - tl.load(p_cu + o_b, m_b, other=0)
         b_patches = tl.maximum(b_n - num_prefix, 0)
-        b_share = tl.maximum(tl.ceil(rate * b_patches.to(tl.float64) - 1e-6).to(tl.int32), 1)
-        b_count = tl.where(b_patches > 0, tl.where(count > 0, count, b_share), 0)
+        b_count = _patches(b_patches, count, rate)
         short = tl.minimum(short, tl.min(tl.where(b_count > b_patches, o_b, images)))
         b_kept = b_n - b_patches + tl.minimum(b_count, b_patches)
         tl.store(p_kept + 1 + o_b, total + tl.cumsum(b_kept, 0), m_b)
@@ -152,9 +181,12 @@ def _offsets(p_cu, p_kept, images, num_prefix, count, rate: tl.float64, BLOCK: t
     tl.store(p_kept + images + 2, short)
 
 
-@triton.jit
-def _pack(p_spread, p_cu, p_lengths, p_indices, p_kept, BLOCK: tl.constexpr):
-    """Moves the rows of image b, which lie where the image itself does, behind those of the images before it."""
+@triton.jit(do_not_specialize=["size", "total"])
+def _pack(p_spread, p_cu, p_lengths, p_indices, p_kept, size, total, BLOCK: tl.constexpr):
+    """Moves the rows of image b, which lie where the image itself does, behind those of the images before it.
+
+    The last program fills p_indices, which has this `size`, with `total`.
+    """
     b = tl.program_id(0)
     start = tl.full([], 0, tl.int32)
     for first in range(0, b, BLOCK):
@@ -163,19 +195,22 @@ def _pack(p_spread, p_cu, p_lengths, p_indices, p_kept, BLOCK: tl.constexpr):
     length, begin = tl.load(p_lengths + b), tl.load(p_cu + b)
     for first in range(0, length, BLOCK):
         o_n = first + tl.arange(0, BLOCK)
-        tl.store(p_indices + start + o_n, tl.load(p_spread + begin + o_n, o_n < length), o_n < length)
+        b_rows = tl.load(p_spread + begin + o_n, o_n < length)
+        tl.store(p_indices + start + o_n, b_rows, (o_n < length) & (start + o_n < size))
     tl.store(p_kept + b + 1, start + length)
     if b == 0:
         tl.store(p_kept, 0)
+    if b == tl.num_programs(0) - 1:
+        _no_rows(p_indices, start + length, size, total, BLOCK)
 
 
-@triton.jit(do_not_specialize=["num_prefix", "least", "most", "rows"])
+@triton.jit(do_not_specialize=["num_prefix", "least", "most", "longest"])
 def _select(
-    p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, rows, mass: tl.float64,
+    p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, longest, share: tl.float64,
     RULE: tl.constexpr, CHUNKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program b chooses the rows of image b."""
-    choose_image(p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, rows, mass, RULE, CHUNKED, BLOCK)
+    choose_image(p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, longest, share, RULE, CHUNKED, BLOCK)
 
 
 @triton.jit
@@ -234,31 +269,41 @@ def _enough(count, weight, least, most, target, RULE: tl.constexpr):
 
 @triton.jit
 def choose_image(
-    p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, rows, mass,
+    p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, longest, share,
     RULE: tl.constexpr, CHUNKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes the rows of image b = program_id(0) that stay, ascending.
 
-    RULE "equal": each image keeps `rows`, of which `least` patches; p_kept is written. "given": what p_kept says.
-    "mass": between `least` and `most` patches, written where the image itself lies, and their number into p_kept[b].
+    RULE "equal": `least` patches, or where that is 0 a `share` of them. There is room for what images of `longest`
+    tokens keep; shorter ones leave some of it, which is filled with the batch's number of rows. p_kept is written, too.
+    "given": what p_kept says. "mass": between `least` and `most` patches with this `share` of the score, written where
+    the image itself lies, and their number into p_kept[b].
     """
     b = tl.program_id(0)
     begin = tl.load(p_cu + b)
     n = tl.load(p_cu + b + 1) - begin
-    num_prefix = tl.minimum(num_prefix, n)
-    patches = n - num_prefix
+    patches = tl.maximum(n - num_prefix, 0)
     p_scores += begin
     if RULE == "equal":
-        start = b * rows
-        tl.store(p_kept + b + 1, start + rows)
+        whole = _rows(longest, num_prefix, least, share)
+        start = b * whole
+        if begin < b * longest:  # one of the images before is shorter
+            start = _rows_before(b, p_cu, longest, num_prefix, least, share, BLOCK)
+        end = start + _rows(tl.minimum(n, longest), num_prefix, least, share)
+        tl.store(p_kept + b + 1, end)
         if b == 0:
             tl.store(p_kept, 0)
+        if b == tl.num_programs(0) - 1:
+            _no_rows(p_indices, end, tl.num_programs(0) * whole, tl.num_programs(0) * longest, BLOCK)
+        most = end - start - (n - patches)
+        least = most
     elif RULE == "given":
         start = tl.load(p_kept + b)
-        most = tl.load(p_kept + b + 1) - start - num_prefix
+        most = tl.load(p_kept + b + 1) - start - (n - patches)
         least = most
     else:
         start = begin
+    num_prefix = n - patches
     p_indices += start
     least, most = tl.minimum(least, patches), tl.minimum(most, patches)
 
@@ -272,19 +317,19 @@ def choose_image(
             low = tl.minimum(low, tl.min(tl.where(b_keys == OUTSIDE, 0x7FFFFFFF, b_keys)))
     best = high
     above, weight_above = tl.full([], 0, tl.int32), tl.full([], 0.0, tl.float64)
-    reached, target = _reached(b_keys, p_scores, n, num_prefix, low, best, mass, RULE, CHUNKED, BLOCK)
-    target *= mass
+    reached, target = _reached(b_keys, p_scores, n, num_prefix, low, best, share, RULE, CHUNKED, BLOCK)
+    target *= share
     # The keys from `low` on are enough, those above `high` are not. What is between them is settled when that is all
     # one key, or when all of it has to stay.
     while (low < high) & (reached - above > 1) & (reached > least):
         middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
-        count, weight = _reached(b_keys, p_scores, n, num_prefix, middle, best, mass, RULE, CHUNKED, BLOCK)
+        count, weight = _reached(b_keys, p_scores, n, num_prefix, middle, best, share, RULE, CHUNKED, BLOCK)
         enough = _enough(count, weight, least, most, target, RULE)
         low, reached = tl.where(enough, middle, low), tl.where(enough, count, reached)
         high, above = tl.where(enough, high, middle - 1), tl.where(enough, above, count)
         weight_above = tl.where(enough, weight_above, weight)
 
-    weight_of_tie = _weights(low, best, mass).to(tl.float64)
+    weight_of_tie = _weights(low, best, share).to(tl.float64)
     ties, kept = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for first in range(0, n, BLOCK):
         if CHUNKED:

@@ -28,6 +28,13 @@ from sait import Plan, Stage
         ({"block": 1, "mass": 0.0}, ValueError, r"mass: expected a number in \(0, 1\], got 0.0"),
         ({"block": 1, "mass": 1.01}, ValueError, "mass: .* got 1.01"),
         ({"block": 1, "mass": "0.9"}, TypeError, "mass: .* got '0.9'"),
+        ({"block": 1, "mass": 0.9, "min_keep": 0}, ValueError, "min_keep: .* got 0"),
+        ({"block": 1, "mass": 0.9, "min_keep": 5, "max_keep": 4}, ValueError, "max_keep: .* at least min_keep = 5"),
+        ({"block": 1, "mass": 0.9, "static": "yes"}, TypeError, "static: expected True or False, got 'yes'"),
+        ({"block": 1, "keep": 0.5, "max_keep": 9}, ValueError, "mass: .* with min_keep, max_keep or static"),
+        ({"block": 1, "keep": 0.5, "min_keep": 2}, ValueError, "mass: .* with min_keep, max_keep or static"),
+        ({"block": 1, "keep": 0.5, "static": True}, ValueError, "mass: .* with min_keep, max_keep or static"),
+        ({"block": 1, "max_keep": 9}, ValueError, "exactly one of keep and mass"),
     ],
 )
 def test_bad_stage(arguments, error, message):
@@ -57,6 +64,8 @@ def test_plans_are_values():
     assert plan == Plan([Stage(3, 0.7), Stage(6, 0.7)], "column")
     assert hash(plan) == hash(pickle.loads(pickle.dumps(plan)))
     assert plan.at_density(mass=0.9) == Plan([Stage(3, mass=0.9), Stage(6, mass=0.9)], "column")
+    limits = {"mass": 0.9, "min_keep": 2, "max_keep": 100, "static": True}
+    assert plan.at_density(**limits) == Plan([Stage(3, **limits), Stage(6, **limits)], "column")
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.score = "cls"
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -24,7 +24,11 @@ def twins(**stage):
     return model, plain
 
 
-@pytest.mark.parametrize("density", [{"keep": 0.45}, {"keep": 7}, {"mass": 0.6}, {"keep": 1.0}, {}])
+@pytest.mark.parametrize(
+    "density",
+    [{"keep": 0.45}, {"keep": 7}, {"mass": 0.6}, {"mass": 0.6, "max_keep": 12, "static": True}, {"keep": 1.0}, {}],
+    ids=str,
+)
 @pytest.mark.parametrize("score", ["cls", "column", "cls_value"])
 @torch.no_grad()
 def test_it_is_the_oracle(density, score, backend):

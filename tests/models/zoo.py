@@ -80,7 +80,7 @@ def images(name: str, count: int = 3, seed: int = 0) -> Tensor:
 
 
 def plans(name: str) -> list[sait.Plan]:
-    """One and two stages, fixed and by mass, in every order and with every score that the model allows."""
+    """One to three stages, fixed and by mass, in every order and with every score that the model allows."""
     Stage, Plan = sait.Stage, sait.Plan
     score = "column" if name in NO_PREFIX else "cls"
     fixed = [
@@ -96,7 +96,18 @@ def plans(name: str) -> list[sait.Plan]:
         Plan([Stage(0, mass=0.9), Stage(2, mass=0.7)], "column"),
         Plan([Stage(0, keep=0.8), Stage(1, mass=0.7)], score),
         Plan([Stage(1, mass=0.8), Stage(3, keep=0.5)], score if score == "column" else "cls_value"),
+        static_plan(score),
     ]
+
+
+def static_plan(score: str = "cls", static: bool = True) -> sait.Plan:
+    """Each limit binds somewhere, the tail grows, and a fixed share follows."""
+    stages = (
+        sait.Stage(0, mass=0.76, max_keep=13, static=static),
+        sait.Stage(1, mass=0.6, min_keep=4, static=static),
+        sait.Stage(3, keep=0.6),
+    )
+    return sait.Plan(stages, score)
 
 
 class Answer(NamedTuple):
@@ -152,7 +163,8 @@ def _choose(scores: Tensor, stage: sait.Stage, num_prefix: int) -> tuple[Tensor,
     best, order = patches.sort(descending=True)
     if stage.mass is not None:
         sums = best.cumsum(0)
-        count = int((sums < stage.mass).sum()) + 1
+        count = max(int((sums < stage.mass).sum()) + 1, stage.min_keep)
+        count = min(count, len(patches) if stage.max_keep is None else stage.max_keep)
         gap = float((sums - stage.mass).abs().min())
     elif isinstance(stage.keep, int):
         count, gap = stage.keep, 1.0

@@ -19,7 +19,9 @@ def saved(path: Path, model: torch.nn.Module, **more: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("density", [{"keep": 0.5}, {"keep": 3}, {"mass": 0.7}, {}])
+@pytest.mark.parametrize(
+    "density", [{"keep": 0.5}, {"keep": 3}, {"mass": 0.7}, {"mass": 0.7, "max_keep": 9, "static": True}, {}]
+)
 @torch.no_grad()
 def test_the_model_comes_back(tmp_path, density):
     model, x = sait.set_density(small.build(score="column", keep=0.5).eval(), **density), small.images()

@@ -1,10 +1,11 @@
-// gather_tokens and scatter_tokens: move whole rows; indices (S,) are rows of the T axis.
+// gather_tokens and scatter_tokens: move whole rows; indices (S,) are rows of the T axis, or T for no row.
 #pragma once
 
 #include "sait/types.h"
 
 namespace sait {
 
+// out[i] = x[indices[i]]; zeros for no row.
 struct GatherTokensParams {
   const void* x;  // (total, channels), rows contiguous
   void* out;      // (rows, channels), contiguous

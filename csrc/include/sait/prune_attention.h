@@ -1,4 +1,4 @@
-// prune_attention in one launch: score, select and attend, for images of equal length.
+// prune_attention in one launch: score, select and attend, where the number of rows that stay is known.
 #pragma once
 
 #include "sait/select.h"
@@ -8,15 +8,16 @@ namespace sait {
 
 struct PruneAttentionParams {
   HeadView q, k, v;
-  Batch batch;  // every image has max_seqlen tokens
+  Batch batch;
   int64_t heads, head_dim;
   int64_t num_prefix;
   KeepRule rule;  // a rate or a count
-  int64_t rows;   // that each image keeps, prefix rows included
+  int64_t rows;   // that an image of max_seqlen tokens keeps, prefix rows included
+  int64_t total;  // images * max_seqlen; shorter images leave a tail
   DType dtype;
   float scale;
-  void* out;             // (images * rows, heads * head_dim), contiguous
-  int32_t* indices;      // (images * rows,)
+  void* out;                 // (images * rows, heads * head_dim), contiguous; zeros behind the rows that stay
+  int32_t* indices;          // (images * rows,); behind the rows that stay `total`, which is no row
   int32_t* kept_cu_seqlens;  // (images + 1,)
 };
 

@@ -42,8 +42,11 @@ struct KeptRowsParams {
   Batch batch;
   int64_t num_prefix;
   KeepRule rule;
-  int64_t rows;      // that every image keeps, where all are of one length; else 0
-  int32_t* indices;  // (images * rows,); where rows is 0 (total,), of which the first cu_seqlens[images] are written
+  int64_t rows;  // that an image of max_seqlen tokens keeps, where as many rows as such images have are given; else 0
+  int64_t total;  // of the batch
+  int32_t* indices;  // (size,), of which the first cu_seqlens[images] are written
+  int64_t size;  // images * rows; where rows is 0, any number that is enough
+  bool fills;  // whether the others become `total`, which is no row
   // (images + 1,) the rows' cu_seqlens. Where rows is 0, kept_size(images) zeros, of which these are the first; the next
   // one becomes 1 where the count is above the patches of an image.
   int32_t* kept;

@@ -155,7 +155,8 @@ class Trainer:
         start = time.perf_counter()
         for step, (images, labels) in enumerate(self.data.train_batches(epoch)):
             share = densities.uniform(ends[0], ends[1])
-            set_density(self.model, **({"keep": 1.0} if mode == "dense" else {option: share}))
+            density: dict[str, Any] = {"keep": 1.0} if mode == "dense" else {option: share}
+            set_density(self.model, **density)
             where = f"epoch {epoch}, step {step + 1} of {steps} ({mode})"
             losses = self._step(images.to(self.processes.device), labels.to(self.processes.device), where)
             for name, value in losses.items():
@@ -356,7 +357,8 @@ def create_student(config: Config) -> tuple[dict[str, Any], Any]:
 def student_plan(config: Config) -> Plan:
     """The plan of the saved model: the middle of the range that was trained."""
     option, ends = config.density
-    return Plan((Stage(config.block, **{option: round(sum(ends) / 2, 6)}),), config.score)
+    density: dict[str, Any] = {option: round(sum(ends) / 2, 6)}
+    return Plan((Stage(config.block, **density),), config.score)
 
 
 def to_csv(rows: list[Row]) -> str:
