@@ -72,7 +72,7 @@ emulate: $(EMULATED) $(VENV)/.requirements-dev
 	SAIT_EMULATE=1 $(BIN)/python setup.py build_ext --inplace --build-temp build/emulated/library \
 		--build-lib build/emulated/lib
 	SAIT_EMULATED=1 LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:python \
-		$(BIN)/python -m pytest tests/emulation tests/ops -k "(cuda or emul or opcheck) and not triton" -p no:cacheprovider
+		$(BIN)/python -m pytest tests/emulation tests/ops tests/test_properties.py -k "cuda or emul" -p no:cacheprovider
 
 # On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed.
 gpu:

@@ -301,7 +301,15 @@ inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float float_of_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 
 // Clusters ------------------------------------------------------------------------------------------------------------
-inline int cluster_rank() { return machine.rank(); }
+namespace host {
+inline void check_clusters(const char* name, Where where) {
+  if (emulation::capability() < 90) machine.fail(where, "%s: clusters begin with sm_90", name);
+}
+}  // namespace host
+inline int cluster_rank(Where where = Where::current()) {
+  host::check_clusters("cluster_rank", where);
+  return machine.rank();
+}
 template <typename T>
 T* in_block(T* shared, int rank, Where where = Where::current()) {
   const auto offset = reinterpret_cast<unsigned char*>(shared) - machine.self().block->shared;
@@ -309,7 +317,13 @@ T* in_block(T* shared, int rank, Where where = Where::current()) {
   if (rank < 0 || rank >= machine.cluster()) machine.fail(where, "in_block: no block %d in the cluster", rank);
   return reinterpret_cast<T*>(machine.block(rank).shared + offset);
 }
-inline void cluster_arrive(Where where = Where::current()) { machine.cluster_arrive(where); }
-inline void cluster_wait(Where where = Where::current()) { machine.cluster_wait(where); }
+inline void cluster_arrive(Where where = Where::current()) {
+  host::check_clusters("cluster_arrive", where);
+  machine.cluster_arrive(where);
+}
+inline void cluster_wait(Where where = Where::current()) {
+  host::check_clusters("cluster_wait", where);
+  machine.cluster_wait(where);
+}
 
 }  // namespace sait::cuda

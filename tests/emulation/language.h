@@ -60,8 +60,6 @@ inline dim3 blockDim, gridDim;
 
 using std::max;
 using std::min;
-inline int __popc(unsigned x) { return std::popcount(x); }
-inline double __dmul_rn(double a, double b) { return a * b; }
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 
 // Without arithmetic and conversions, as torch's flags for nvcc have it.

@@ -12,11 +12,7 @@ struct Grid {
   int cluster = 1;
 };
 
-// That of a Hopper GPU, or what the environment says.
-inline int capability() {
-  const char* asked = std::getenv("SAIT_EMULATE_CAPABILITY");
-  return asked == nullptr ? 90 : std::atoi(asked);
-}
+inline int capability() { return emulation::capability(); }
 inline int most_shared_bytes() {
   constexpr int most = emulation::kMostSharedBytes;
   const char* asked = std::getenv("SAIT_EMULATE_SHARED_BYTES");

@@ -81,6 +81,12 @@ struct Warp {
   void* lanes[kLanes];
 };
 
+// Of the GPU that is emulated: a Hopper, or what the environment says.
+inline int capability() {
+  const char* asked = std::getenv("SAIT_EMULATE_CAPABILITY");
+  return asked == nullptr ? 90 : std::atoi(asked);
+}
+
 enum class Order { kAscending, kDescending, kRandom };
 
 // Saves the registers that a call preserves, and goes on where `to` was saved.
@@ -232,7 +238,11 @@ class Machine {
     if (order.empty()) order_ = static_cast<Order>(launches_ % 3);
     else if (order == "ascending") order_ = Order::kAscending;
     else if (order == "descending") order_ = Order::kDescending;
-    else order_ = Order::kRandom;
+    else if (order.starts_with("random")) order_ = Order::kRandom;
+    else {
+      std::fprintf(stderr, "emulation: SAIT_EMULATE_ORDER: no order %s\n", asked);
+      std::abort();
+    }
     ++launches_;
   }
   SAIT_UNCHECKED uint64_t random() {  // xorshift

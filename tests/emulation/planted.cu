@@ -156,6 +156,14 @@ void outlives(Params p) {
   p.out[at] = in_block(shared<int>(), cluster_rank() ^ 1)[t];
 }
 
+// A launch without clusters is one with clusters of one block.
+void alone(Params p) {
+  cluster_arrive();
+  cluster_wait();
+  const int at = blockIdx.x * kThreads + threadIdx.x;
+  p.out[at] = p.x[at] + cluster_rank();
+}
+
 constexpr int kBlocks = 8, kCount = kBlocks * kThreads;
 
 bool run(const std::string& name) {
@@ -182,6 +190,7 @@ bool run(const std::string& name) {
       {"product_bfloat16", {product<__nv_bfloat16, 0>, warp, nullptr}},
       {"product_half", {product<__half, 0>, warp, nullptr}},
       {"across", {across<true, true>, pairs, exchanged}},
+      {"alone", {alone, whole, in_block_order}},
       {"no_barrier", {reverse<false>, whole, block_reversed}},
       {"reads_outside", {reads_outside, whole, block_reversed}},
       {"no_wait", {copies<1>, whole, in_block_order}},

@@ -32,7 +32,9 @@ def run(planted: Path, kernel: str, order: str, **environment: str) -> subproces
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("kernel", ["reverse", "exchanges", "copies", "product_bfloat16", "product_half", "across"])
+@pytest.mark.parametrize(
+    "kernel", ["reverse", "exchanges", "copies", "product_bfloat16", "product_half", "across", "alone"]
+)
 def test_runs(planted: Path, kernel: str, order: str) -> None:
     done = run(planted, kernel, order)
     assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
@@ -68,6 +70,8 @@ def test_stops_with_the_reason(planted: Path, kernel: str, message: str, order: 
 def test_no_clusters_before_sm_90(planted: Path) -> None:
     done = run(planted, "across", "ascending", SAIT_EMULATE_CAPABILITY="80")
     assert done.stdout.startswith("error 912"), done.stdout
+    done = run(planted, "alone", "ascending", SAIT_EMULATE_CAPABILITY="80")
+    assert "cluster_arrive: clusters begin with sm_90" in done.stderr
 
 
 def test_no_more_shared_memory_than_there_is(planted: Path) -> None:
