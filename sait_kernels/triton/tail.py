@@ -20,5 +20,5 @@ def zero_tail(p_out, p_cu, images, rows, width):
     p_out += begin.to(tl.int64) * width
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     for block in range(program, tl.cdiv(size, BLOCK).to(tl.int32), tl.num_programs(0) * tl.num_programs(1)):
-        o = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        o = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         tl.store(p_out + o, tl.zeros([BLOCK], p_out.dtype.element_ty), o < size)
