@@ -150,7 +150,7 @@ def record_scores(model: nn.Module) -> Iterator[list[Tensor]]:
 
     Returns:
         A list that grows by one tensor a stage and forward: (T,) float32, a score for each row that the stage's block
-        saw, prefix rows included; differentiable.
+        saw, prefix rows included, and 0 for rows of no image; differentiable.
 
     Raises:
         TypeError: the model is not one that sparsify changed.

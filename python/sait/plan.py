@@ -22,10 +22,10 @@ class Stage:
         mass: in (0, 1]: the fewest patches of each image that carry this share of its score. Exactly one of keep and
             mass is given.
         min_keep, max_keep: with mass: an image keeps no fewer patches than this and no more than that, if it has them.
-        static: with mass: from here on tensors have the size of a batch whose images all keep max_keep patches, and
-            zeros stand in for those that do not. So no size depends on data: nothing synchronises, and CUDA graphs,
-            torch.compile and torch.export take the model as they do at a fixed share. It costs what max_keep costs in
-            the linear layers, so choose it close to what images keep; attention computes what is kept.
+        static: with mass: from here on tensors have room for max_keep patches of every image, and rows of no image fill
+            what is left of it. So no size depends on data: nothing synchronises, and CUDA graphs, torch.compile and
+            torch.export take the model as they do at a fixed share. Linear layers compute all of that room, attention
+            only what is kept: choose max_keep close to what images keep.
 
     Raises:
         ValueError, TypeError: a block below 0, both or neither of keep and mass, what goes with mass beside keep, or

@@ -30,7 +30,10 @@ NO_LIMIT = 2**31 - 1
 
 @dataclass(frozen=True)
 class Rule:
-    """How many patches of an image stay: a share, a number, or between two numbers as many as carry a mass."""
+    """How many patches of an image stay: a share, a number, or between two numbers as many as carry a mass.
+
+    ``static``: with a mass, in a size known beforehand.
+    """
 
     rate: float | None = None
     count: int | None = None

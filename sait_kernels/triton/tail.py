@@ -15,9 +15,10 @@ def zero_tail(p_out, p_cu, images, rows, width):
     Where there is no tail this is a load and a comparison; a launch of its own, or zeros from the start, would cost
     every batch.
     """
-    program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    programs = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
-    begin, end = tl.load(p_cu + images).to(tl.int64) * width, rows.to(tl.int64) * width
-    for first in range(begin + program * BLOCK, end, programs * BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        tl.store(p_out + o, tl.zeros([BLOCK], p_out.dtype.element_ty), o < end)
+    begin = tl.load(p_cu + images)
+    size = (rows - begin).to(tl.int64) * width
+    p_out += begin.to(tl.int64) * width
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    for block in range(program, tl.cdiv(size, BLOCK).to(tl.int32), tl.num_programs(0) * tl.num_programs(1)):
+        o = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(p_out + o, tl.zeros([BLOCK], p_out.dtype.element_ty), o < size)

@@ -26,7 +26,8 @@ struct RowView {
   int64_t row_stride;
 };
 
-// The packed batch: image b owns rows [cu_seqlens[b], cu_seqlens[b + 1]).
+// The packed batch: image b owns rows [cu_seqlens[b], cu_seqlens[b + 1]). Rows behind those of the last image, the tail,
+// belong to none: what an op writes there is zero. csrc/ops sees to that for the CPU, whose kernels write images only.
 struct Batch {
   const int32_t* cu_seqlens;  // (images + 1,)
   int64_t images;
@@ -35,7 +36,7 @@ struct Batch {
 
 // Rows that stay. indices == nullptr: all rows stay and cu_seqlens is the batch's own.
 struct Kept {
-  const int32_t* indices;     // (rows,), ascending
+  const int32_t* indices;  // (rows,), ascending; from cu_seqlens[images] on the number of the batch's rows: no row
   const int32_t* cu_seqlens;  // (images + 1,)
   int64_t rows;
 };
