@@ -143,7 +143,7 @@ inline std::tuple<at::Tensor, at::Tensor> select_cuda(const char* op, const at::
 // (total,) scores; the rows of params.q, k and v are aligned(). The memory is that of `like`.
 inline at::Tensor scores_cuda(const char* op, ScoreTokensParams params, const at::Tensor& like) {
   const auto float32 = like.options().dtype(at::kFloat);
-  if (params.batch.images == 0) return at::zeros({params.total}, float32);
+  if (params.batch.images == 0 || params.batch.max_seqlen == 0) return at::zeros({params.total}, float32);
   const at::Tensor scores = at::empty({params.total}, float32);
   const at::Tensor scratch = at::empty({cuda::scratch_size(params, false)}, float32);
   params.scores = scores.mutable_data_ptr<float>();

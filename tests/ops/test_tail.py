@@ -56,12 +56,17 @@ def through(fn: Callable[..., Tensor], rows: int, *inputs: Tensor) -> tuple[Tens
     return out.detach(), *torch.autograd.grad(out, variables, and_tail(grad, len(out) - rows), materialize_grads=True)
 
 
+def served_types(backend: str) -> list[torch.dtype]:
+    """Of attention."""
+    return [d for d in DTYPES if sk.can_run("compact_attention", backend, torch.empty(0, 2, 32, dtype=d))[0]]
+
+
 @batches
 @pytest.mark.parametrize("kept", [False, True])
 def test_compact_attention(backend: str, lengths: tuple[int, ...], tail: int, kept: bool) -> None:
     T, cu, longest = sum(lengths), cu_of(lengths), max(lengths, default=0)
-    for dtype in (torch.float32,) if slow_here(backend) else DTYPES:
-        qkv = make_qkv(Case(lengths, H=2, D=16), dtype)
+    for dtype in served_types(backend)[: 1 if slow_here(backend) else None]:
+        qkv = make_qkv(Case(lengths, H=2, D=32), dtype)
         selection = some_rows(lengths) if kept else None
         without = None if selection is None else and_no_rows(selection, 7, T + tail)
         rows = T if selection is None else len(selection.indices)
@@ -80,7 +85,7 @@ def test_compact_attention(backend: str, lengths: tuple[int, ...], tail: int, ke
 @pytest.mark.parametrize("kind", ["cls", "column", "cls_value"])
 def test_score_tokens(backend: str, lengths: tuple[int, ...], tail: int, kind: str) -> None:
     lengths = tuple(2 if n == 1 else n for n in lengths)  # cls_value has nothing to divide by without a patch
-    q, k, v = make_qkv(Case(lengths, H=2, D=16), torch.float32)
+    q, k, v = make_qkv(Case(lengths, H=2, D=32), torch.float32)
     cu, longest = cu_of(lengths), max(lengths, default=0)
 
     def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -162,7 +167,7 @@ def test_prune_attention(backend: str, rule: dict[str, Any], kind: str) -> None:
     """Twice, the second time on a batch with a tail: as the three ops, and as without ``static``."""
     lengths = (33, 0, 7, 33)
     cu, longest = cu_of(lengths), 33
-    qkv = make_qkv(Case(lengths, H=2, D=16), torch.float32)
+    qkv = make_qkv(Case(lengths, H=2, D=32), served_types(backend)[0])
     chosen: list[sk.Selection] = []
 
     def fn(q: Tensor, k: Tensor, v: Tensor, static: bool) -> Tensor:
@@ -183,7 +188,22 @@ def test_prune_attention(backend: str, rule: dict[str, Any], kind: str) -> None:
         alone = sk.select_mass(scores, cu, longest, **rule, static=True)
         assert alone.indices.tolist() == many.indices.tolist()
         assert alone.max_seqlen == many.max_seqlen
-        qkv, cu, longest = tuple(sk.gather_tokens(t.flatten(1), few).view(-1, 2, 16) for t in qkv), *few[1:]
+        qkv, cu, longest = tuple(sk.gather_tokens(t.flatten(1), few).view(-1, 2, 32) for t in qkv), *few[1:]
+
+
+@pytest.mark.parametrize("keep", [0.45, 4])
+def test_prune_attention_of_as_many_rows_as_equal_images_have(backend: str, keep: float | int) -> None:
+    """How many rows stay at most follows from that number, where they lie from the lengths."""
+    lengths, longest = (20, 9, 0, 20, 5), 20
+    cu, dtype = cu_of(lengths), served_types(backend)[0]
+    q, k, v = (and_tail(t, 46) for t in make_qkv(Case(lengths, H=2, D=32), dtype))
+    assert len(q) == len(lengths) * longest
+    out, selection = sk.prune_attention(q, k, v, cu, longest, keep=keep)
+    want = sk.select_topk(sk.score_tokens(q, k, cu, longest), cu, longest, keep=keep)
+    assert selection.indices.tolist() == want.indices.tolist()
+    assert selection.cu_seqlens.tolist() == want.cu_seqlens.tolist()
+    assert_same_bits("out", out, sk.compact_attention(q, k, v, cu, longest, selection=want))
+    assert not out[int(want.cu_seqlens[-1]) :].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -284,7 +304,7 @@ def static_pruning(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, **rule: Any) -> 
     x = q.flatten(1)
     residual, normed = sk.gather_add_norm(x, out, selection, x[0], x[0], 1e-6)
     again = sk.select_topk(normed.float().norm(dim=1), *selection[1:], keep=0.5)
-    out = sk.compact_attention(*(t.view(-1, 2, 16) for t in (residual, normed, normed)), *selection[1:])
+    out = sk.compact_attention(*(t.view(-1, 2, 32) for t in (residual, normed, normed)), *selection[1:])
     return sk.scatter_tokens(sk.gather_tokens(out, again), again, len(out))
 
 
@@ -309,7 +329,7 @@ def test_triton_reads_no_size() -> None:
     select = pytest.importorskip("sait_kernels.triton.select")
     prune = pytest.importorskip("sait_kernels.triton.prune_attention")
     scores, cu = randn(18).exp(), cu_of((9, 9))
-    q, k, v = make_qkv(Case((9, 9), H=2, D=16), torch.float32)
+    q, k, v = make_qkv(Case((9, 9), H=2, D=32), torch.float32)
     with NothingIsRead():
         select.select_mass(scores, cu, 9, 0.7, 1, 1, 5, True)
         select.select_topk(scores, cu, 9, 0.45, None, 1)
