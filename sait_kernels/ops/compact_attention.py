@@ -123,6 +123,8 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 register_op("compact_attention", _fake, __name__)
 register_op("compact_attention_backward", _backward_fake, __name__)
 register_backward("compact_attention", _backward, _context)
+
+
 def cuda_limits(q: Tensor) -> str | None:
     """Why the CUDA kernels of attention do not serve such queries, or None."""
     if q.dtype == torch.float32:
