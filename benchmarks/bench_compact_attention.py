@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 
 import torch
@@ -10,7 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sait_kernels as sk
 
-SDPA, FLASH = "torch SDPA", "torch SDPA, FlashAttention"  # on Hopper the first is cuDNN's
+SDPA = "torch SDPA"  # what torch picks: on Hopper cuDNN's
+NAMED = {
+    "torch SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "torch SDPA, FlashAttention": SDPBackend.FLASH_ATTENTION,
+    "torch SDPA, memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 GOALS = {"bf16": 3.5, "fp32": 2.5}
 GPU_GOALS = {99: 1.5, 197: 1.3, 577: 0.9, 1025: 0.9}
 
@@ -21,8 +27,8 @@ def bench_compact_attention(case: Case, record: Recorder) -> None:
         q, k, v = case.qkv()
         ours = partial(sk.compact_attention, q, k, v, case.cu_seqlens, case.N)
         baselines = {SDPA: partial(torch_attention, q, k, v)}
-        if ON_GPU:
-            baselines[FLASH] = partial(flash_attention, q, k, v)
+        for name in named_backends():
+            baselines[name] = partial(one_backend, NAMED[name], q, k, v)
         return ours, baselines
 
     ours, baselines = sides(case)
@@ -42,6 +48,19 @@ def bench_compact_attention(case: Case, record: Recorder) -> None:
     record(torch.inference_mode()(ours), rows)
 
 
-def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+@functools.cache
+def named_backends() -> list[str]:
+    """Those of SDPA's on a GPU that this device and build have; the others are named, and left out."""
+    found = []
+    for name, backend in NAMED.items() if ON_GPU else ():
+        try:
+            one_backend(backend, *Case("bf16", 197).qkv())
+            found.append(name)
+        except RuntimeError as error:
+            print(f"{name}: not here: {str(error).splitlines()[0]}")
+    return found
+
+
+def one_backend(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(backend):
         return torch_attention(q, k, v)

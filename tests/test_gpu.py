@@ -137,6 +137,23 @@ def test_nothing_synchronises(op: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("kind", ["cls", "column"])
+def test_memory_peak(backend: str, kind: str) -> None:
+    """Nothing of size N x N (64 MiB a head), nor of T x C (1 MiB) beyond what is kept: 0.5 MiB is left for all else."""
+    n, keep, mib = 4096, 0.25, 2**20
+    q, k, v = torch.randn(n, 3, 2, D, device="cuda").bfloat16().unbind(1)
+    cu = sk.uniform_cu_seqlens(1, n, "cuda")
+    with sk.backend(backend):
+        sk.prune_attention(q, k, v, cu, n, keep=keep, kind=kind)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out, selection = sk.prune_attention(q, k, v, cu, n, keep=keep, kind=kind)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= out.nbytes + selection.indices.nbytes + mib // 2, f"{peak / mib:.2f} MiB"
+
+
 def test_mass_synchronises_once() -> None:
     scores, cu = inputs(6)["scores"].abs(), offsets()
     sk.select_mass(scores, cu, N, mass=0.5)
