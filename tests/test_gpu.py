@@ -270,3 +270,14 @@ def test_adaptive_model_in_a_graph(model: torch.nn.Module, images: Tensor) -> No
         (few,) = sait.selections(model)
         assert torch.equal(captured.indices[: len(few.indices)], few.indices)
         sait.set_density(model, mass=0.9, max_keep=120, static=True)
+
+
+@torch.inference_mode()
+def test_graphed_model(model: torch.nn.Module, images: Tensor) -> None:
+    import sait
+
+    fast = sait.graphed(model, images[:1])
+    for density in ({"keep": 0.45}, {"keep": 0.3}, {"mass": 0.9, "max_keep": 120, "static": True}, {}):
+        sait.set_density(model, **density)
+        for batch in (images[:1], images, images.flip(0)):
+            torch.testing.assert_close(fast(batch), model(batch))

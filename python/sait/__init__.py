@@ -3,6 +3,7 @@
 from sait import data
 from sait.checkpoint import load, save
 from sait.density import kept_mask, record_scores, selections, set_density
+from sait.graphs import graphed
 from sait.macs import macs
 from sait.plan import Plan, Stage
 from sait.sparse import restore, sparsify
@@ -13,6 +14,7 @@ __all__ = [
     "SaitViT",
     "Stage",
     "data",
+    "graphed",
     "kept_mask",
     "load",
     "macs",
