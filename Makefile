@@ -18,7 +18,7 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 RESULTS := benchmarks/results
 GPU_RESULTS ?= $(RESULTS)
 
-.PHONY: demo install test check aot sass emulate gpu gpu-build gpu-test gpu-bench bench report paper clean
+.PHONY: demo install test check aot sass emulate gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-bench bench report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -74,16 +74,22 @@ emulate: $(EMULATED) $(VENV)/.requirements-dev
 	SAIT_EMULATED=1 LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:python \
 		$(BIN)/python -m pytest tests/emulation tests/ops tests/test_properties.py -k "cuda or emul" -p no:cacheprovider
 
-# On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed. One target in
-# three, each of a few minutes.
+# On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed. In
+# parts, each of a few minutes.
 gpu: gpu-build gpu-test gpu-bench
 
 gpu-build:
 	FORCE_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 
-gpu-test:
-	PYTHONPATH=.:python SAIT_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/test_gpu.py tests/ops tests/test_properties.py \
-		-k "triton or cuda or gpu" -p no:cacheprovider
+gpu-test: gpu-test-cuda gpu-test-triton
+
+GPU_PYTEST = PYTHONPATH=.:python SAIT_TEST_DEVICE=cuda $(PYTHON) -m pytest -p no:cacheprovider
+
+gpu-test-cuda:
+	$(GPU_PYTEST) tests/test_gpu.py tests/ops tests/test_properties.py -k "cuda or gpu"
+
+gpu-test-triton:
+	$(GPU_PYTEST) tests/ops tests/test_properties.py -k triton
 
 gpu-bench:
 	PYTHONPATH=.:python $(PYTHON) -m pytest benchmarks -p no:cacheprovider --save-results $(GPU_RESULTS)
