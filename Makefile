@@ -75,7 +75,7 @@ emulate: $(EMULATED) $(VENV)/.requirements-dev
 		$(BIN)/python -m pytest tests/emulation tests/ops tests/test_properties.py -k "cuda or emul" -p no:cacheprovider
 
 # On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed. In
-# parts, each of a few minutes.
+# parts, each of a few minutes; with pytest-xdist PYTEST_FLAGS="-n 8" compiles Triton's kernels side by side.
 gpu: gpu-build gpu-test gpu-bench
 
 gpu-build:
@@ -83,7 +83,7 @@ gpu-build:
 
 gpu-test: gpu-test-cuda gpu-test-triton
 
-GPU_PYTEST = PYTHONPATH=.:python SAIT_TEST_DEVICE=cuda $(PYTHON) -m pytest -p no:cacheprovider
+GPU_PYTEST = PYTHONPATH=.:python SAIT_TEST_DEVICE=cuda $(PYTHON) -m pytest -p no:cacheprovider $(PYTEST_FLAGS)
 
 gpu-test-cuda:
 	$(GPU_PYTEST) tests/test_gpu.py tests/ops tests/test_properties.py -k "cuda or gpu"
