@@ -311,9 +311,9 @@ def static_pruning(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, **rule: Any) -> 
 def test_sizes_need_no_data(kernels: str) -> None:
     """Of fake tensors there is none: what would wait for a GPU raises here."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        batch = (*(torch.empty(18, 2, 16) for _ in range(3)), torch.empty(3, dtype=torch.int32))
+        batch = (*(torch.empty(18, 2, 32) for _ in range(3)), torch.empty(3, dtype=torch.int32))
         (out,) = flat(static_pruning(*batch, mass=0.7, max_keep=5, static=True))
-        assert out.shape == (12, 32)
+        assert out.shape == (12, 64)
         with pytest.raises(DynamicOutputShapeException):
             static_pruning(*batch, mass=0.7, max_keep=5)
 
