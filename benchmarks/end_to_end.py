@@ -90,7 +90,7 @@ def seen_rows(setting: Setting, made: Made) -> list[roofline.Rows]:
     """Where images decide: the mean of what they kept, from the forward that has just been."""
     model: Any = made.forward
     kept = [selection.cu_seqlens.diff().float().mean().item() for selection in sait.selections(model)]
-    return roofline.plan_rows(setting.vit, model._sait.active, kept)
+    return roofline.plan_rows(setting.vit, sait.Plan([sait.Stage(setting.block, mass=setting.mass)]), kept)
 
 
 def check_of(setting: Setting) -> Callable[[Tensor, bool], None]:
@@ -217,6 +217,8 @@ def main(
     save: Annotated[Path | None, typer.Option("--save-results", help="Folder for the results file.")] = None,
 ) -> None:
     """Whole models against every peer: timm eager is the baseline, and always measured."""
+    if save is not None:
+        options.make_folder(save, "--save-results")
     chosen = list(dict.fromkeys([BASELINE, *(names or default_peers()), *([AUTOTUNED] if max_autotune else [])]))
     samples = repeats or (QUICK_REPEATS if quick else REPEATS)
     console = Console(highlight=False, width=None if Console().is_terminal else 140)
@@ -240,16 +242,19 @@ def main(
             for name, reason in failed.items():
                 console.print(f"{PEERS[name].label}: no figures: {reason}")
             rows += found
-    roofs = harness.measured_roofs()
-    if DType.fp32 in dtypes:
-        roofs = roofs | {"matmul_tflops_fp32": harness.matmul_tflops(torch.float32)}
-    document = measure.results(rows, DEVICE, kind=KIND, roofs=roofs)
-    console.print(f"{document['device']}, {document['threads']} threads; {document['versions']}; roofs {roofs}")
+            document = measure.results(rows, DEVICE, kind=KIND, roofs=roofs_of(dtypes))
+            if save is not None:  # after each setting: what is measured stays if a later one runs out of time
+                path = save / measure.file_name(document)
+                measure.save(document, path)
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    console.print(f"{document['device']}, {document['threads']} threads; {versions}; roofs {document['roofs']}")
     if save is not None:
-        options.make_folder(save, "--save-results")
-        path = save / measure.file_name(document)
-        measure.save(document, path)
         console.print(f"written: {path}")
+
+
+def roofs_of(dtypes: Sequence[DType]) -> dict[str, float]:
+    more = {"matmul_tflops_fp32": harness.matmul_tflops(torch.float32)} if DType.fp32 in dtypes else {}
+    return harness.measured_roofs() | more
 
 
 if __name__ == "__main__":
