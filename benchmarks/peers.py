@@ -158,6 +158,7 @@ class OpenVino(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings(action="ignore"):
             example, whole = images.float().clone(), copy.deepcopy(vit).float()
             traced = openvino.convert_model(whole, example_input=example, input=list(images.shape))
+        self.version = openvino.__version__.partition("-")[0]
         self.request = openvino.Core().compile_model(traced, "CPU", options).create_infer_request()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -224,6 +225,11 @@ def _dense(how: Callable[[Setting], Callable[[Tensor], Tensor]]) -> Callable[[Se
     return lambda setting: Made(how(setting), "dense", roofline.dense_rows(setting.vit))
 
 
+def _openvino(setting: Setting) -> Made:
+    module = OpenVino(setting.vit, setting.images)
+    return Made(module, f"dense, openvino {module.version}", roofline.dense_rows(setting.vit))
+
+
 def _plain(setting: Setting) -> Made:
     rows = roofline.plan_rows(setting.vit, setting.plan)
     at = rows[setting.block]
@@ -281,7 +287,7 @@ PEERS = {
     BASELINE: Peer("timm eager", "dense", _dense(lambda s: share(s.vit))),
     "timm-compiled": Peer("timm compiled", "dense", _dense(lambda s: _compiled(share(s.vit), s))),
     AUTOTUNED: Peer("timm autotuned", "dense", _dense(lambda s: compiled(share(s.vit), "max-autotune"))),
-    "openvino": Peer("OpenVINO", "dense", _dense(lambda s: OpenVino(s.vit, s.images))),
+    "openvino": Peer("OpenVINO", "dense", _openvino),
     "plain": Peer("plain torch", "pruned", _plain, BASELINE),
     "plain-compiled": Peer("plain torch compiled", "pruned", _plain_compiled, "timm-compiled"),
     "evit": Peer("EViT", "pruned", _evit, BASELINE),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,18 @@ from tables import Document, Row, number, provenance, render, unique, weights
 
 KIND = "end-to-end"
 MODEL = "deit_small_patch16_224"
-KINDS_SHOWN = ("timm", "openvino", "ours-dense", "ours")  # of the peers: whose floor is shown by stages
+# The cell of a row, empty where there is no such figure.
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "img/s": lambda row: number(row["images_per_s"], 1),
+    "× timm eager": lambda row: number(row["ratio"], 2),
+    "× best dense": lambda row: number(row["vs_best_dense"], 2),
+    "of FLOP ratio": lambda row: f"{row['flop_share']:.0%}" if "flop_share" in row else "",
+    "of floor": lambda row: f"{row['of_floor']:.0%}",
+    "peak MiB": lambda row: number(row["peak_mib"], 0) if "peak_mib" in row else "",
+    "launches": lambda row: number(row["launches"], 0) if "launches" in row else "",
+}
+HEADLINE_COLUMNS = ("img/s", "× timm eager", "× best dense")
+PEERS_SHOWN = ("timm", "openvino", "ours-dense", "ours")  # of the peers: whose floor is shown by stages
 
 
 def headline(document: Document) -> str:
@@ -21,7 +32,7 @@ def headline(document: Document) -> str:
         return f"{provenance(document)}\n\n{MODEL}: not among the models measured."
     batch = max(row["batch"] for row in rows)
     rows = [row for row in rows if row["batch"] == batch]
-    return "\n\n".join([provenance(document), title(rows), *peer_table(rows), *failures(rows)])
+    return "\n\n".join([provenance(document), title(rows), *peer_table(rows, HEADLINE_COLUMNS), *failures(rows)])
 
 
 def everything(document: Document) -> str:
@@ -29,7 +40,7 @@ def everything(document: Document) -> str:
     parts = [provenance(document)]
     for model, batch in unique((row["model"], row["batch"]) for row in document["rows"]):
         rows = [row for row in document["rows"] if (row["model"], row["batch"]) == (model, batch)]
-        parts += [title(rows), *peer_table(rows), *failures(rows)]
+        parts += [title(rows), *peer_table(rows, tuple(COLUMNS)), *failures(rows)]
     return "\n\n".join(parts)
 
 
@@ -37,33 +48,20 @@ def title(rows: Sequence[Row]) -> str:
     return f"**{rows[0]['model']}, batch {rows[0]['batch']}**{weights(rows)}:"
 
 
-def peer_table(rows: Sequence[Row]) -> list[str]:
-    """One table, or none where nothing ran."""
+def peer_table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    """One table of some of COLUMNS, or none where nothing ran."""
     found = [row for row in rows if "error" not in row]
     dtypes = unique(row["dtype"] for row in found)
-    units = ("img/s", "× timm eager", "× best dense", "of FLOP ratio", "of floor")
-    on_device = [name for name in ("peak_mib", "launches") if any(name in row for row in found)]
-    words = {"peak_mib": "peak MiB", "launches": "launches"}
-    header = ["", "GMAC", *(f"{dtype} {unit}" for dtype in dtypes for unit in (*units, *map(words.get, on_device)))]
+    columns = [column for column in columns if any(COLUMNS[column](row) for row in found)]
     lines = []
     for case in unique(row["case"] for row in found):
         of_case = {row["dtype"]: row for row in found if row["case"] == case}
         cells = [case, number(next(iter(of_case.values()))["gmac"], 2)]
         for dtype in dtypes:
-            cells += figures(of_case[dtype], on_device) if dtype in of_case else [""] * (len(units) + len(on_device))
+            cells += [COLUMNS[column](of_case[dtype]) if dtype in of_case else "" for column in columns]
         lines.append(cells)
+    header = ["", "GMAC", *(f"{dtype} {column}" for dtype in dtypes for column in columns)]
     return [render(header, lines)] if lines else []
-
-
-def figures(row: Row, on_device: Sequence[str]) -> list[str]:
-    share = f"{row['flop_share']:.0%}" if "flop_share" in row else ""
-    cells = [number(row["images_per_s"], 1), number(row["ratio"], 2), number(row["vs_best_dense"], 2)]
-    return [
-        *cells,
-        share,
-        f"{row['of_floor']:.0%}",
-        *(number(row[name], 0) if name in row else "" for name in on_device),
-    ]
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
@@ -91,10 +89,10 @@ def floor(document: Document) -> str:
 
 
 def shown(document: Document, model: str, dtype: str) -> list[Row]:
-    """The rows of KINDS_SHOWN at the largest batch."""
+    """The rows of PEERS_SHOWN at the largest batch."""
     rows = [row for row in document["rows"] if (row["model"], row["dtype"]) == (model, dtype) and "error" not in row]
     batch = max((row["batch"] for row in rows), default=0)
-    return [row for row in rows if row["batch"] == batch and row["peer"] in KINDS_SHOWN]
+    return [row for row in rows if row["batch"] == batch and row["peer"] in PEERS_SHOWN]
 
 
 def picture(document: Document) -> str:
@@ -153,7 +151,7 @@ def save(figure: Any, axes: Any, path: Path) -> None:
 
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
