@@ -117,7 +117,7 @@ def plot_density(document: Document, out: Path) -> None:
     axes.set_xlabel("share of the tokens that are kept")
     axes.set_ylabel("images per second")
     axes.set_ylim(bottom=0)
-    save(figure, axes, out / picture(document))
+    save(figure, axes, out / picture(document), columns=2)
 
 
 def plot_floor(document: Document, out: Path) -> None:
@@ -134,7 +134,7 @@ def plot_floor(document: Document, out: Path) -> None:
     axes.set_xlabel("floor, as a share of the time measured")
     axes.set_xlim(0, max(1.0, *left) if left else 1.0)
     axes.invert_yaxis()
-    save(figure, axes, out / picture(document))
+    save(figure, axes, out / picture(document), columns=4)
 
 
 def new_figure() -> tuple[Any, Any]:
@@ -146,12 +146,12 @@ def new_figure() -> tuple[Any, Any]:
     return pyplot.subplots(figsize=(7, 4.5), dpi=150)
 
 
-def save(figure: Any, axes: Any, path: Path) -> None:
+def save(figure: Any, axes: Any, path: Path, columns: int) -> None:
     from matplotlib import pyplot
 
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.legend(fontsize="small", ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
