@@ -6,7 +6,8 @@
 # make sass     every CUDA kernel as it was compiled: registers, spills, instructions
 # make emulate  the CUDA kernels on the host, thread for thread, under sanitizers: their tests without a GPU
 # make gpu      on a machine with a GPU: build, test and measure there, with its own Python
-# make bench    every op and model against torch  make report  README tables from the newest results
+# make bench    every op and model against torch  make report  tables and plots from the newest results
+# make end-to-end   whole models against every peer: compiled, OpenVINO, the same pruning in plain torch, EViT, ToMe
 # make clean    remove what was built (not .venv)
 #
 # PYTHON and VENV may be set: `make demo PYTHON=python3.12 VENV=/somewhere/venv`.
@@ -18,7 +19,8 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 RESULTS := benchmarks/results
 GPU_RESULTS ?= $(RESULTS)
 
-.PHONY: demo install test check aot sass emulate gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-bench bench report paper clean
+.PHONY: demo install test check aot sass emulate gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-bench \
+	gpu-end-to-end bench end-to-end report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -76,7 +78,7 @@ emulate: $(EMULATED) $(VENV)/.requirements-dev
 
 # On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed. In
 # parts, each of a few minutes; with pytest-xdist PYTEST_FLAGS="-n 8" compiles Triton's kernels side by side.
-gpu: gpu-build gpu-test gpu-bench
+gpu: gpu-build gpu-test gpu-bench gpu-end-to-end
 
 gpu-build:
 	FORCE_CUDA=1 $(PYTHON) setup.py build_ext --inplace
@@ -96,8 +98,15 @@ gpu-bench:
 	PYTHONPATH=.:python $(PYTHON) benchmarks/overhead.py
 	-PYTHONPATH=.:python $(PYTHON) benchmarks/traffic.py
 
+gpu-end-to-end:
+	PYTHONPATH=.:python $(PYTHON) benchmarks/end_to_end.py --save-results $(GPU_RESULTS) $(ARGUMENTS)
+
 bench: install $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest benchmarks --save-results $(RESULTS)
+
+# ARGUMENTS="--dtype bf16 --dtype fp32", or what else benchmarks/end_to_end.py --help says.
+end-to-end: install $(VENV)/.requirements-dev
+	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) $(ARGUMENTS)
 
 report: $(VENV)/.requirements
 	$(BIN)/python benchmarks/report.py

@@ -1,61 +1,59 @@
-"""Writes the tables of the README from what was measured: ``python benchmarks/report.py`` or ``make report``.
+"""Writes the tables of the README and of docs/performance.md from what was measured, and the plots of the latter.
 
-Speed comes from the newest results file, accuracy from docs/accuracy.json.
+``python benchmarks/report.py`` or ``make report``. Speed comes from the newest results file of each device, those of
+ops and those of whole models against their peers; accuracy comes from docs/accuracy.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import paper_report
+import performance_report
+from tables import Document, Row, number, on_gpu, provenance, render, unique, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKERS = "<!-- {}: begin (written by make report) -->", "<!-- {}: end -->"
 SCHEMA = 1
-NOTHING_YET = "Not measured yet: `make bench paper report`."
+NOTHING_YET = "Not measured yet: `make bench end-to-end paper report`."
+NO_GPU_YET = "GPU: not measured yet."
 
-Row = dict[str, Any]
 
-
-def newest(folder: Path) -> dict[str, Any] | None:
-    """The results document with the latest date, or None. ValueError for a schema that this script does not know."""
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    for document in documents:
+def newest(folder: Path, kind: str | None = None) -> list[Document]:
+    """The latest results document of each device, of one kind. ValueError for a schema that is not this script's."""
+    latest: dict[str, Document] = {}
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise ValueError(f"results of schema {document['schema']}; this script knows schema {SCHEMA}")
-    return max(documents, key=lambda document: document["date"], default=None)
+        device = document["device"]
+        if document.get("kind") == kind and (device not in latest or latest[device]["date"] < document["date"]):
+            latest[device] = document
+    return list(latest.values())
 
 
-def markdown(document: dict[str, Any] | None) -> str:
-    """The tables, and where they were measured."""
-    if document is None:
-        return NOTHING_YET
+def sections(documents: Sequence[Document], written: Callable[[Document], str]) -> str:
+    """Of each device what ``written`` makes of its document, CPUs first."""
+    cpus = [written(document) for document in documents if not on_gpu(document)]
+    gpus = [written(document) for document in documents if on_gpu(document)]
+    return "\n\n".join([*(cpus or [NOTHING_YET]), *(gpus or [NO_GPU_YET])])
+
+
+def markdown(document: Document) -> str:
+    """The tables of models and ops, and where they were measured."""
     models = [row for row in document["rows"] if row["name"] == "model"]
     ops = [row for row in document["rows"] if row["name"] != "model"]
     parts = [provenance(document)]
-    for name, batch in unique((row["model"], row["batch"]) for row in models):
-        rows = [row for row in models if (row["model"], row["batch"]) == (name, batch)]
-        parts += [f"**{name}, batch {batch}**{weights(rows)}; × is against {rows[0]['baseline']} in eager mode:"]
-        parts += [model_table(rows)]
+    for name, batch, baseline in unique((row["model"], row["batch"], row["baseline"]) for row in models):
+        rows = [row for row in models if (row["model"], row["batch"], row["baseline"]) == (name, batch, baseline)]
+        mode = "" if "compiled" in baseline else " in eager mode"
+        parts += [f"**{name}, batch {batch}**{weights(rows)}; × is against {baseline}{mode}:", model_table(rows)]
     if ops:
         parts += ["**Ops**, median µs, and × against the torch expression:", op_table(ops)]
     return "\n\n".join(parts)
-
-
-def provenance(document: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    commit = f", commit {document['commit'][:10]}" if "commit" in document else ""
-    changed = " with local changes" if document.get("dirty") else ""
-    where = f"{document['device']}, {document['threads']} threads"
-    return f"{where}; {versions}; {document['date'][:10]}{commit}{changed}. Medians of interleaved runs."
-
-
-def weights(rows: Sequence[Row]) -> str:
-    return ", random weights" if any(row.get("weights") == "random" for row in rows) else ""
 
 
 def model_table(rows: Sequence[Row]) -> str:
@@ -89,28 +87,13 @@ def op_table(rows: Sequence[Row]) -> str:
             row = next((r for r in rows if (r["name"], r["case"], r["baseline"], r["dtype"]) == key), None)
             line += [number(row["ours_us"], 0), ratio(row)] if row else ["", ""]
         lines.append(line)
-    return render(header, lines)
+    return render(header, lines, text=3)
 
 
 def ratio(row: Row) -> str:
     """A goal that is missed stands beside the figure."""
     missed = "goal" in row and row["ratio"] < row["goal"]
     return f"{row['ratio']:.2f}" + (f" (goal {row['goal']:g})" if missed else "")
-
-
-def number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}"
-
-
-def render(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns of figures to the right."""
-    text = sum(name in ("density", "op", "", "against") for name in header)
-    rule = ["---"] * text + ["---:"] * (len(header) - text)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
-
-
-def unique(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))
 
 
 def insert(readme: str, name: str, block: str) -> str:
@@ -128,17 +111,34 @@ def updated(readme: str, results: Path, accuracy: Path) -> str:
     summary = (
         paper_report.summary(json.loads(accuracy.read_text(encoding="utf-8"))) if accuracy.exists() else NOTHING_YET
     )
-    return insert(insert(readme, "results", markdown(newest(results))), "accuracy", summary)
+    peers = sections(newest(results, performance_report.KIND), performance_report.headline)
+    readme = insert(readme, "results", sections(newest(results), markdown))
+    return insert(insert(readme, "end-to-end", peers), "accuracy", summary)
+
+
+def updated_performance(page: str, results: Path) -> str:
+    """docs/performance.md with the newest results of a folder."""
+    peers = newest(results, performance_report.KIND)
+    page = insert(page, "density", sections(newest(results), performance_report.density))
+    page = insert(page, "end-to-end", sections(peers, performance_report.everything))
+    return insert(page, "floor", sections(peers, performance_report.floor))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md", metavar="FILE")
     parser.add_argument("--accuracy", type=Path, default=ROOT / "docs" / "accuracy.json", metavar="FILE")
     arguments = parser.parse_args()
-    readme = arguments.readme.read_text(encoding="utf-8")
+    readme, page = (path.read_text(encoding="utf-8") for path in (arguments.readme, arguments.performance))
     arguments.readme.write_text(updated(readme, arguments.results, arguments.accuracy), encoding="utf-8")
+    arguments.performance.write_text(updated_performance(page, arguments.results), encoding="utf-8")
+    folder = arguments.performance.parent
+    for document in newest(arguments.results):
+        performance_report.plot_density(document, folder)
+    for document in newest(arguments.results, performance_report.KIND):
+        performance_report.plot_floor(document, folder)
 
 
 if __name__ == "__main__":

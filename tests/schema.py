@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 HEAD = {"schema", "date", "device", "threads", "versions", "rows"}
-OPTIONAL_HEAD = {"commit", "dirty", "roofs"}
+OPTIONAL_HEAD = {"commit", "dirty", "roofs", "kind"}
 ROW = {"name", "case", "batch", "dtype", "baseline", "ours_us", "baseline_us", "ratio"}
 MODEL_ROW = ROW | {"model", "plan", "images_per_s", "tokens", "gmac"}
 OPTIONAL_ROW = {"goal", "weights", "of_floor"}
+FAILED_ROW = {"name", "case", "batch", "dtype", "model", "group", "peer", "error"}
+PEER_ROW = MODEL_ROW | {"group", "peer", "best_dense", "vs_best_dense", "floor_us", "floor_parts_us"}
+OPTIONAL_PEER_ROW = OPTIONAL_ROW | {"flop_share", "peak_mib", "launches"}
 
 
 def check_results(document: dict[str, Any]) -> None:
@@ -21,7 +24,13 @@ def check_results(document: dict[str, Any]) -> None:
     assert set(document["versions"]) == {"python", "torch", "timm", "sait_kernels"}
     assert ("commit" in document) == ("dirty" in document)
     for row in document["rows"]:
-        assert set(row) - OPTIONAL_ROW == (MODEL_ROW if row["name"] == "model" else ROW)
+        if "error" in row:
+            assert set(row) - OPTIONAL_ROW == FAILED_ROW
+            continue
+        if "peer" in row:
+            assert set(row) - OPTIONAL_PEER_ROW == PEER_ROW
+        else:
+            assert set(row) - OPTIONAL_ROW == (MODEL_ROW if row["name"] == "model" else ROW)
         # Times keep one digit, ratios three, images per second two: half a unit of the last place each.
         rounding = 0.05 / row["ours_us"] + 0.05 / row["baseline_us"]
         ratio = row["baseline_us"] / row["ours_us"]

@@ -139,6 +139,7 @@ def save(document: Mapping[str, Any], path: Path) -> None:
 
 
 def file_name(document: Mapping[str, Any]) -> str:
-    """``<date>-<device>.json``."""
-    device = re.sub(r"[^a-z0-9]+", "-", document["device"].lower()).strip("-")
-    return f"{document['date'][:10]}-{device}.json"
+    """``<date>-<device>.json``, or ``<date>-<device>-<kind>.json`` where the document has a kind."""
+    parts = [document["device"], *([document["kind"]] if "kind" in document else [])]
+    named = re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+    return f"{document['date'][:10]}-{named}.json"

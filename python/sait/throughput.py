@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from sait.density import selections, set_density
 from sait.macs import macs
 from sait.measure import interleave, samples_in
+from sait.plain import PlainPruning, share
 from sait.sparse import sparsify
 
 BASELINE = "timm dense"
@@ -41,12 +43,13 @@ class Figure:
     """What was measured at one density.
 
     Attributes:
-        density: None for the unpatched timm model.
+        density: None where all tokens are kept, by the unpatched timm model or a peer.
         batch: images of a forward.
         seconds: of a forward, the median.
         baseline_seconds: those of the unpatched timm model.
         tokens: of each image behind the block that drops some, prefix included.
         gmac: 1e9 multiply-accumulates of an image, the mean over the batch.
+        peer: the name of what else ran at this density; None for the baseline and for ours.
     """
 
     density: Density | None
@@ -55,9 +58,12 @@ class Figure:
     baseline_seconds: float
     tokens: list[int]
     gmac: float
+    peer: str | None = None
 
     @property
     def label(self) -> str:
+        if self.peer is not None:
+            return self.peer if self.density is None else f"{self.peer}, {self.density.label}"
         return BASELINE if self.density is None else self.density.label
 
     @property
@@ -69,6 +75,29 @@ class Figure:
         return self.baseline_seconds / self.seconds
 
 
+@dataclass(frozen=True)
+class Peer:
+    """Something else that computes what the model does: densely, or pruned at a density."""
+
+    forward: Callable[[Tensor], Tensor]
+    density: Density | None = None
+
+
+def plain_peers(model: nn.Module, *, block: int, keep: float) -> dict[str, Peer]:
+    """timm compiled, and the same pruning in plain torch, eager and compiled; on the parameters of a timm model."""
+    pruned = PlainPruning(share(model), block, keep)
+    return {
+        "timm compiled": Peer(compiled(share(model))),
+        "plain torch": Peer(pruned, Density(keep=keep)),
+        "plain torch compiled": Peer(compiled(PlainPruning(share(model), block, keep)), Density(keep=keep)),
+    }
+
+
+def compiled(module: nn.Module, mode: str = "default") -> Any:
+    """torch.compile for one batch size."""
+    return torch.compile(module, mode=mode, dynamic=False)
+
+
 def measure(
     model: nn.Module,
     images: Tensor,
@@ -78,8 +107,9 @@ def measure(
     score: str = "cls",
     repeats: int = 10,
     advance: Callable[[], object] = lambda: None,
+    peers: Mapping[str, Peer] | None = None,
 ) -> list[Figure]:
-    """Times the model at each density and the unpatched timm model, all of them interleaved.
+    """Times the model at each density, the unpatched timm model and peers, all of them interleaved.
 
     Args:
         model: a timm Vision Transformer in eval mode; left patched.
@@ -87,17 +117,17 @@ def measure(
         densities: what to time beside the baseline.
         block, score: as in sait.sparsify.
         repeats: samples of each.
-        advance: called ``samples(densities, repeats)`` times, for a progress bar.
+        advance: called ``samples(densities, repeats, peers)`` times, for a progress bar.
+        peers: by name.
 
     Returns:
-        The baseline first, then the densities in their order.
+        The baseline first, then the densities in their order, then the peers.
 
     Raises:
         ValueError, TypeError: the model cannot be patched, or not at this block.
         RuntimeError: with all tokens kept the patched model disagrees with timm's.
     """
-    # The two share their parameters: no second copy of the weights in memory.
-    baseline = copy.deepcopy(model, memo={id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    baseline = share(model)
     sparsify(model, block=block, keep=1.0, score=score)
     check_dense(model, baseline, images[:CHECKED_IMAGES])
 
@@ -111,17 +141,23 @@ def measure(
         return call
 
     every: list[Density | None] = [None, *densities]
+    peers = peers or {}
+    calls = [forward(density) for density in every] + [partial(peer.forward, images) for peer in peers.values()]
     with torch.inference_mode():
-        seconds = interleave([forward(density) for density in every], repeats, device=images.device, advance=advance)
-        return [
-            Figure(density, len(images), taken, seconds[0], *_cost(model, images, density))
-            for density, taken in zip(every, seconds, strict=True)
-        ]
+        seconds = iter(interleave(calls, repeats, device=images.device, advance=advance))
+        dense = next(seconds)
+        figures = [Figure(None, len(images), dense, dense, *_cost(model, images, None))]
+        for density in densities:
+            figures.append(Figure(density, len(images), next(seconds), dense, *_cost(model, images, density)))
+        for name, peer in peers.items():
+            cost = _cost(model, images, peer.density)
+            figures.append(Figure(peer.density, len(images), next(seconds), dense, *cost, peer=name))
+    return figures
 
 
-def samples(densities: Sequence[Density], repeats: int) -> int:
+def samples(densities: Sequence[Density], repeats: int, peers: Mapping[str, Peer] | None = None) -> int:
     """How often ``measure`` calls ``advance``."""
-    return samples_in(len(densities) + 1, repeats)
+    return samples_in(len(densities) + 1 + len(peers or {}), repeats)
 
 
 def check_dense(model: nn.Module, baseline: nn.Module, images: Tensor) -> None:
@@ -137,11 +173,16 @@ def check_dense(model: nn.Module, baseline: nn.Module, images: Tensor) -> None:
             raise RuntimeError("dense mode disagrees with timm's forward, so there are no figures.")
         exact = copy.deepcopy(baseline).double()(images.double())
         error = (set_density(model, keep=1.0)(images).double() - exact).abs().max().item()
-    allowed = 4 * (expected - exact).abs().max().item() + torch.finfo(images.dtype).eps * exact.abs().max().item()
+    allowed = tolerance(images.dtype, expected, exact)
     if not error <= allowed:
         raise RuntimeError(
             f"keep=1.0 gives logits that are off by {error:.2g} > {allowed:.2g}, so there are no figures."
         )
+
+
+def tolerance(dtype: torch.dtype, expected: Tensor, exact: Tensor) -> float:
+    """The error that logits in a dtype may have against float64, where timm's are ``expected``; see check_dense."""
+    return 4 * (expected - exact).abs().max().item() + torch.finfo(dtype).eps * exact.abs().max().item()
 
 
 def _cost(model: nn.Module, images: Tensor, density: Density | None) -> tuple[list[int], float]:
@@ -155,7 +196,9 @@ def _cost(model: nn.Module, images: Tensor, density: Density | None) -> tuple[li
 def rows(
     figures: Sequence[Figure], *, model: str, batch: int, dtype: str, block: int, score: str
 ) -> list[dict[str, Any]]:
-    """The densities as rows of a results file (see benchmarks/README.md); the baseline is a part of each."""
+    """The densities as rows of a results file (see benchmarks/README.md), against timm and peers of like density."""
+    ours = [figure for figure in figures if figure.density is not None and figure.peer is None]
+    against = [figure for figure in figures if figure.density is None or figure.peer is not None]
     return [
         {
             "name": "model",
@@ -164,14 +207,16 @@ def rows(
             "plan": figure.density.plan(block, score),
             "batch": batch,
             "dtype": dtype,
-            "baseline": BASELINE,
+            "baseline": other.label,
             "ours_us": round(figure.seconds * 1e6, 1),
-            "baseline_us": round(figure.baseline_seconds * 1e6, 1),
-            "ratio": round(figure.ratio, 3),
+            "baseline_us": round(other.seconds * 1e6, 1),
+            "ratio": round(other.seconds / figure.seconds, 3),
             "images_per_s": round(figure.images_per_s, 2),
             "tokens": round(sum(figure.tokens) / len(figure.tokens), 1),
             "gmac": round(figure.gmac, 3),
         }
-        for figure in figures
+        for figure in ours
         if figure.density is not None
+        for other in against
+        if other.density in (None, figure.density)
     ]

@@ -1,8 +1,9 @@
-"""The tables of the README: from the newest results file, and from nothing else."""
+"""The tables of the README and docs/performance.md: from the newest results files, and from nothing else."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,17 +63,42 @@ def test_random_weights_are_said() -> None:
     assert "random" not in report.markdown(document())
 
 
+def write(folder: Path, name: str, **changes: Any) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(document(**changes)))
+
+
 def test_newest_by_date_not_by_name(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps(document(date="2026-03-01T00:00:00+00:00", device="new")))
-    (tmp_path / "b.json").write_text(json.dumps(document(date="2026-02-01T00:00:00+00:00", device="old")))
-    newest = report.newest(tmp_path)
-    assert newest is not None
-    assert newest["device"] == "new"
+    write(tmp_path, "a", date="2026-03-01T00:00:00+00:00", threads=3)
+    write(tmp_path, "b", date="2026-02-01T00:00:00+00:00", threads=2)
+    assert [found["threads"] for found in report.newest(tmp_path)] == [3]
+
+
+def test_newest_of_each_device_and_kind(tmp_path: Path) -> None:
+    write(tmp_path, "a", date="2026-01-01T00:00:00+00:00")
+    write(tmp_path, "b", date="2026-02-01T00:00:00+00:00", device="NVIDIA H200")
+    write(tmp_path, "c", date="2026-03-01T00:00:00+00:00", kind="end-to-end", rows=[])
+    assert [found["device"] for found in report.newest(tmp_path)] == ["Some CPU avx2", "NVIDIA H200"]
+    assert [found["date"][:10] for found in report.newest(tmp_path, "end-to-end")] == ["2026-03-01"]
+
+
+def test_sections_are_cpus_then_gpus() -> None:
+    cpu, gpu = document(), document(device="NVIDIA H200")
+    assert report.sections([gpu, cpu], lambda found: found["device"]) == "Some CPU avx2\n\nNVIDIA H200"
+    assert report.sections([cpu], lambda found: "cpu") == "cpu\n\nGPU: not measured yet."
+    assert report.sections([gpu], lambda found: "gpu") == f"{report.NOTHING_YET}\n\ngpu"
 
 
 def test_nothing_measured_yet(tmp_path: Path) -> None:
-    assert report.newest(tmp_path) is None
-    assert report.markdown(None) == report.NOTHING_YET
+    assert report.newest(tmp_path) == []
+    assert report.sections([], report.markdown) == f"{report.NOTHING_YET}\n\n{report.NO_GPU_YET}"
+
+
+def test_each_baseline_has_a_table_of_its_own() -> None:
+    rows = [model_row("keep 0.45", "bf16"), model_row("keep 0.45, compiled", "bf16", baseline="timm dense, compiled")]
+    written = report.markdown(document(rows=rows))
+    assert "× is against timm dense in eager mode:" in written
+    assert "× is against timm dense, compiled:" in written
+    assert written.count("| density |") == 2
 
 
 def test_unknown_schema_is_refused(tmp_path: Path) -> None:
@@ -99,18 +125,32 @@ def test_a_readme_without_markers_is_refused(readme: str) -> None:
         report.insert(readme, "results", "new")
 
 
+PAGE = "".join(marked(name, "") for name in ("density", "end-to-end", "floor"))
+
+
 def test_command(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(marked("results", "") + marked("accuracy", ""))
-    (tmp_path / "figures.json").write_text(json.dumps(document()))
-    nothing = tmp_path / "nothing.json"
-    script = [sys.executable, ROOT / "benchmarks" / "report.py", "--results", tmp_path, "--readme", readme]
-    subprocess.run([*script, "--accuracy", nothing], check=True)
-    expected = marked("results", report.markdown(document())) + marked("accuracy", report.NOTHING_YET)
-    assert readme.read_text() == expected
+    readme, page, results = tmp_path / "README.md", tmp_path / "performance.md", tmp_path / "results"
+    readme.write_text(marked("results", "") + marked("end-to-end", "") + marked("accuracy", ""))
+    page.write_text(PAGE)
+    results.mkdir()
+    write(results, "figures")
+    script = [sys.executable, ROOT / "benchmarks" / "report.py", "--results", results, "--readme", readme]
+    subprocess.run([*script, "--performance", page, "--accuracy", tmp_path / "nothing.json"], check=True)
+    blocks = {
+        "results": report.sections([document()], report.markdown),
+        "end-to-end": report.sections([], report.markdown),
+        "accuracy": report.NOTHING_YET,
+    }
+    assert readme.read_text() == "".join(marked(name, block) for name, block in blocks.items())
+    picture = "performance-density-some-cpu-avx2.png"
+    assert picture in page.read_text()
+    assert (tmp_path / picture).stat().st_size > 0
 
 
-def test_the_readme_has_the_newest_results() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    current = report.updated(readme, ROOT / "benchmarks" / "results", ROOT / "docs" / "accuracy.json")
-    assert readme == current, "run `make report`"
+def test_the_documents_have_the_newest_results() -> None:
+    results = ROOT / "benchmarks" / "results"
+    readme, page = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "docs/performance.md"))
+    assert readme == report.updated(readme, results, ROOT / "docs" / "accuracy.json"), "run `make report`"
+    assert page == report.updated_performance(page, results), "run `make report`"
+    for picture in re.findall(r"\((performance-[^)]+)\)", page):
+        assert (ROOT / "docs" / picture).exists(), "run `make report`"

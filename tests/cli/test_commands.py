@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from sait import throughput
 from sait.cli import main
 from schema import check_results
 
@@ -63,6 +64,29 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 46 < half["tokens"] < 101
     assert dense["gmac"] == everything["gmac"] == pytest.approx(0.0376, abs=5e-4)
     assert some["gmac"] < half["gmac"] < dense["gmac"]
+
+
+def test_bench_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(throughput, "compiled", lambda module: module)
+    figures = tmp_path / "figures.json"
+    densities = "--keep 0.7 --keep 0.45 --mass 0.5"
+    run(f"bench {SMALL} {densities} --compare --batch 2 --repeats 1 --dtype fp32 --json {figures}")
+    printed = capsys.readouterr().out
+    for words in ("timm compiled", "plain torch, keep 0.45", "plain torch compiled, keep 0.45"):
+        assert words in printed
+    document = json.loads(figures.read_text())
+    check_results(document)
+    dense = ["timm dense", "timm compiled"]
+    plain = ["plain torch, keep 0.45", "plain torch compiled, keep 0.45"]
+    expected = {"dense mode": dense, "keep 0.7": dense, "keep 0.45": dense + plain, "mass 0.5": dense}
+    rows = document["rows"]
+    assert [(row["case"], row["baseline"]) for row in rows] == [(c, b) for c, found in expected.items() for b in found]
+
+
+def test_bench_compares_by_the_score_that_plain_torch_has() -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(f"bench {SMALL} --compare --score column".split())
+    assert exit_.value.code == 2
 
 
 def test_bench_uses_the_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,16 @@ from sait.cli import options
 from sait.cli.options import DType, Score
 
 if TYPE_CHECKING:
-    from sait.throughput import Figure
+    from torch import nn
+
+    from sait.throughput import Figure, Peer
 
 EXAMPLES = """\
 Examples:
 
 * sait bench
 * sait bench --model vit_base_patch16_224 --keep 0.5 --dtype bf16 --batch 8
+* sait bench --compare --keep 0.45 --dtype bf16
 * sait bench --block 6 --keep 0.7 --mass 0.9 --mass 0.8 --weights random --json figures.json
 """
 NEAR_UNIFORM = (
@@ -43,6 +46,10 @@ def bench(
     weights: options.Weights = "auto",
     repeats: Annotated[int, typer.Option(help="Samples of each density.", min=1)] = 10,
     backend: options.ForcedBackend = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Also timm compiled, and the smallest share in plain torch, compiled, too."),
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
     """Throughput at several densities against the unpatched timm model.
@@ -54,6 +61,8 @@ def bench(
     from sait import measure, throughput
     from sait.throughput import Density
 
+    if compare and score is not Score.cls:
+        options.bad("--compare", f"plain torch prunes by the score cls only, got --score {score.value}.")
     place = options.check_device(device, backend)
     if json is not None:
         options.check_writable(json, "--json")
@@ -66,8 +75,9 @@ def bench(
     rows: list[dict[str, Any]] = []
     for kind in dtype:
         subject = copy.deepcopy(loaded).to(place, kind.as_torch())
+        peers = plain_peers(subject, block, min(keep)) if compare else {}
         with options.progress() as bar, options.running_on(backend):
-            task = bar.add_task(f"measuring {kind}", total=throughput.samples(densities, repeats))
+            task = bar.add_task(f"measuring {kind}", total=throughput.samples(densities, repeats, peers))
             figures = throughput.measure(
                 subject,
                 images.to(place, kind.as_torch()),
@@ -76,6 +86,7 @@ def bench(
                 score=score.value,
                 repeats=repeats,
                 advance=partial(bar.advance, task),
+                peers=peers,
             )
         console.print(table(figures, kind.value))
         rows += throughput.rows(figures, model=model, batch=batch, dtype=kind.value, block=block, score=score.value)
@@ -86,6 +97,15 @@ def bench(
     if json is not None:
         measure.save(document, json)
         console.print(f"written: {json}")
+
+
+def plain_peers(model: nn.Module, block: int, keep: float) -> dict[str, Peer]:
+    from sait import throughput
+
+    try:
+        return throughput.plain_peers(model, block=block, keep=keep)
+    except ValueError as error:  # such as gated attention
+        options.bad("--compare", options.one_line(error))
 
 
 def table(figures: Sequence[Figure], dtype: str) -> Table:

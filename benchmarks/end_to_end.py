@@ -1,0 +1,261 @@
+"""`make end-to-end`: whole models against every peer, interleaved in one process; see benchmarks/README.md.
+
+A peer that fails, or gives wrong logits, has a row with the reason in place of its figures.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import harness
+import roofline
+import sait
+import torch
+import typer
+from harness import DEVICE, ON_GPU
+from peers import AUTOTUNED, BASELINE, PEERS, Made, Setting
+from rich.console import Console
+from rich.table import Table
+from sait import measure, throughput
+from sait.cli import options
+from sait.cli.options import DType
+from torch import Tensor
+
+KIND = "end-to-end"
+BLOCK, KEEP, MASS = 3, 0.45, 0.9  # of twelve blocks; see block_of
+MODELS = ["deit_small_patch16_224"]
+BATCHES = [1, 8, 64, 256] if ON_GPU else [1, 4, 16]
+DTYPES = [DType.bf16]
+REPEATS, QUICK_REPEATS = (50, 10) if ON_GPU else (7, 3)
+Row = dict[str, Any]
+
+
+@dataclass
+class Figure:
+    """One peer of one setting."""
+
+    name: str
+    made: Made
+    rows: list[roofline.Rows]
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> float:
+        return self.rows[-1].left
+
+
+def block_of(depth: int) -> int:
+    """The block that prunes: a quarter of the way, 3 of 12 and 6 of 24."""
+    return BLOCK * depth // 12
+
+
+def compare(
+    setting: Setting, names: Iterable[str], repeats: int, advance: Callable[[], object] = lambda: None
+) -> tuple[list[Figure], dict[str, str]]:
+    """Times the peers in turn.
+
+    Args:
+        names: keys of PEERS, the baseline first.
+        advance: called once for each peer, and for each of its samples; a progress bar's.
+
+    Returns:
+        Figures of those that ran, and why the others did not.
+    """
+    torch._dynamo.reset()  # a code object is compiled for so many models only
+    figures, failed = [], {}
+    check = check_of(setting)
+    for name in names:
+        try:
+            made = PEERS[name].make(setting)
+            check(made.forward(setting.images), PEERS[name].group == "dense" or name == "ours-dense")
+            figures.append(Figure(name, made, made.rows or seen_rows(setting, made)))
+        except Exception as error:  # another engine may raise anything, and the others are to be measured all the same
+            if name == BASELINE:
+                raise
+            failed[name] = f"{type(error).__name__}: {options.one_line(error)[:300]}"
+        advance()
+    calls = [partial(figure.made.forward, setting.images) for figure in figures]
+    taken = measure.interleave(calls, repeats, device=DEVICE, advance=advance)
+    for figure, seconds in zip(figures, taken, strict=True):
+        figure.seconds = seconds
+    return figures, failed
+
+
+def seen_rows(setting: Setting, made: Made) -> list[roofline.Rows]:
+    """Where images decide: the mean of what they kept, from the forward that has just been."""
+    model: Any = made.forward
+    kept = [selection.cu_seqlens.diff().float().mean().item() for selection in sait.selections(model)]
+    return roofline.plan_rows(setting.vit, sait.Plan([sait.Stage(setting.block, mass=setting.mass)]), kept)
+
+
+def check_of(setting: Setting) -> Callable[[Tensor, bool], None]:
+    """check(logits, dense): RuntimeError unless they are finite, and if dense, as close to float64 as timm's own."""
+    few = setting.images[: throughput.CHECKED_IMAGES]
+    expected = setting.vit(few).double()
+    exact = copy.deepcopy(setting.vit).double()(few.double())
+    allowed = throughput.tolerance(few.dtype, expected, exact)
+
+    def check(logits: Tensor, dense: bool) -> None:
+        if not logits.isfinite().all():
+            raise RuntimeError("logits that are not finite, so there are no figures.")
+        error = (logits[: len(few)].double() - exact).abs().max().item()
+        if dense and not error <= allowed:
+            raise RuntimeError(f"logits off by {error:.2g} > {allowed:.2g}, so there are no figures.")
+
+    return check
+
+
+def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str], common: Row) -> list[Row]:
+    """Rows of the results file; ``common`` has what they share: model, batch, dtype, weights."""
+    by_name = {figure.name: figure for figure in figures}
+    baseline = by_name[BASELINE]
+    dense = [figure for figure in figures if PEERS[figure.name].group == "dense"]
+    best = min(dense, key=lambda figure: figure.seconds)
+    dtype = setting.images.dtype
+    roofs = roofline.Roofs(harness.measured_roofs()["copy_tbps"], harness.matmul_tflops(dtype))
+    rows = []
+    for figure in figures:
+        peer = PEERS[figure.name]
+        needed = roofline.parts(setting.vit, figure.rows, len(setting.images), dtype.itemsize)
+        floor = roofline.floor(needed, roofs)
+        row = {
+            "name": "model",
+            "group": peer.group,
+            "peer": figure.name,
+            "case": peer.label,
+            "plan": figure.made.plan,
+            **common,
+            "baseline": PEERS[BASELINE].label,
+            "ours_us": round(figure.seconds * 1e6, 1),
+            "baseline_us": round(baseline.seconds * 1e6, 1),
+            "ratio": round(baseline.seconds / figure.seconds, 3),
+            "best_dense": PEERS[best.name].label,
+            "vs_best_dense": round(best.seconds / figure.seconds, 3),
+            "images_per_s": round(len(setting.images) / figure.seconds, 2),
+            "tokens": round(figure.tokens, 1),
+            "gmac": round(roofline.gmac(needed, len(setting.images)), 3),
+            "floor_us": round(floor * 1e6, 1),
+            "of_floor": round(floor / figure.seconds, 3),
+            "floor_parts_us": {kind: round(taken * 1e6, 1) for kind, taken in roofline.by_kind(needed, roofs).items()},
+        }
+        if peer.dense in by_name:
+            twin = by_name[peer.dense]
+            promised = setting.gmac(twin.rows) / setting.gmac(figure.rows)
+            row["flop_share"] = round(twin.seconds / figure.seconds / promised, 3)
+        if ON_GPU:
+            forward = partial(figure.made.forward, setting.images)
+            row |= {"peak_mib": peak_mib(forward), "launches": launches(forward)}
+        rows.append(row)
+    for name, reason in failed.items():
+        peer = PEERS[name]
+        rows.append({"name": "model", "group": peer.group, "peer": name, "case": peer.label, **common, "error": reason})
+    return rows
+
+
+def peak_mib(forward: Callable[[], object]) -> float:
+    """Of a GPU's memory, what a forward takes beyond what is there before it: not its weights and images."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    forward()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def launches(forward: Callable[[], object]) -> int:
+    """Kernels and copies of a forward on the GPU, those inside a graph included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        forward()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    shown = Table("peer", "plan", title=title, title_justify="left")
+    columns = ("img/s", "× timm eager", "× best dense", "tokens", "GMAC", "of FLOP ratio", "of floor")
+    for column in columns + (("peak MiB", "launches") if ON_GPU else ()):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        if "error" in row:
+            continue
+        cells = [f"{row['images_per_s']:.1f}", f"{row['ratio']:.2f}", f"{row['vs_best_dense']:.2f}"]
+        cells += [f"{row['tokens']:.0f}", f"{row['gmac']:.2f}"]
+        cells += [f"{row['flop_share']:.0%}" if "flop_share" in row else "", f"{row['of_floor']:.0%}"]
+        cells += [f"{row['peak_mib']:.0f}", f"{row['launches']}"] if ON_GPU else []
+        shown.add_row(row["case"], row["plan"], *cells)
+    return shown
+
+
+def known(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in PEERS:
+            options.bad("--peer", f"expected some of {', '.join(PEERS)}, got {name!r}.")
+    return names
+
+
+def default_peers() -> list[str]:
+    left_out = {AUTOTUNED} | ({"openvino"} if ON_GPU else set())
+    return [name for name in PEERS if name not in left_out]
+
+
+def main(
+    models: Annotated[list[str], typer.Option("--model", help="Any timm Vision Transformer; repeatable.")] = MODELS,
+    batches: Annotated[list[int], typer.Option("--batch", help="Images at a time; repeatable.", min=1)] = BATCHES,
+    dtypes: Annotated[list[DType], typer.Option("--dtype", help="Repeatable.")] = DTYPES,
+    names: Annotated[
+        list[str], typer.Option("--peer", help=f"Some of {', '.join(PEERS)}; repeatable.", callback=known)
+    ] = [],  # noqa: B006
+    max_autotune: Annotated[bool, typer.Option("--max-autotune", help="Also timm with max-autotune.")] = False,
+    weights: options.Weights = "random",
+    repeats: Annotated[int | None, typer.Option(help=f"Samples of each; {REPEATS} by default.", min=1)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_REPEATS} samples of each.")] = False,
+    save: Annotated[Path | None, typer.Option("--save-results", help="Folder for the results file.")] = None,
+) -> None:
+    """Whole models against every peer: timm eager is the baseline, and always measured."""
+    if save is not None:
+        options.make_folder(save, "--save-results")
+    chosen = list(dict.fromkeys([BASELINE, *(names or default_peers()), *([AUTOTUNED] if max_autotune else [])]))
+    samples = repeats or (QUICK_REPEATS if quick else REPEATS)
+    console = Console(highlight=False, width=None if Console().is_terminal else 140)
+    settings = [(model, dtype, batch) for model in models for dtype in dtypes for batch in batches]
+    rows: list[Row] = []
+    with options.progress() as bar, torch.inference_mode():
+        task = bar.add_task(KIND, total=len(settings) * (len(chosen) + measure.samples_in(len(chosen), samples)))
+        for at, (model, dtype, batch) in enumerate(settings):
+            loaded, described = options.load_model(model, weights)
+            images, _ = options.load_images(loaded, batch)
+            vit = loaded.to(DEVICE, dtype.as_torch())
+            block = block_of(len(vit.blocks))
+            setting = Setting(vit, images.to(DEVICE, dtype.as_torch()), block, KEEP, MASS)
+            bar.update(task, description=f"{model}, {dtype}, batch {batch}")
+            figures, failed = compare(setting, chosen, samples, partial(bar.advance, task))
+            bar.update(task, completed=(at + 1) * bar.tasks[0].total / len(settings))  # a peer that failed has none
+            common = {"model": model, "batch": batch, "dtype": dtype.value}
+            common |= {"weights": "random"} if described.startswith("random") else {}
+            found = rows_of(setting, figures, failed, common)
+            console.print(table(found, f"{model}, {dtype}, batch {batch}, {described}"))
+            for name, reason in failed.items():
+                console.print(f"{PEERS[name].label}: no figures: {reason}")
+            rows += found
+            document = measure.results(rows, DEVICE, kind=KIND, roofs=roofs_of(dtypes))
+            if save is not None:  # after each setting: what is measured stays if a later one runs out of time
+                path = save / measure.file_name(document)
+                measure.save(document, path)
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    console.print(f"{document['device']}, {document['threads']} threads; {versions}; roofs {document['roofs']}")
+    if save is not None:
+        console.print(f"written: {path}")
+
+
+def roofs_of(dtypes: Sequence[DType]) -> dict[str, float]:
+    more = {"matmul_tflops_fp32": harness.matmul_tflops(torch.float32)} if DType.fp32 in dtypes else {}
+    return harness.measured_roofs() | more
+
+
+if __name__ == "__main__":
+    typer.run(main)

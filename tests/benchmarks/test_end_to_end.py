@@ -1,0 +1,129 @@
+"""Whole models beside their peers: figures of what ran right, reasons for the rest, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import end_to_end
+import harness
+import peers
+import pytest
+import torch
+import typer
+from end_to_end import Figure
+from peers import PEERS, Made, Peer, Setting
+from schema import check_results
+from small import images, small_vit
+from typer.testing import CliRunner
+
+ROOFS = {"copy_tbps": 0.1, "matmul_tflops": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def known_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "measured_roofs", lambda: ROOFS)
+    monkeypatch.setattr(harness, "matmul_tflops", lambda dtype: 0.5)
+
+
+@pytest.fixture
+def setting() -> Setting:
+    return Setting(small_vit().float(), images(2).float(), block=1, keep=0.45, mass=0.9)
+
+
+def broken(setting: Setting) -> Made:
+    raise RuntimeError("no such\nengine")
+
+
+def wrong(setting: Setting, factor: float) -> Made:
+    return Made(lambda x: setting.vit(x) * factor, "dense", PEERS["timm"].make(setting).rows)
+
+
+@torch.inference_mode()
+def test_what_fails_is_reported_and_the_others_are_measured(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {
+        "broken": Peer("Broken", "dense", broken),
+        "wrong": Peer("Wrong", "dense", partial(wrong, factor=1.01)),
+        "not finite": Peer("Not finite", "pruned", partial(wrong, factor=torch.nan), "timm"),
+    }
+    for name, peer in more.items():
+        monkeypatch.setitem(PEERS, name, peer)
+    ticks = []
+    names = ["timm", "plain", "ours-mass", *more]
+    figures, failed = end_to_end.compare(setting, names, 1, lambda: ticks.append(1))
+    assert [figure.name for figure in figures] == ["timm", "plain", "ours-mass"]
+    assert all(figure.seconds > 0 for figure in figures)
+    assert 13 < figures[2].tokens < 26
+    assert failed["broken"] == "RuntimeError: no such engine"
+    assert "off by" in failed["wrong"]
+    assert "not finite" in failed["not finite"]
+    assert len(ticks) == len(names) + 3 * 3
+    rows = end_to_end.rows_of(setting, figures, failed, {"model": "m", "batch": 2, "dtype": "fp32"})
+    assert {row["peer"]: row["error"] for row in rows if "error" in row} == failed
+
+
+def test_without_the_baseline_there_is_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "timm", Peer("timm eager", "dense", broken))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="engine"):
+        end_to_end.compare(setting, ["timm"], 1)
+
+
+def test_rows(setting: Setting) -> None:
+    seconds = {"timm": 4.0, "timm-compiled": 2.0, "ours-dense": 1.5, "ours": 1.0, "evit": 8.0}
+    figures = []
+    for name, taken in seconds.items():
+        made = PEERS[name].make(setting)
+        figures.append(Figure(name, made, made.rows, taken))
+    common = {"model": "m", "batch": 2, "dtype": "fp32"}
+    rows = {row["peer"]: row for row in end_to_end.rows_of(setting, figures, {}, common)}
+    assert [row["ratio"] for row in rows.values()] == [1.0, 2.0, 2.667, 4.0, 0.5]
+    assert [row["vs_best_dense"] for row in rows.values()] == [0.5, 1.0, 1.333, 2.0, 0.25]
+    assert {row["best_dense"] for row in rows.values()} == {"timm compiled"}  # ours is none of them
+    assert rows["ours"]["images_per_s"] == 2.0
+    promised = setting.gmac(figures[0].rows) / setting.gmac(figures[3].rows)
+    assert rows["ours"]["flop_share"] == pytest.approx(1.5 / promised, abs=1e-3)
+    assert "flop_share" not in rows["ours-dense"]
+    floor = rows["ours"]["floor_us"]
+    assert sum(rows["ours"]["floor_parts_us"].values()) == pytest.approx(floor, abs=0.5)
+    assert rows["ours"]["of_floor"] == pytest.approx(floor / 1e6, abs=1e-3)
+    assert rows["timm"]["floor_us"] > floor
+
+
+@pytest.mark.parametrize(("depth", "block"), [(12, 3), (24, 6)])
+def test_tokens_are_dropped_a_quarter_of_the_way(depth: int, block: int) -> None:
+    assert end_to_end.block_of(depth) == block
+
+
+def run(*arguments: object) -> str:
+    app = typer.Typer()
+    app.command()(end_to_end.main)
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_run_writes_a_results_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "compiled", lambda module, mode: module)
+    chosen = [word for name in ("ours", "ours-dense", "tome") for word in ("--peer", name)]
+    model = ["--model", "test_vit", "--batch", 1, "--dtype", "fp32"]
+    printed = run(*model, *chosen, "--max-autotune", "--repeats", 1, "--save-results", tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith("-end-to-end.json")
+    document = json.loads(path.read_text())
+    check_results(document)
+    assert document["kind"] == "end-to-end"
+    assert document["roofs"] == ROOFS | {"matmul_tflops_fp32": 0.5}
+    assert [row["peer"] for row in document["rows"]] == ["timm", "ours", "ours-dense", "tome", "timm-autotuned"]
+    assert {row["weights"] for row in document["rows"]} == {"random"}
+    for words in ("timm eager", "of FLOP ratio", "test_vit, fp32, batch 1", "written"):
+        assert words in printed
+
+
+def test_what_is_left_out_of_the_default_has_to_be_asked_for() -> None:
+    assert set(PEERS) - set(end_to_end.default_peers()) == {"timm-autotuned"}
+
+
+def test_an_unknown_peer_is_one_line_that_helps() -> None:
+    with pytest.raises(typer.BadParameter, match="openvino"):
+        end_to_end.known(["nonsense"])

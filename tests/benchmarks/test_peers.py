@@ -1,0 +1,180 @@
+"""Every peer computes what it says, in as many rows as it says."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import peers
+import pytest
+import sait
+import torch
+from peers import PEERS, Evit, OpenVino, Setting, Tome, merge
+from sait.plain import PlainPruning, PlainViT, share
+from small import images, small_vit
+from torch import Tensor
+
+import sait_kernels as sk
+
+MODELS = ["vit_small_patch16_224", "deit_small_distilled_patch16_224"]
+
+
+def setting(vit: Any | None = None) -> Setting:
+    return Setting(vit or small_vit(), images(), block=1, keep=0.45, mass=0.9)
+
+
+@torch.no_grad()
+def test_a_shared_copy_has_no_weights_of_its_own() -> None:
+    vit = small_vit()
+    copied = share(vit)
+    assert copied is not vit
+    assert [p.data_ptr() for p in copied.parameters()] == [p.data_ptr() for p in vit.parameters()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_what_drops_nothing_is_the_dense_model(name: str) -> None:
+    vit = small_vit(name)
+    expected = vit(images())
+    for peer in (PlainViT(vit), PlainPruning(vit, 1, 1.0), Evit(vit, (1, 2, 3), 1.0), Tome(vit, 0)):
+        torch.testing.assert_close(
+            peer(images()), expected, msg=lambda text, peer=peer: f"{type(peer).__name__} {text}"
+        )
+
+
+@pytest.mark.parametrize("keep", [0.45, 0.04])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_plain_pruning_is_ours(name: str, keep: float) -> None:
+    vit = small_vit(name)
+    ours = sait.sparsify(share(vit), block=1, keep=keep)
+    with sk.backend("reference"):
+        expected = ours(images())
+    torch.testing.assert_close(PlainPruning(vit, 1, keep)(images()), expected)
+
+
+def test_gated_attention_is_refused() -> None:
+    vit = small_vit()
+    vit.blocks[0].attn.gate = torch.nn.Linear(64, 64)
+    with pytest.raises(ValueError, match="gate"):
+        PlainViT(vit)
+
+
+@torch.no_grad()
+def test_evit_appends_the_dropped_tokens_weighted_by_their_scores() -> None:
+    """One image and one block, written as a loop over its patches."""
+    vit = small_vit(depth=1)
+    block, seen = vit.blocks[0], []
+    block.norm2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    vit(images(1))
+    Evit(vit, (0,), 0.2)(images(1))
+    everything, reduced = seen[0][0], seen[1][0]  # behind the attention of the block
+    q, k, _ = qkv_of(vit)
+    scores = (q[:, :1] @ k.transpose(1, 2) * block.attn.scale).softmax(-1).mean(0)[0]
+    best = sorted(range(1, 26), key=lambda token: -scores[token])
+    kept = sorted(best[:5])
+    fused = sum(scores[token] * everything[token] for token in best[5:])
+    torch.testing.assert_close(reduced, torch.stack([everything[0], *(everything[token] for token in kept), fused]))
+
+
+def qkv_of(vit: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (H, N, D) of the first block, for the first image."""
+    attn = vit.blocks[0].attn
+    x = vit.blocks[0].norm1(vit._pos_embed(vit.patch_embed(images(1))))
+    return attn.qkv(x)[0].unflatten(1, (3, attn.num_heads, attn.head_dim)).permute(1, 2, 0, 3).unbind(0)
+
+
+def test_merging_takes_the_most_alike_pair_and_the_mean_by_size() -> None:
+    x = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    x[0, 4] = 2 * x[0, 1]  # alike by the cosine, at an even and at an odd place
+    size = torch.tensor([[1.0, 1.0, 1.0, 1.0, 3.0, 1.0]])
+    merged, sizes = merge(x, size, x, 1)
+    torch.testing.assert_close(
+        merged[0], torch.stack([x[0, 0], x[0, 2], (3 * x[0, 4] + x[0, 1]) / 4, x[0, 3], x[0, 5]])
+    )
+    assert sizes.tolist() == [[1, 1, 4, 1, 1]]
+
+
+@pytest.mark.parametrize("pairs", [1, 5, 12])
+def test_merging_loses_nothing(pairs: int) -> None:
+    """Several may merge into one: what is conserved is the sum of the tokens, each times its size."""
+    x = torch.randn(3, 25, 8, dtype=torch.double)
+    size = torch.rand(3, 25, dtype=torch.double) + 1
+    merged, sizes = merge(x, size, x, pairs)
+    assert merged.shape == (3, 25 - pairs, 8)
+    torch.testing.assert_close(sizes.sum(1), size.sum(1))
+    torch.testing.assert_close((merged * sizes[:, :, None]).sum(1), (x * size[:, :, None]).sum(1))
+
+
+@torch.no_grad()
+def test_merging_equal_tokens_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token of size 2 counts twice in every softmax: where all patches are equal pairs, the logits are the same.
+
+    Of two blocks: what the second one merges, behind its attention, the class token never sees.
+    """
+    vit = small_vit(img_size=(16, 64), depth=2)
+    vit.pos_embed.zero_()
+    patches = torch.randn(1, 3, 16, 32, dtype=torch.double)
+    picture = patches.unflatten(3, (2, 16)).repeat_interleave(2, dim=3).flatten(3)  # a a b b
+    expected = vit(picture)
+    torch.testing.assert_close(Tome(vit, 2)(picture), expected)
+    monkeypatch.setattr(Tensor, "log", lambda size: size * 0)  # without the sizes in the softmax it is not the same
+    assert not torch.allclose(Tome(vit, 2)(picture), expected)
+
+
+@pytest.mark.parametrize("name", ["timm", "plain", "evit", "tome", "ours-dense", "ours"])
+@torch.no_grad()
+def test_rows_are_those_that_are_computed(name: str) -> None:
+    made = PEERS[name].make(setting())
+    entering, left = [], []
+    vit = getattr(made.forward, "vit", made.forward)
+    for block in vit.blocks:
+        block.attn.qkv.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0].shape[1]))
+        block.mlp.fc1.register_forward_pre_hook(lambda module, inputs: left.append(inputs[0].shape[1]))
+    with sk.backend("reference"):
+        logits = made.forward(images())
+    assert logits.shape == (3, 24)
+    assert [(rows.entering, rows.left) for rows in made.rows] == list(zip(entering, left, strict=True))
+
+
+@pytest.mark.parametrize("name", ["evit", "tome"])
+def test_settings_are_those_of_like_arithmetic(name: str) -> None:
+    vit = setting(small_vit(img_size=160))
+    ours, dense, other = (vit.gmac(PEERS[peer].make(vit).rows) for peer in ("ours", "timm", name))
+    assert abs(other - ours) < 0.1 * (dense - ours)
+
+
+def test_compiled_peers_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def compiled(module: torch.nn.Module, mode: str) -> torch.nn.Module:
+        modes.append(mode)
+        return module
+
+    monkeypatch.setattr(peers, "compiled", compiled)
+    names = ["timm-compiled", "timm-autotuned", "plain-compiled", "ours-compiled"]
+    made = [PEERS[name].make(setting()).forward for name in names]
+    assert modes == ["default", "max-autotune", "default", "default"]
+    assert [type(module).__name__ for module in made[2:]] == ["PlainPruning", "SparseVisionTransformer"]
+
+
+def test_a_peer_that_computes_less_names_its_dense_twin() -> None:
+    for peer in PEERS.values():
+        assert peer.dense is None or PEERS[peer.dense].dense is None
+        assert (peer.dense is not None) == (peer.group != "dense" and peer.label != "ours, all tokens")
+
+
+def test_without_openvino_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(RuntimeError, match="pip install openvino"):
+        OpenVino(small_vit().float(), images().float())
+
+
+def test_openvino_is_the_dense_model() -> None:
+    pytest.importorskip("openvino")
+    vit = small_vit().float()
+    before = copy.deepcopy(vit.state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(OpenVino(vit, images().float())(images().float()), vit(images().float()))
+    assert all(torch.equal(before[name], tensor) for name, tensor in vit.state_dict().items())
