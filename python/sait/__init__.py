@@ -4,6 +4,7 @@ from sait import data
 from sait.checkpoint import load, save
 from sait.density import kept_mask, record_scores, selections, set_density
 from sait.macs import macs
+from sait.optimize import deoptimize, optimize
 from sait.plan import Plan, Stage
 from sait.sparse import restore, sparsify
 from sait.vit import SaitViT  # registers the sait_deit models with timm
@@ -13,9 +14,11 @@ __all__ = [
     "SaitViT",
     "Stage",
     "data",
+    "deoptimize",
     "kept_mask",
     "load",
     "macs",
+    "optimize",
     "record_scores",
     "restore",
     "save",
