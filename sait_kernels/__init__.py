@@ -15,6 +15,7 @@ from sait_kernels.ops.gather_add_norm import gather_add_norm
 from sait_kernels.ops.gather_tokens import gather_tokens, scatter_tokens
 from sait_kernels.ops.linear_residual import linear_residual
 from sait_kernels.ops.norm_linear import norm_linear
+from sait_kernels.ops.packed_linear import pack_linear, packed_linear
 from sait_kernels.ops.prune_attention import prune_attention
 from sait_kernels.ops.score_tokens import score_tokens
 from sait_kernels.ops.select import select_mass, select_topk
@@ -30,6 +31,8 @@ __all__ = [
     "gather_tokens",
     "linear_residual",
     "norm_linear",
+    "pack_linear",
+    "packed_linear",
     "prune_attention",
     "reference",
     "scatter_tokens",

@@ -33,8 +33,7 @@ def register_op(op: str, fake: Callable[..., Any], file: str) -> None:
     CUDA.
 
     The kernel is the function of the op's name in the file of ``sait_kernels/triton`` that has the name of the op's
-    file; it is imported with the first call. It takes what the C++ op takes, checked by ``sait::_check_<op>``; where
-    there is no C++ op the public function checks.
+    file; it is imported with the first call. It takes what the C++ op takes, checked by ``sait::_check_<op>``.
 
     Args:
         op: its name; a gradient's ends in ``_backward``, and is not checked: it takes what autograd hands over.

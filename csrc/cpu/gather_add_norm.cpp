@@ -7,21 +7,6 @@
 
 namespace sait::cpu::SAIT_ISA {
 
-struct Moments {
-  float mean, rstd;
-};
-
-// From the sum of a row. The variance takes a second pass: E[r^2] - E[r]^2 would cancel where the mean is large.
-template <typename E>
-inline Moments moments(const typename E::type* row, float sum, int64_t channels, float eps) {
-  const float count = static_cast<float>(channels), mean = sum / count;
-  const float squares = sum_over(channels, [=](int64_t i, int n) {
-    const Vec centred = first(load_lanes<E>(row + i, n) - set(mean), n, 0.f);
-    return centred * centred;
-  });
-  return {mean, 1.f / std::sqrt(squares / count + eps)};
-}
-
 template <typename E>
 void forward_rows(const GatherAddNormParams& p, int64_t begin, int64_t end) {
   using T = typename E::type;

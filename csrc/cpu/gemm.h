@@ -21,16 +21,14 @@ inline T* scratch(int64_t size) {
   return buffer.data();
 }
 
-// R rows x 2 vectors of C: A (R, K) B (K, 2 vectors). `tail` is the number of columns in this tile.
+// R rows x 2 vectors of C: A (R, K) B (K, 2 vectors). What is added to C is summed first, as brgemm does it, so that a
+// long sum in parts is the more exact one. `tail` is the number of columns in this tile.
 template <int R>
 inline void gemm_tile(int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc,
                       bool accumulate, int64_t columns) {
   const int n0 = lanes_at(0, columns), n1 = columns > kWidth ? lanes_at(kWidth, columns) : 0;
   Vec c[R][2];
-  for (int i = 0; i < R; ++i) {
-    c[i][0] = accumulate ? load(C + i * ldc, n0) : set(0.f);
-    c[i][1] = accumulate && n1 > 0 ? load(C + i * ldc + kWidth, n1) : set(0.f);
-  }
+  for (int i = 0; i < R; ++i) c[i][0] = c[i][1] = set(0.f);
   for (int64_t k = 0; k < K; ++k) {
     const float* row = B + k * ldb;
     const Vec b0 = n0 == kWidth ? load(row) : load(row, n0);
@@ -42,8 +40,9 @@ inline void gemm_tile(int64_t K, const float* A, int64_t lda, const float* B, in
     }
   }
   for (int i = 0; i < R; ++i) {
-    store(C + i * ldc, c[i][0], n0);
-    if (n1 > 0) store(C + i * ldc + kWidth, c[i][1], n1);
+    float* row = C + i * ldc;
+    store(row, accumulate ? load(row, n0) + c[i][0] : c[i][0], n0);
+    if (n1 > 0) store(row + kWidth, accumulate ? load(row + kWidth, n1) + c[i][1] : c[i][1], n1);
   }
 }
 

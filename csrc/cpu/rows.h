@@ -33,6 +33,21 @@ inline float sum_over(int64_t size, Body body) {
   return sum(even + odd);
 }
 
+struct Moments {
+  float mean, rstd;
+};
+
+// From the sum of a row. The variance takes a second pass: E[r^2] - E[r]^2 would cancel where the mean is large.
+template <typename E>
+inline Moments moments(const typename E::type* row, float sum, int64_t channels, float eps) {
+  const float count = static_cast<float>(channels), mean = sum / count;
+  const float squares = sum_over(channels, [=](int64_t i, int n) {
+    const Vec centred = first(load_lanes<E>(row + i, n) - set(mean), n, 0.f);
+    return centred * centred;
+  });
+  return {mean, 1.f / std::sqrt(squares / count + eps)};
+}
+
 // The sums of kWidth vectors, one per lane. Each level adds the halves of two vectors side by side: 45 operations for
 // 16 sums, where one after the other takes 128.
 #if defined(SAIT_VEC_AVX512)

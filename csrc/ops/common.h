@@ -101,6 +101,29 @@ inline void check_rows(const char* op, const char* name, const at::Tensor& t) {
   check_last_contiguous(op, name, t);
 }
 
+// One value per channel of `like`, the rows.
+inline void check_channels(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like,
+                           int64_t channels) {
+  SAIT_CHECK_VALUE(t.dim() == 1 && t.size(0) == channels, op, name,
+                   "shape (" << channels << ",), one value per channel", shape_of(t),
+                   "Take it from a layer over these channels.");
+  SAIT_CHECK_VALUE(t.device() == like.device(), op, name, "device " << like.device() << " as the rows", t.device(),
+                   "Move all arguments to one device.");
+  check_dtype(op, name, t);
+}
+
+// (C,) in float32, whatever floating-point type it comes in.
+inline at::Tensor channel_vector(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+// The rows and the eps of a LayerNorm.
+inline void check_norm(const char* op, const at::Tensor& rows, double eps) {
+  SAIT_CHECK_VALUE(rows.size(1) >= 1, op, "x", "at least one channel", shape_of(rows),
+                   "There is nothing to normalise.");
+  const float eps32 = static_cast<float>(eps);
+  SAIT_CHECK_VALUE(std::isfinite(eps32) && eps32 > 0, op, "eps", "a finite float32 > 0", eps,
+                   "Pass the eps of the LayerNorm, such as 1e-6.");
+}
+
 // int32, 1-D, contiguous, on the device of `like`.
 inline void check_int32_vector(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like) {
   SAIT_CHECK_VALUE(t.dim() == 1, op, name, "a 1-D tensor", shape_of(t), "Take one row of it, or .flatten() it.");

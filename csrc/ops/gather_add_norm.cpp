@@ -1,8 +1,6 @@
 // gather_add_norm: schema, checks, dispatch.
 #include "sait/gather_add_norm.h"
 
-#include <cmath>
-
 #include "ops/common.h"
 
 #ifdef SAIT_WITH_CUDA
@@ -11,26 +9,6 @@
 
 namespace sait {
 namespace {
-
-void check_channels(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x) {
-  SAIT_CHECK_VALUE(t.dim() == 1 && t.size(0) == x.size(1), op, name,
-                   "shape (" << x.size(1) << ",), one value per channel", shape_of(t),
-                   "Take it from a LayerNorm or LayerScale over the channels of x.");
-  SAIT_CHECK_VALUE(t.device() == x.device(), op, name, "device " << x.device() << " as the rows", t.device(),
-                   "Move all arguments to one device.");
-  check_dtype(op, name, t);
-}
-
-// (C,) in float32, whatever floating-point type it comes in.
-at::Tensor channel_vector(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
-
-void check_norm(const char* op, const at::Tensor& rows, double eps) {
-  SAIT_CHECK_VALUE(rows.size(1) >= 1, op, "x", "at least one channel", shape_of(rows),
-                   "There is nothing to normalise.");
-  const float eps32 = static_cast<float>(eps);
-  SAIT_CHECK_VALUE(std::isfinite(eps32) && eps32 > 0, op, "eps", "a finite float32 > 0", eps,
-                   "Pass the eps of the LayerNorm, such as 1e-6.");
-}
 
 void check_gather_add_norm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& indices,
                            const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& gamma,
@@ -45,9 +23,9 @@ void check_gather_add_norm(const at::Tensor& x, const at::Tensor& y, const at::T
   SAIT_CHECK_VALUE(y.size(0) == indices.size(0), op, "y", indices.size(0) << " rows, one per selected row", shape_of(y),
                    "Compute y with the same selection.");
   check_norm(op, x, eps);
-  check_channels(op, "weight", weight, x);
-  check_channels(op, "bias", bias, x);
-  if (gamma) check_channels(op, "gamma", *gamma, x);
+  check_channels(op, "weight", weight, x, x.size(1));
+  check_channels(op, "bias", bias, x, x.size(1));
+  if (gamma) check_channels(op, "gamma", *gamma, x, x.size(1));
 }
 
 std::tuple<at::Tensor, at::Tensor> gather_add_norm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& indices,
@@ -95,8 +73,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gather_ad
   check_like("grad_normed", grad_normed);
   check_like("y", y);
   check_norm(op, residual, eps);
-  check_channels(op, "weight", weight, residual);
-  if (gamma) check_channels(op, "gamma", *gamma, residual);
+  check_channels(op, "weight", weight, residual, residual.size(1));
+  if (gamma) check_channels(op, "gamma", *gamma, residual, residual.size(1));
   const at::Tensor weights = channel_vector(weight), gammas = gamma ? channel_vector(*gamma) : at::Tensor();
 
   const int64_t rows = residual.size(0), channels = residual.size(1);

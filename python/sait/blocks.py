@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sait_kernels as sk
 from sait.linear import linear, mlp
+from sait.optimize import PackedLayers, packed_layers
 from sait.plan import Stage
 from sait_kernels import Selection
 
@@ -40,6 +41,10 @@ def run_block(
     All that follows the softmax is row-wise, so the dropped rows are dropped before their attention is computed.
     With ``wants_scores`` the scores of the stage are the third result, (T,), differentiable, of tokens kept or not.
     """
+    layers = packed_layers(block, tokens.x)
+    if layers is not None and not wants_scores:
+        return *_run_packed(block.attn, layers, tokens, stage, score, num_prefix), None
+
     attn = block.attn
     normed = block.norm1(tokens.x)
     qkv = packed(linear(attn.qkv, normed))
@@ -75,6 +80,24 @@ def run_block(
         x = x + drop_path(block.drop_path1, block.ls1(y), kept)
         normed = block.norm2(x)
     return _mlp(block, kept._replace(x=x), normed), selection, scores
+
+
+def _run_packed(
+    attn: Any, layers: PackedLayers, tokens: Tokens, stage: Stage | None, score: str, num_prefix: int
+) -> tuple[Tokens, Selection | None]:
+    x, selection, kept = packed(tokens.x), None, tokens
+    q, k, v = layers.qkv(x).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    shape = tuple(tokens.x.shape[:2])
+    if stage is None or stage.keeps_all:
+        out = sk.compact_attention(q, k, v, tokens.cu_seqlens, tokens.max_seqlen)
+    else:
+        out, selection = _prune(q, k, v, tokens, stage, score, num_prefix, None)
+        ragged = tokens.ragged or stage.mass is not None
+        shape = (1, out.shape[0]) if ragged else (tokens.images, selection.max_seqlen)
+        kept = Tokens(out, selection.cu_seqlens, selection.max_seqlen, ragged)
+    x = layers.mlp(layers.project(attn.norm(out), x, selection))
+    return kept._replace(x=x.view(*shape, x.shape[1])), selection
 
 
 def _prune(

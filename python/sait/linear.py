@@ -13,26 +13,22 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x)."""
-    return _fused(module, x, "none") if _serves(module, x) else module(x)
+    return _fused(module, x, "none") if serves(module, x) else module(x)
 
 
 def mlp(module: nn.Module, x: Tensor) -> Tensor:
     """module(x)."""
-    if not (_is_plain_mlp(module) and _serves(module.fc1, x) and _serves(module.fc2, x)):
+    if not (_is_plain_mlp(module) and serves(module.fc1, x) and serves(module.fc2, x)):
         return module(x)
     return _fused(module.fc2, _fused(module.fc1, x, "gelu"), "none")
 
 
-def _fused(module: Any, x: Tensor, activation: str) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, activation, [], "none")
-
-
-def _serves(module: Any, x: Tensor) -> bool:
+def serves(module: Any, x: Tensor) -> bool:
     """Plain inference on a CPU, one dtype, nobody listening. Compiled code fuses for itself.
 
     A forward of the instance's own, or a weight of another class (quantised), means that the product is not what it
@@ -50,8 +46,12 @@ def _serves(module: Any, x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not any(getattr(module, hooks) for hooks in HOOKS)
     )
+
+
+def _fused(module: Any, x: Tensor, activation: str) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, activation, [], "none")
 
 
 def _is_plain_mlp(module: Any) -> bool:
@@ -63,5 +63,5 @@ def _is_plain_mlp(module: Any) -> bool:
         and type(module.act) is nn.GELU
         and module.act.approximate == "none"
         and isinstance(module.norm, nn.Identity)
-        and not any(getattr(part, hooks) for part in (module, module.act) for hooks in _HOOKS)
+        and not any(getattr(part, hooks) for part in (module, module.act) for hooks in HOOKS)
     )

@@ -18,6 +18,7 @@ import sait_kernels as sk
 from sait.blocks import Tokens, packed, run_block
 from sait.density import Record, State, all_rows, check_blocks, in_original_rows
 from sait.heads import pad, prefix_is_enough, ragged_head
+from sait.optimize import deoptimize
 from sait.plan import Plan, Stage
 from sait.support import check_model, check_plan
 from sait_kernels import Selection
@@ -83,13 +84,14 @@ def sparsify(
 
 
 def restore(model: Any) -> Any:
-    """Undoes sparsify: the model is of its old class again, and nothing is left on it.
+    """Undoes sparsify, and optimize: the model is of its old class again, and nothing is left on it.
 
     Raises:
         TypeError: the model is not one that sparsify changed.
     """
     if not isinstance(model, SparseModel):
         raise TypeError(f"restore: model: expected one that sait.sparsify changed, got {type(model).__name__}.")
+    deoptimize(model)
     model.__class__ = type(model)._sait_original
     del model._sait
     return model

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sait_kernels.backend import choose, kernels, register
-from sait_kernels.checks import check_channels, check_like, check_linear, check_rows
 from sait_kernels.registration import register_backward, register_op
 from sait_kernels.selection import Selection, check_selection, with_no_row
 
@@ -25,8 +24,9 @@ def linear_residual(
 ) -> Tensor:
     """x[indices] + gamma * (y weight^T + bias): an output projection and its residual in one pass.
 
-    The tile follows from the number of rows, so a row's bits may differ between batches of very different size, as they
-    do in torch's own products; they are repeatable.
+    On a GPU the tile follows from the number of rows, so a row's bits may differ between batches of very different
+    size, as they do in torch's own products; they are repeatable. On a CPU they depend on that row alone. There every
+    call packs the weight; where it stays the same, packed_linear takes it packed.
 
     Args:
         y: (S, K) float32, bfloat16 or float16, rows contiguous: the branch, for the rows that stay.
@@ -42,7 +42,6 @@ def linear_residual(
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device.
-        RuntimeError: tensors on a CPU: there torch's own layers are the faster ones.
     """
     op, indices = "linear_residual", None
     tensors = {"y": y, "weight": weight, "x": x}
@@ -51,19 +50,6 @@ def linear_residual(
     served = choose(op, tensors, {"bias": bias, "gamma": gamma})
     if served == "reference":
         return linear_residual_reference(y, weight, bias, x, selection=selection, gamma=gamma)
-    check_rows(op, "y", y)
-    check_rows(op, "x", x)
-    check_like(op, "x", x, "y", y)
-    check_linear(op, "y", y, weight, bias)
-    rows = y.shape[0] if indices is None else indices.shape[0]
-    if x.shape[1] != weight.shape[0] or y.shape[0] != rows or (indices is None and x.shape[0] != rows):
-        wanted = f"{weight.shape[0]} channels and a row for each of y's {y.shape[0]}"
-        raise ValueError(
-            f"{op}: x: expected {wanted}, got shape {tuple(x.shape)} and {rows} selected rows. "
-            "Take weight, x and y from one block, and the selection that made y."
-        )
-    if gamma is not None:
-        check_channels(op, "gamma", gamma, x.shape[1])
     return kernels(served).linear_residual(y, weight, bias, x, indices, gamma)
 
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sait_kernels.backend import choose, kernels, register
-from sait_kernels.checks import check_channels, check_linear, check_rows
 from sait_kernels.registration import register_backward, register_op
 
 
@@ -28,8 +27,9 @@ def norm_linear(
     The rows are normalised while they are loaded for the product, rounded to x's dtype as a LayerNorm of its own would;
     bias and GELU are applied in float32 before the result is rounded.
 
-    The tile follows from the number of rows, so a row's bits may differ between batches of very different size, as they
-    do in torch's own products; they are repeatable.
+    On a GPU the tile follows from the number of rows, so a row's bits may differ between batches of very different
+    size, as they do in torch's own products; they are repeatable. On a CPU they depend on that row alone. There every
+    call packs the weight; where it stays the same, packed_linear takes it packed.
 
     Args:
         x: (T, C) float32, bfloat16 or float16, rows contiguous.
@@ -44,17 +44,11 @@ def norm_linear(
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device.
-        RuntimeError: tensors on a CPU: there torch's own layers are the faster ones.
     """
     tensors = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight}
     served = choose("norm_linear", tensors, {"bias": bias})
     if served == "reference":
         return norm_linear_reference(x, norm_weight, norm_bias, eps, weight, bias, gelu=gelu)
-    op = "norm_linear"
-    check_rows(op, "x", x)
-    check_channels(op, "norm_weight", norm_weight, x.shape[1])
-    check_channels(op, "norm_bias", norm_bias, x.shape[1])
-    check_linear(op, "x", x, weight, bias)
     return kernels(served).norm_linear(x, norm_weight, norm_bias, eps, weight, bias, gelu)
 
 

@@ -1,0 +1,48 @@
+// packed_linear: out[t] = x'[indices[t]] + gamma * act(z[t] weight^T + bias), z = LayerNorm(x) or x, act = GELU or
+// nothing; and pack_linear, which brings the weight into the order in which the product reads it.
+#pragma once
+
+#include "sait/types.h"
+
+namespace sait {
+
+// A packed weight is (blocks, depth, kPackedColumns): block b holds the output columns from b * kPackedColumns on, zeros
+// behind the last one. depth is the number of inputs; of two-byte types it is even, by one input of zeros, and the inputs
+// of a block go in pairs: element (k, n) lies at k / 2 * 2 * kPackedColumns + 2 * n + k % 2 (VNNI order).
+constexpr int64_t kPackedColumns = 64;
+
+constexpr int64_t packed_blocks(int64_t outputs) { return (outputs + kPackedColumns - 1) / kPackedColumns; }
+constexpr int64_t packed_depth(int64_t inputs, DType dtype) {
+  return dtype == DType::kFloat32 ? inputs : (inputs + 1) / 2 * 2;
+}
+
+struct PackLinearParams {
+  RowView weight;  // (outputs, inputs)
+  int64_t outputs, inputs;
+  DType dtype;
+  void* packed;  // (packed_blocks, packed_depth, kPackedColumns)
+};
+
+struct PackedLinearParams {
+  RowView x;  // (rows, inputs)
+  const void* packed;
+  const float* bias;         // (outputs,) or nullptr
+  const float* norm_weight;  // (inputs,), or nullptr: x is taken as it is
+  const float* norm_bias;    // (inputs,)
+  float eps;
+  bool gelu;
+  RowView residual;        // (total, outputs); data is nullptr where nothing is added
+  const int32_t* indices;  // (rows,) of the residual; nullptr: row t for row t
+  int64_t total;
+  const float* gamma;  // (outputs,) or nullptr
+  int64_t rows, inputs, outputs;
+  DType dtype;
+  void* out;  // (rows, outputs), contiguous
+};
+
+namespace cpu {
+void pack_linear(const PackLinearParams& params);
+void packed_linear(const PackedLinearParams& params);
+}  // namespace cpu
+
+}  // namespace sait

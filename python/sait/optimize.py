@@ -1,0 +1,175 @@
+"""optimize: the linear layers of a sparse model's blocks on packed weights, for inference on a CPU.
+
+LayerNorm, bias, GELU, LayerScale, residual and the gather of the kept rows all happen inside the products. A block asks
+before each forward whether that is what its modules would do; where it is not, they run as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import DropPath, LayerNorm, LayerNormFp32, LayerScale, Mlp
+from torch import Tensor, nn
+
+import sait_kernels as sk
+from sait.density import state_of
+from sait.linear import HOOKS, serves
+from sait_kernels import Selection
+from sait_kernels.backend import forced_backend
+
+NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
+NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, DropPath)
+
+
+def optimize(model: Any) -> Any:
+    """Packs the weights of a sparse model's blocks for faster inference on a CPU, in place; undone by deoptimize.
+
+    It takes one more copy of these weights. They stay the parameters: state_dict and training are as before. Packed
+    weights serve blocks of LayerNorm and erf-GELU in plain inference: eval mode, no gradient, float32 or bfloat16, no
+    autocast, no torch.compile. Blocks with gates, hooks, changed modules or weights made in inference mode run their
+    modules, and so does a dense model (set_density without arguments), which is the unpatched one bit for bit;
+    keep=1.0 keeps all tokens on packed weights.
+
+    A weight that was replaced or updated in place is packed anew by the next forward. What is written through
+    ``weight.data`` or a NumPy array torch itself does not see: call optimize again after that.
+
+    >>> import sait, timm
+    >>> model = sait.sparsify(timm.create_model("deit_tiny_patch16_224"), block=3, keep=0.45).eval()
+    >>> model = sait.optimize(model)
+
+    Args:
+        model: from sparsify, or a SaitViT.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: the model is not sparse.
+    """
+    state_of(model, "optimize")
+    for block in model.blocks:
+        block._sait_packed = PackedWeights()
+    return model
+
+
+def deoptimize(model: Any) -> Any:
+    """Undoes optimize, if it was called; restore does so, too.
+
+    Raises:
+        TypeError: the model is not sparse.
+    """
+    state_of(model, "deoptimize")
+    for block in model.blocks:
+        vars(block).pop("_sait_packed", None)
+    return model
+
+
+class PackedWeights:
+    """The packed weights of one block, each made at its first use and again once its weight has changed."""
+
+    def __init__(self) -> None:
+        # The weight is kept as well: while it is, no other one can be at its address.
+        self._made: dict[str, tuple[Tensor, int, Tensor]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedWeights, ()  # a copy of the model has weights of its own
+
+    def of(self, name: str, weight: Tensor) -> Tensor:
+        made = self._made.get(name)
+        if made is None or made[1] != weight._version or not _same_memory(made[0], weight):
+            version, weight = weight._version, weight.detach()
+            made = self._made[name] = weight, version, sk.pack_linear(weight.contiguous())
+        return made[2]
+
+
+class PackedLayers:
+    """The layers of a block as three steps over its rows."""
+
+    def __init__(self, block: Any, weights: PackedWeights) -> None:
+        self._block, self._weights = block, weights
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """qkv(norm1(x))."""
+        block = self._block
+        return self._linear("qkv", block.attn.qkv, x, norm=_norm(block.norm1))
+
+    def project(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
+        """x + ls1(proj(out)), of the rows that stay."""
+        block = self._block
+        gamma = _gamma(block, "ls1")
+        return self._linear("proj", block.attn.proj, out, residual=x, selection=selection, gamma=gamma)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """x + ls2(mlp(norm2(x)))."""
+        block = self._block
+        hidden = self._linear("fc1", block.mlp.fc1, x, norm=_norm(block.norm2), gelu=True)
+        return self._linear("fc2", block.mlp.fc2, hidden, residual=x, gamma=_gamma(block, "ls2"))
+
+    def _linear(self, name: str, module: nn.Linear, x: Tensor, **around: Any) -> Tensor:
+        packed = self._weights.of(name, module.weight)
+        return sk.packed_linear(x, packed, module.weight.shape[0], module.bias, **around)
+
+
+def packed_layers(block: Any, x: Tensor) -> PackedLayers | None:
+    """The block's layers on packed weights, if it was optimized and its modules would compute the same."""
+    weights = vars(block).get("_sait_packed")
+    if weights is None or forced_backend() not in (None, "cpu") or not _is_plain(block, x):
+        return None
+    return PackedLayers(block, weights)
+
+
+def _is_plain(block: Any, x: Tensor) -> bool:
+    attn, mlp = block.attn, block.mlp
+    linears = (attn.qkv, attn.proj, getattr(mlp, "fc1", None), getattr(mlp, "fc2", None))
+    return (
+        all(_serves(module, x) for module in linears)
+        and getattr(attn, "gate", None) is None
+        and all(type(norm) in NORMS and _is_affine(norm) for norm in (block.norm1, block.norm2))
+        and all(type(getattr(block, name, None)) in (nn.Identity, LayerScale, type(None)) for name in ("ls1", "ls2"))
+        and _is_plain_mlp(mlp)
+        and all(type(part) in NOTHING_IN_EVAL for part in _drops(block))
+        and _is_untouched(block)
+    )
+
+
+def _serves(module: Any, x: Tensor) -> bool:
+    """A weight that was made in inference mode counts no changes, so what is packed of it might be old."""
+    return serves(module, x) and not module.weight.is_inference()
+
+
+def _is_affine(norm: Any) -> bool:
+    return norm.weight is not None and norm.bias is not None
+
+
+def _is_plain_mlp(mlp: Any) -> bool:
+    """fc1 -> erf-GELU -> fc2: timm's, or SaitViT's."""
+    plain = type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity)
+    plain = plain or (type(mlp) is nn.Sequential and list(mlp._modules) == ["fc1", "act", "fc2"])
+    return plain and type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
+
+
+def _drops(block: Any) -> list[nn.Module]:
+    attn, mlp = block.attn, block.mlp
+    names = ((attn, "proj_drop"), (block, "drop_path1"), (block, "drop_path2"), (mlp, "drop1"), (mlp, "drop2"))
+    return [getattr(parent, name) for parent, name in names if hasattr(parent, name)]
+
+
+def _is_untouched(module: Any) -> bool:
+    """In eval mode, without hooks and without a forward of the instance's own, and so are all its parts."""
+    own = vars(module)
+    if own["training"] or "forward" in own or any(own[hooks] for hooks in HOOKS):
+        return False
+    return all(part is None or _is_untouched(part) for part in own["_modules"].values())
+
+
+def _norm(module: Any) -> tuple[Tensor, Tensor, float]:
+    return module.weight, module.bias, module.eps
+
+
+def _gamma(block: Any, name: str) -> Tensor | None:
+    scale: Any = getattr(block, name, None)
+    return scale.gamma if isinstance(scale, LayerScale) else None
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())

@@ -1,0 +1,235 @@
+"""pack_linear and packed_linear, and with them norm_linear and linear_residual on every instruction set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    DTYPES,
+    among_nan,
+    assert_as_exact_as_torch,
+    assert_same_bits,
+    cu_of,
+    doubles,
+    leaves,
+    randn,
+    some_rows,
+    torch_threads,
+)
+from torch import Tensor
+from torch.library import opcheck
+
+import sait_kernels as sk
+
+EPS = 1e-6
+# (rows, inputs, outputs): nothing even; one row; none; more than a block of rows and of columns; no outputs; one input;
+# a long sum.
+SHAPES = ((7, 33, 70), (1, 40, 33), (0, 64, 32), (197, 96, 192), (5, 6, 0), (3, 1, 65), (40, 1536, 70))
+
+
+def make(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Arguments by name; what lies around the rows is NaN."""
+    rows, K, O = shape  # noqa: E741
+
+    def matrix(M: int, N: int, seed: int) -> Tensor:
+        return among_nan((M, N + 3), dtype, 2)[:, 1 : N + 1].copy_(randn(M, N, seed=seed))
+
+    vectors = {"bias": (O, 3), "norm_weight": (K, 4), "norm_bias": (K, 5), "gamma": (O, 6)}
+    return {
+        "x": matrix(rows, K, 0),
+        "weight": matrix(O, K, 1).mul_(K**-0.5),
+        "residual": matrix(rows, O, 2),
+        **{name: randn(size, seed=seed).to(dtype) for name, (size, seed) in vectors.items()},
+    }
+
+
+def ours(t: dict[str, Tensor], form: str, **options: Any) -> Tensor:
+    arguments = t["x"], sk.pack_linear(t["weight"]), len(t["weight"])
+    norm = (t["norm_weight"], t["norm_bias"], EPS)
+    if form == "plain":
+        return sk.packed_linear(*arguments, **options)
+    if form == "norm, gelu":
+        return sk.packed_linear(*arguments, t["bias"], norm=norm, gelu=True, **options)
+    if form == "residual":
+        return sk.packed_linear(*arguments, t["bias"], residual=t["residual"], gamma=t["gamma"], **options)
+    rest = {"gelu": True, "residual": t["residual"], "gamma": t["gamma"]}
+    return sk.packed_linear(*arguments, t["bias"], norm=norm, **rest, **options)
+
+
+def in_torch(t: dict[str, Tensor], form: str) -> Tensor:
+    x, bias = t["x"], None if form == "plain" else t["bias"]
+    if form in ("norm, gelu", "all"):
+        x = F.layer_norm(x, x.shape[1:], t["norm_weight"], t["norm_bias"], EPS)
+    out = F.linear(x, t["weight"], bias)
+    if form in ("norm, gelu", "all"):
+        out = F.gelu(out)
+    return t["residual"] + t["gamma"] * out if form in ("residual", "all") else out
+
+
+def in_torch_orders(t: dict[str, Tensor], form: str) -> list[Tensor]:
+    """What the error is measured by: in float32 several orders of the same sums; expressions.attentions says why."""
+    results = [in_torch(t, form)]
+    if t["x"].dtype == torch.float32:
+        for seed in range(15):
+            order = torch.randperm(t["x"].shape[1], generator=torch.Generator().manual_seed(seed))
+            shuffled = {name: t[name][..., order] for name in ("x", "weight", "norm_weight", "norm_bias")}
+            results.append(in_torch({**t, **shuffled}, form))
+    return results
+
+
+def wide(t: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(t, doubles(*t.values()), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["plain", "norm, gelu", "residual", "all"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values(isa: str, shape: tuple[int, int, int], form: str, dtype: torch.dtype) -> None:
+    t = make(shape, dtype)
+    if form in ("norm, gelu", "all") and shape[1] == 1:
+        t["x"].zero_()  # the variance of one value is 0, and 1 / sqrt(eps) would turn a rounding into a large number
+    with sk.backend("reference"):
+        exact = ours(wide(t), form)
+    torch.testing.assert_close(exact, in_torch(wide(t), form), rtol=1e-12, atol=1e-12)
+    assert_as_exact_as_torch(form, ours(t, form), exact, *in_torch_orders(t, form))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 2, 64), (1, 5, 64)], ids=str)
+def test_packing(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    weight = make(shape, dtype)["weight"]
+    assert_same_bits("packed", sk.pack_linear(weight), sk.reference.pack_linear(weight))
+    pair, packed = 1 if dtype == torch.float32 else 2, sk.pack_linear(weight)
+    for n, k in [(0, 0), (len(weight) - 1, weight.shape[1] - 1)] if len(weight) else []:
+        at = k // pair * pair * 64 + pair * (n % 64) + k % pair
+        assert packed[n // 64].flatten()[at] == weight[n, k]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gathered_residual(isa: str, dtype: torch.dtype) -> None:
+    """Of the residual only the chosen rows are read; behind them come indices of no row."""
+    lengths = (0, 33, 1, 70)
+    selection, T = some_rows(lengths), sum(lengths)
+    rows = torch.cat([selection.indices, torch.full((3,), T, dtype=torch.int32)])
+    selection = selection._replace(indices=rows)
+    t, kept = make((len(rows), 40, 70), dtype), rows[:-3].long()
+    stream = among_nan((T, 70), dtype, 1)
+    stream[kept] = t["residual"][:-3]
+    zeros = torch.zeros(3, 70, dtype=dtype)
+    got = ours({**t, "residual": stream}, "residual", selection=selection)
+    assert_same_bits("rows", got, ours({**t, "residual": torch.cat([t["residual"][:-3], zeros])}, "residual"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["norm, gelu", "residual"])
+def test_a_row_depends_on_nothing_but_itself(isa: str, form: str, dtype: torch.dtype) -> None:
+    """Not on the number of rows, nor on how these are shared out: the same bits."""
+    t = make((197, 72, 200), dtype)
+    together = ours(t, form)
+    for rows in (slice(0, 1), slice(195, 197), slice(3, 120)):
+        alone = ours({**t, "x": t["x"][rows], "residual": t["residual"][rows]}, form)
+        assert_same_bits(str(rows), alone, together[rows])
+    for threads in (2, 3, 16):
+        with torch_threads(threads):
+            assert_same_bits(f"{threads} threads", ours(t, form), together)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_unpacked_ops_are_the_same(isa: str, dtype: torch.dtype) -> None:
+    t = make((50, 33, 70), dtype)
+    norm = t["norm_weight"], t["norm_bias"], EPS
+    unpacked = sk.norm_linear(t["x"], *norm, t["weight"], t["bias"], gelu=True)
+    assert_same_bits("norm_linear", unpacked, ours(t, "norm, gelu"))
+    unpacked = sk.linear_residual(t["x"], t["weight"], t["bias"], t["residual"], gamma=t["gamma"])
+    assert_same_bits("linear_residual", unpacked, ours(t, "residual"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gelu_far_out(isa: str, dtype: torch.dtype) -> None:
+    """GELU of the bias itself, the product being 0. Each value is right to a few roundings of its own size.
+
+    x Phi(x) takes x^2 / 2 into an exponential, whose error is that of x^2 / 2 times an eps: 50 roundings for |x| = 10.
+    """
+    bias = torch.cat([torch.linspace(-10, 10, 1001), torch.tensor([-1e4, 1e4, 1e-20, -1e-3])]).to(dtype)
+    packed = sk.pack_linear(torch.zeros(len(bias), 8, dtype=dtype))
+    got = sk.packed_linear(torch.zeros(1, 8, dtype=dtype), packed, len(bias), bias, gelu=True)[0]
+    x = bias.double()
+    exact = x * torch.special.erfc(-x * 0.5**0.5) / 2  # 1 + erf would cancel
+    roundings = 64 * torch.finfo(torch.float32).eps + (0 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    assert ((got.double() - exact).abs() <= roundings * exact.abs() + 1e-30).all()
+    special = torch.tensor([torch.inf, torch.nan], dtype=dtype)
+    packed = sk.pack_linear(torch.zeros(2, 8, dtype=dtype))
+    out = sk.packed_linear(torch.zeros(1, 8, dtype=dtype), packed, 2, special, gelu=True)[0]
+    assert out[0] == torch.inf
+    assert out[1].isnan()
+
+
+def test_opcheck() -> None:
+    t = make((9, 16, 70), torch.float32)
+    packed = sk.pack_linear(t["weight"])
+    opcheck(torch.ops.sait.pack_linear.default, (t["weight"],))
+    indices = torch.arange(0, 18, 2, dtype=torch.int32)
+    around = (t["bias"], t["norm_weight"], t["norm_bias"], EPS, True, randn(20, 70), indices, t["gamma"])
+    opcheck(torch.ops.sait.packed_linear.default, (t["x"], packed, 70, *around))
+    opcheck(torch.ops.sait.packed_linear.default, (t["x"], packed, 70, None, None, None, 0.0, False, None, None, None))
+
+
+def selection_of(*rows: int) -> sk.Selection:
+    return sk.Selection(torch.tensor(rows, dtype=torch.int32), cu_of([len(rows)]), len(rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": randn(4)}, ValueError, r"x: expected a packed \(T, C\) tensor, got shape \(4,\)\. \S"),
+        ({"x": randn(6, 4).T}, ValueError, r"x: expected a contiguous last dimension, got stride 4"),
+        ({"x": randn(4, 6).double()}, RuntimeError, r"cannot serve this call"),
+        ({"x": randn(4, 6).half()}, TypeError, r"packed: expected dtype Half as x"),
+        ({"packed": randn(8, 6)}, ValueError, r"packed: expected a contiguous \(1, 6, 64\) .* got shape \(8, 6\)\. \S"),
+        ({"packed": randn(1, 64, 6).mT}, ValueError, r"packed: expected a contiguous \(1, 6, 64\)"),
+        ({"out_features": 65}, ValueError, r"packed: expected a contiguous \(2, 6, 64\)"),
+        ({"out_features": -1}, ValueError, r"packed: expected a contiguous"),
+        ({"bias": randn(5)}, ValueError, r"bias: expected shape \(8,\), .* got shape \(5,\)"),
+        ({"bias": 3}, TypeError, r"bias: expected a Tensor, got int"),
+        ({"norm": (randn(5), randn(6), EPS)}, ValueError, r"norm weight: expected shape \(6,\)"),
+        ({"norm": (randn(6), randn(5), EPS)}, ValueError, r"norm bias: expected shape \(6,\)"),
+        ({"norm": (randn(6), randn(6), 0.0)}, ValueError, r"eps: expected a finite float32 > 0, got 0"),
+        ({"residual": randn(5, 8)}, ValueError, r"residual: expected 8 channels and a row for each of the 4 of x"),
+        ({"residual": randn(4, 7)}, ValueError, r"residual: expected 8 channels"),
+        ({"residual": randn(4, 8).half()}, TypeError, r"residual: expected dtype Float as x"),
+        (
+            {"residual": randn(9, 8), "selection": selection_of(0, 3, 9)},
+            ValueError,
+            r"residual: .* 3 selected",
+        ),
+        (
+            {"residual": randn(9, 8), "selection": selection_of(0, 3, 2, 5)},
+            ValueError,
+            r"indices: .* 2 after 3",
+        ),
+        ({"residual": randn(9, 8), "selection": selection_of(0, 3, 5, 10)}, ValueError, r"selection.indices: .*10 at"),
+        ({"selection": selection_of(0, 1, 2, 3)}, ValueError, r"selection: expected a residual to select from"),
+        ({"gamma": randn(5)}, ValueError, r"gamma: expected shape \(8,\)"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {"x": randn(4, 6), "packed": sk.pack_linear(randn(8, 6)), "out_features": 8, "bias": randn(8)}
+    with sk.backend("cpu"), pytest.raises(error, match=rf"packed_linear: .*{message}"):
+        sk.packed_linear(**{**good, **changes})
+
+
+def test_bad_weights() -> None:
+    for weight in (randn(4), randn(6, 4).T):
+        with sk.backend("cpu"), pytest.raises(ValueError, match=r"pack_linear: weight: expected .*, got .*\. \S"):
+            sk.pack_linear(weight)
+
+
+def test_it_says_that_it_has_no_gradient() -> None:
+    (x,), packed = leaves(randn(4, 6)), sk.pack_linear(randn(8, 6))
+    with pytest.raises(RuntimeError, match=r"packed_linear: it has no gradient"):
+        sk.packed_linear(x, packed, 8)
+    with torch.no_grad():
+        assert sk.packed_linear(x, packed, 8).shape == (4, 8)
