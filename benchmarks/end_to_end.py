@@ -224,6 +224,7 @@ def main(
     console = Console(highlight=False, width=None if Console().is_terminal else 140)
     settings = [(model, dtype, batch) for model in models for dtype in dtypes for batch in batches]
     rows: list[Row] = []
+    document = measure.results(rows, DEVICE, kind=KIND, roofs=roofs_of(dtypes))  # before its own file changes the tree
     with options.progress() as bar, torch.inference_mode():
         task = bar.add_task(KIND, total=len(settings) * (len(chosen) + measure.samples_in(len(chosen), samples)))
         for at, (model, dtype, batch) in enumerate(settings):
@@ -242,7 +243,7 @@ def main(
             for name, reason in failed.items():
                 console.print(f"{PEERS[name].label}: no figures: {reason}")
             rows += found
-            document = measure.results(rows, DEVICE, kind=KIND, roofs=roofs_of(dtypes))
+            document["rows"] = rows
             if save is not None:  # after each setting: what is measured stays if a later one runs out of time
                 path = save / measure.file_name(document)
                 measure.save(document, path)
