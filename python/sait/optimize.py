@@ -25,11 +25,11 @@ def optimize(model: Any) -> Any:
     """Packs the weights of a sparse model's blocks for inference on a CPU, in place; undone by deoptimize.
 
     Fewer passes over memory, for products that are at best as fast as oneDNN's: whether that gains anything depends on
-    the processor (``sait bench``, benchmarks/end_to_end.py). It takes one more copy of these weights. They stay the parameters: state_dict and training are as before. Packed
-    weights serve blocks of LayerNorm and erf-GELU in plain inference: eval mode, no gradient, float32 or bfloat16, no
-    autocast, no torch.compile. Blocks with gates, hooks, changed modules or weights made in inference mode run their
-    modules, and so does a dense model (set_density without arguments), which is the unpatched one bit for bit;
-    keep=1.0 keeps all tokens on packed weights.
+    the processor, and benchmarks/end_to_end.py tells. It takes one more copy of these weights. They stay the
+    parameters: state_dict and training are as before. Packed weights serve blocks of LayerNorm and erf-GELU in plain
+    inference: eval mode, no gradient, float32 or bfloat16, no autocast, no torch.compile. Blocks with gates, hooks,
+    changed modules or weights made in inference mode run their modules, and so does a dense model (set_density without
+    arguments), which is the unpatched one bit for bit; keep=1.0 keeps all tokens on packed weights.
 
     A weight that was replaced or updated in place is packed anew by the next forward. What is written through
     ``weight.data`` or a NumPy array torch itself does not see: call optimize again after that.
