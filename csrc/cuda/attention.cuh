@@ -7,6 +7,9 @@
 // registers, and at D = 64 there are 16 warps, without a spill. The tensor cores are the limit: 8 keys take 8
 // multiply_adds, about 50 cycles of a quarter SM, in which the exponentials (32 cycles of a unit of their own) and some 30
 // other instructions find their place.
+//
+// wgmma would be faster by the product, but takes 64 rows at once, 256 for 197 and 128 for the 90 that stay; and at 197
+// tokens reading q, k, v and writing the result takes an H200 36 us for 256 images, these products about 34.
 #pragma once
 
 #include <cfloat>
