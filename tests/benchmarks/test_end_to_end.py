@@ -15,7 +15,7 @@ import typer
 from end_to_end import Figure
 from peers import PEERS, Made, Peer, Setting
 from schema import check_results
-from small import images, small_vit
+from tiny import images, small_vit
 from typer.testing import CliRunner
 
 ROOFS = {"copy_tbps": 0.1, "matmul_tflops": 1.0}

@@ -12,7 +12,7 @@ import sait
 import torch
 from peers import PEERS, Evit, OpenVino, Setting, Tome, merge
 from sait.plain import PlainPruning, PlainViT, share
-from small import images, small_vit
+from tiny import images, small_vit
 from torch import Tensor
 
 import sait_kernels as sk

@@ -8,7 +8,7 @@ import sait
 import torch
 from roofline import Part, Roofs, Rows
 from sait import Plan, Stage
-from small import images, small_vit
+from tiny import images, small_vit
 from typer.testing import CliRunner
 
 import sait_kernels as sk
