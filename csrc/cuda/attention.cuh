@@ -16,6 +16,7 @@
 #include <iterator>
 #include <utility>
 
+#include "head_view.cuh"
 #include "instructions.cuh"
 #include "sait/compact_attention.h"
 
@@ -46,11 +47,6 @@ struct RowBlock {
   float largest[2];  // logit so far
   float total[2];  // of the weights, this lane's columns only
 };
-
-template <typename Element>
-SAIT_DEVICE const Element* row_of(const HeadView& view, int64_t row, int64_t head) {
-  return static_cast<const Element*>(view.data) + row * view.row_stride + head * view.head_stride;
-}
 
 // Four lanes hold four words each: lane t gets word t of every lane, in their order.
 SAIT_DEVICE void transpose_in_quad(uint32_t (&words)[4]) {

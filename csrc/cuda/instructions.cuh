@@ -37,16 +37,13 @@ SAIT_DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(kFullW
 SAIT_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) { return __shfl_xor_sync(kFullWarp, value, mask); }
 SAIT_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(kFullWarp, value, mask); }
 SAIT_DEVICE int shuffle(int value, int lane) { return __shfl_sync(kFullWarp, value, lane); }
-SAIT_DEVICE float shuffle(float value, int lane) { return __shfl_sync(kFullWarp, value, lane); }
 SAIT_DEVICE int shuffle_up(int value, int delta) { return __shfl_up_sync(kFullWarp, value, delta); }
-SAIT_DEVICE double shuffle_up(double value, int delta) { return __shfl_up_sync(kFullWarp, value, delta); }
 SAIT_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(kFullWarp, predicate); }
 SAIT_DEVICE int reduce_add(int value) { return __reduce_add_sync(kFullWarp, value); }  // redux.sync, sm_80
 SAIT_DEVICE int reduce_max(int value) { return __reduce_max_sync(kFullWarp, value); }
 SAIT_DEVICE int reduce_min(int value) { return __reduce_min_sync(kFullWarp, value); }
 
 // Between blocks ------------------------------------------------------------------------------------------------------
-SAIT_DEVICE void fence_device() { __threadfence(); }  // what this thread wrote is seen before what it writes next
 SAIT_DEVICE int atomic_add(int32_t* address, int value) { return atomicAdd(address, value); }
 
 // Memory --------------------------------------------------------------------------------------------------------------

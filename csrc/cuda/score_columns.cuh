@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "class_scores.cuh"
+#include "head_view.cuh"
 #include "launch.cuh"
 #include "sait/score_tokens.h"
 #include "tail.cuh"
@@ -129,11 +130,6 @@ struct ColumnParams {
   int blocks;               // of an image
 };
 
-template <typename E>
-SAIT_DEVICE const E* rows_of(const HeadView& view, int64_t begin, int64_t head) {
-  return static_cast<const E*>(view.data) + begin * view.row_stride + head * view.head_stride;
-}
-
 // Block (rows, head).
 template <typename E>
 __global__ void __launch_bounds__(kThreads, 4) row_statistics(ColumnParams p) {
@@ -143,8 +139,8 @@ __global__ void __launch_bounds__(kThreads, 4) row_statistics(ColumnParams p) {
   const int64_t head = blockIdx.y;
   const float sign = s.scale < 0.f ? -1.f : 1.f;
   const Exponent factor(sign * s.scale);
-  const Products<E> products{rows_of<E>(s.q, at.begin, head),
-                             rows_of<E>(s.k, at.begin, head),
+  const Products<E> products{row_of<E>(s.q, at.begin, head),
+                             row_of<E>(s.k, at.begin, head),
                              s.q.row_stride,
                              s.k.row_stride,
                              at.first,
@@ -195,8 +191,8 @@ __global__ void __launch_bounds__(kThreads, 4) column_sums(ColumnParams p) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   float total[2] = {};
   for (int64_t head = 0; head < s.heads; ++head) {
-    const Products<E> products{rows_of<E>(s.k, at.begin, head),
-                               rows_of<E>(s.q, at.begin, head),
+    const Products<E> products{row_of<E>(s.k, at.begin, head),
+                               row_of<E>(s.q, at.begin, head),
                                s.k.row_stride,
                                s.q.row_stride,
                                at.first,

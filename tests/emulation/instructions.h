@@ -175,13 +175,7 @@ inline double shuffle_xor(double value, int mask, Where where = Where::current()
 inline int shuffle(int value, int lane, Where where = Where::current()) {
   return host::exchange_lane(where, value, lane);
 }
-inline float shuffle(float value, int lane, Where where = Where::current()) {
-  return host::exchange_lane(where, value, lane);
-}
 inline int shuffle_up(int value, int delta, Where where = Where::current()) {
-  return host::exchange_up(where, value, delta);
-}
-inline double shuffle_up(double value, int delta, Where where = Where::current()) {
   return host::exchange_up(where, value, delta);
 }
 inline uint32_t ballot(bool predicate, Where where = Where::current()) {
@@ -209,7 +203,6 @@ inline int reduce_min(int value, Where where = Where::current()) {
 }
 
 // Between blocks ------------------------------------------------------------------------------------------------------
-inline void fence_device() {}
 inline int atomic_add(int32_t* address, int value) {
   const int before = *address;
   *address = before + value;
