@@ -33,6 +33,8 @@ def sparsify(
     block: int | None = None,
     keep: float | int | None = None,
     mass: float | None = None,
+    max_keep: int | None = None,
+    static: bool = False,
     score: str = "cls",
 ) -> Any:
     """Makes a timm ViT drop tokens, in place; its state_dict stays the same.
@@ -52,6 +54,7 @@ def sparsify(
         block: 0-based; its attention sees all tokens, its kept rows go on.
         keep: a float in (0, 1], a share of the patches, or an int, their number.
         mass: the fewest patches that carry this share of the score; exactly one of keep and mass.
+        max_keep, static: with mass: at most this many patches, and sizes that no data decides; as in Stage.
         score: "cls", "column" or "cls_value"; see sait_kernels.score_tokens. "cls" reads the attention of the image's
             first row: the class token, or the first register of a model that has only those.
 
@@ -67,13 +70,16 @@ def sparsify(
             raise ValueError(
                 "sparsify: expected a Plan, or block and one of keep and mass: sparsify(model, block=3, keep=0.45)."
             )
-        plan = Plan((Stage(block, keep, mass),), score)
+        plan = Plan((Stage(block, keep, mass, max_keep=max_keep, static=static),), score)
     elif not isinstance(plan, Plan):
         raise TypeError(
             f"sparsify: plan: expected a sait.Plan, got {plan!r}. Write sait.Plan([sait.Stage(block=3, keep=0.45)])."
         )
-    elif (block, keep, mass, score) != (None, None, None, "cls"):
-        raise ValueError("sparsify: expected either a plan or block, keep, mass and score, got both.")
+    elif (block, keep, mass, max_keep, static, score) != (None, None, None, None, False, "cls"):
+        raise ValueError(
+            "sparsify: expected either a plan or block, keep, mass, max_keep, static and score, got both. "
+            "A Stage of the plan takes them, and the plan the score."
+        )
     original = type(model)._sait_original if isinstance(model, SparseModel) else type(model)
     if not isinstance(model, SparseModel):
         check_model(model)

@@ -75,7 +75,7 @@ class SaitViT(nn.Module):
 
     Args:
         block: 0-based, where tokens are dropped.
-        keep, mass: as in sait.Stage; keep=0.45 if neither is given.
+        keep, mass, max_keep, static: as in sait.Stage; keep=0.45 if neither keep nor mass is given.
         score: as in sait.Plan.
         img_size, patch_size, in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio: as in timm's
             VisionTransformer.
@@ -100,12 +100,14 @@ class SaitViT(nn.Module):
         block: int = 3,
         keep: float | int | None = None,
         mass: float | None = None,
+        max_keep: int | None = None,
+        static: bool = False,
         score: str = "cls",
     ) -> None:
         super().__init__()
         if keep is None and mass is None:
             keep = 0.45
-        plan = Plan((Stage(block, keep, mass),), score)
+        plan = Plan((Stage(block, keep, mass, max_keep=max_keep, static=static),), score)
         check_blocks(plan, depth)
         self._sait = State(plan, active=plan)
         self.num_classes, self.in_chans = num_classes, in_chans

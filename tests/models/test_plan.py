@@ -80,7 +80,14 @@ def test_plans_are_values():
         ({"plan": 0.5}, TypeError, "plan: expected a sait.Plan, got 0.5"),
         ({"plan": Plan([Stage(1, 0.5)]), "keep": 0.5}, ValueError, "either a plan or block"),
         ({"plan": Plan([Stage(1, 0.5)]), "score": "column"}, ValueError, "either a plan or block"),
+        ({"plan": Plan([Stage(1, mass=0.5)]), "max_keep": 9}, ValueError, "either a plan or block"),
+        ({"plan": Plan([Stage(1, mass=0.5)]), "static": True}, ValueError, "either a plan or block"),
         ({"block": 1}, ValueError, "exactly one of keep and mass"),
+        ({"block": 1, "max_keep": 9, "static": True}, ValueError, "exactly one of keep and mass"),
+        ({"block": 1, "keep": 0.5, "max_keep": 9}, ValueError, "mass: .* with min_keep, max_keep or static"),
+        ({"block": 1, "keep": 0.5, "static": True}, ValueError, "mass: .* with min_keep, max_keep or static"),
+        ({"block": 1, "mass": 0.9, "max_keep": 0}, ValueError, "max_keep: .* at least min_keep = 1, got 0"),
+        ({"block": 1, "mass": 0.9, "static": 1}, TypeError, "static: expected True or False, got 1"),
         ({"block": 4, "keep": 0.5}, ValueError, "block: expected at most 3, the model's last block, got 4"),
         ({"plan": Plan([Stage(1, 0.5), Stage(9, 0.5)])}, ValueError, "expected at most 3, .* got 9"),
     ],
@@ -91,6 +98,12 @@ def test_sparsify_refuses_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         sait.sparsify(model, **arguments)
     assert (type(model), dict(vars(model))) == before
+
+
+def test_sparsify_makes_the_plan_of_one_stage():
+    stage = {"block": 1, "mass": 0.9, "max_keep": 9, "static": True}
+    model = sait.sparsify(zoo.build("vit"), **stage, score="column")
+    assert model._sait.plan == model._sait.active == Plan([Stage(**stage)], "column")
 
 
 def test_set_density_refuses_bad_arguments():

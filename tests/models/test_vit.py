@@ -80,10 +80,11 @@ def test_compile_and_empty_batch():
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_timm_creates_it(size):
     with torch.device("meta"):
-        model = timm.create_model(f"sait_deit_{size}_patch16_224", block=2, mass=0.8)
+        stage = {"block": 2, "mass": 0.8, "max_keep": 90, "static": True}
+        model = timm.create_model(f"sait_deit_{size}_patch16_224", **stage)
         plain = timm.create_model(f"deit_{size}_patch16_224")
     assert isinstance(model, SaitViT)
-    assert model._sait.plan == Plan([Stage(2, mass=0.8)])
+    assert model._sait.plan == Plan([Stage(**stage)])
     assert {key: value.shape for key, value in model.state_dict().items()} == {
         key: value.shape for key, value in plain.state_dict().items()
     }
@@ -103,6 +104,9 @@ def test_refusals():
         SaitViT(**SIZES, block=4)
     with pytest.raises(ValueError, match="exactly one of keep and mass"):
         SaitViT(**SIZES, block=1, keep=0.5, mass=0.5)
+    for limits in ({"max_keep": 9}, {"static": True}, {"keep": 0.5, "max_keep": 9}):
+        with pytest.raises(ValueError, match=r"mass: .* with min_keep, max_keep or static"):
+            SaitViT(**SIZES, block=1, **limits)
     model, _ = twins(block=1)
     with pytest.raises(TypeError, match=r"restore: model: .* got SaitViT"):
         sait.restore(model)

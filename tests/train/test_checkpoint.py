@@ -39,6 +39,14 @@ def test_the_model_comes_back(tmp_path, density):
     assert list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
 
 
+def test_the_plan_comes_back(tmp_path):
+    stage = {"mass": 0.7, "max_keep": 9, "static": True}
+    model = sait.set_density(small.build(**stage), mass=0.8, max_keep=5)
+    loaded = sait.load(saved(tmp_path / "model.safetensors", model))
+    assert loaded._sait.plan == sait.Plan([sait.Stage(1, **stage)])
+    assert loaded._sait.active == sait.Plan([sait.Stage(1, mass=0.8, max_keep=5)])
+
+
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = saved(tmp_path / "model.safetensors", small.build())
     before = path.read_bytes()
