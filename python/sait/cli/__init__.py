@@ -1,6 +1,7 @@
 """The command line ``sait``: bench, show, train, eval, tune, info.
 
-One file per command; torch and timm are loaded when a command runs.
+One file per command; what it needs is imported when it runs. Even --help loads torch and timm: ``import sait`` does, to
+register its models with timm.
 """
 
 from __future__ import annotations
