@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -23,19 +23,27 @@ CHECKED_IMAGES = 2
 
 @dataclass(frozen=True)
 class Density:
-    """A share of the patches or of the score; with neither, dense mode: timm's own forward."""
+    """What sait.set_density takes: keep or mass; with neither, dense mode: timm's own forward."""
 
     keep: float | None = None
     mass: float | None = None
+    max_keep: int | None = None
+    static: bool = False
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is not the default."""
+        return {name: value for name, value in asdict(self).items() if value != getattr(Density, name)}
 
     @property
     def label(self) -> str:
-        if self.mass is not None:
-            return f"mass {self.mass}"
-        return "dense mode" if self.keep is None else f"keep {self.keep}"
+        words = ("static" if name == "static" else f"{name} {value}" for name, value in self.given.items())
+        return ", ".join(words) or "dense mode"
 
     def plan(self, block: int, score: str) -> str:
-        return "dense" if self == Density() else f"block={block}, {self.label.replace(' ', '=')}, score={score}"
+        if not self.given:
+            return "dense"
+        return ", ".join(f"{name}={value}" for name, value in {"block": block, **self.given, "score": score}.items())
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ def measure(
         def call() -> Tensor:
             if density is None:
                 return baseline(images)
-            set_density(model, keep=density.keep, mass=density.mass)
+            set_density(model, **asdict(density))
             return model(images)
 
         return call
@@ -187,9 +195,9 @@ def tolerance(dtype: torch.dtype, expected: Tensor, exact: Tensor) -> float:
 
 def _cost(model: nn.Module, images: Tensor, density: Density | None) -> tuple[list[int], float]:
     """(tokens of each image, GMAC of an image)."""
-    keep, mass = (density.keep, density.mass) if density else (None, None)
     # A dense forward leaves no selection; one that keeps everything has the same cost.
-    set_density(model, keep=1.0 if keep is None and mass is None else keep, mass=mass)(images)
+    counted = Density(keep=1.0) if density in (None, Density()) else density
+    set_density(model, **asdict(counted))(images)
     return selections(model)[-1].cu_seqlens.diff().tolist(), macs(model) / 1e9
 
 

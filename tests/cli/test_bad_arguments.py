@@ -23,6 +23,9 @@ BAD = {
     "bench --keep much": "--keep",
     "bench --mass 0": "(0, 1]",
     "bench --mass 90": "(0, 1]",
+    "bench --max-keep 0": "--max-keep",
+    "bench --max-keep 0.5": "--max-keep",
+    "show --static": "No such option",  # which patches stay does not depend on it
     "bench --batch 0": "--batch",
     "bench --repeats 0": "--repeats",
     "bench --dtype int8": "bf16",

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from sait import throughput
+from sait import photos, throughput
 from sait.cli import main
 from schema import check_results
 
@@ -66,6 +66,19 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert some["gmac"] < half["gmac"] < dense["gmac"]
 
 
+def test_bench_bounds_what_a_mass_keeps(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    limits = "--mass 1.0 --max-keep 20 --static"
+    run(f"bench {SMALL} --keep 0.2 {limits} --batch 2 --repeats 1 --dtype fp32 --json {figures}")
+    document = json.loads(figures.read_text())
+    check_results(document)
+    dense, share, bounded = document["rows"]
+    assert (share["case"], share["tokens"]) == ("keep 0.2", 21)
+    assert (bounded["case"], bounded["tokens"]) == ("mass 1.0, max_keep 20, static", 21)
+    assert bounded["plan"] == "block=3, mass=1.0, max_keep=20, static=True, score=cls"
+    assert share["gmac"] == bounded["gmac"] < dense["gmac"]
+
+
 def test_bench_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(throughput, "compiled", lambda module: module)
     figures = tmp_path / "figures.json"
@@ -118,6 +131,13 @@ def test_show_draws_each_photo(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for picture in pictures:
         assert Image.open(picture).width > 5 * 10 * 24  # the photo and four densities, 10 patches of 24 pixels across
     assert "carries no meaning" in capsys.readouterr().out  # the weights are random
+
+
+def test_show_bounds_what_a_mass_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+    monkeypatch.setattr(photos, "sheet", lambda rows, title: drawn.update(rows[0]) or Image.new("RGB", (1, 1)))
+    run(f"show {SMALL} --keep 0.5 --mass 1.0 --max-keep 20 --out {tmp_path}")
+    assert list(drawn) == ["photo", "keep 0.5: 50 of 100 patches", "mass 1.0, max_keep 20: 20 of 100 patches"]
 
 
 def test_show_keeps_photos_of_one_name_apart(tmp_path: Path) -> None:

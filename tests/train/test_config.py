@@ -20,6 +20,17 @@ def test_changes_win_over_the_file(tmp_path):
     assert read_config(None, {}).density == ("keep", [0.45, 0.45])
 
 
+def test_a_share_drops_the_limits_of_a_mass(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("mass: 0.9\nmax_keep: 40\nstatic: true\n")
+    assert read_config(path, {}).limits == {"max_keep": 40, "static": True}
+    assert read_config(path, {"mass": 0.8, "max_keep": 30}).limits == {"max_keep": 30, "static": True}
+    share = read_config(path, {"keep": 0.5})
+    assert (share.density, share.limits) == (("keep", [0.5, 0.5]), {"max_keep": None, "static": False})
+    with pytest.raises(TrainingError, match=r"with min_keep, max_keep or static, got keep=0\.5"):
+        read_config(path, {"keep": 0.5, "max_keep": 30})
+
+
 def test_changes_on_the_command_line():
     assert parse_change("lr=1.0e-3") == ("lr", 0.001)
     assert parse_change("keep=[0.3, 0.7]") == ("keep", [0.3, 0.7])
@@ -52,6 +63,11 @@ def test_the_configs_of_the_repository_are_valid(name):
         ({"keep": 1.5}, "keep"),
         ({"keep": [0.7, 0.3]}, "expected a number or [least, greatest]"),
         ({"keep": 0.5, "mass": 0.5}, "expected one of keep and mass, got both"),
+        ({"max_keep": 40}, "mass: expected a number with min_keep, max_keep or static, got keep=0.45"),
+        ({"keep": 0.5, "static": True}, "mass: expected a number with min_keep, max_keep or static, got keep=0.5"),
+        ({"mass": 0.9, "max_keep": 0}, "max_keep: expected at least min_keep = 1, got 0"),
+        ({"mass": 0.9, "max_keep": 0.5}, "max_keep: expected int or null, got 0.5"),
+        ({"mass": 0.9, "static": 1}, "static: expected bool, got 1"),
         ({"score": "best"}, "score: expected one of cls, column, cls_value, got 'best'"),
         ({"eval_keep": [0.0]}, "keep"),
         ({"mixup": 0.8, "batch": 9}, "batch: mixup and cutmix pair images"),

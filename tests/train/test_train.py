@@ -88,6 +88,18 @@ def test_what_a_training_leaves(tmp_path, teacher):
     assert model._sait.active == student_plan(config) == sait.Plan([sait.Stage(1, keep=0.3)], "column")
 
 
+def test_adaptive_epochs_keep_to_their_limits(tmp_path, monkeypatch):
+    seen = kept_shares(monkeypatch)
+    limits = {"max_keep": 5, "static": True}
+    config = short.config(tmp_path / "out", mode="sparse", keep=None, mass=0.9, eval_mass=[1.0], **limits)
+    with short.processes("cpu") as alone:
+        path = train(config, alone)
+    assert seen == [6 / 17] * 4  # the room of a static stage: the class token and five patches
+    assert all("accuracy, mass 1.0, max_keep 5, static" in row for row in metrics(tmp_path / "out"))
+    assert checkpoint.read(path).metadata["config"] == config.to_dict()
+    assert sait.load(path)._sait.active == sait.Plan([sait.Stage(1, mass=0.9, **limits)])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -114,6 +126,17 @@ def test_a_resumed_run_is_the_same_run(tmp_path, teacher, changes):
     assert metrics(parts) == metrics(whole)
     got, want = (load_file(out / "model.safetensors") for out in (parts, whole))
     assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_a_key_that_the_interrupted_run_did_not_have_was_at_its_default(tmp_path):
+    adaptive = {"keep": None, "mass": 0.5, "epochs": 1}
+    short.run(tmp_path, **adaptive)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["config"]["static"]
+    torch.save(state, tmp_path / "last.pt")
+    short.run(tmp_path, **adaptive, resume=True)
+    with pytest.raises(TrainingError, match="trained with static=False, and this run has True"):
+        short.run(tmp_path, **adaptive, static=True, resume=True)
 
 
 def test_seeds_decide(tmp_path):

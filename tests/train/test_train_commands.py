@@ -53,6 +53,15 @@ def test_eval(trained, tmp_path, capsys):
     assert rows["keep 0.25"]["gmac"] < rows["mass 0.5"]["gmac"] < rows["dense"]["gmac"]
 
 
+def test_eval_bounds_what_a_mass_keeps(trained, tmp_path):
+    figures = tmp_path / "figures.json"
+    words = f"eval {trained / 'out' / 'model.safetensors'} --keep 0.25 --mass 1.0 --max-keep 4 --static --images 16"
+    assert typed(f"{words} --json {figures}") == 0
+    rows = {row["case"]: row for row in json.loads(figures.read_text())["rows"]}
+    assert list(rows) == ["dense", "keep 0.25", "mass 1.0, max_keep 4, static"]
+    assert [rows[case]["tokens"] for case in list(rows)[1:]] == [5, 5]
+
+
 def test_eval_counts_right_answers(trained):
     """By a loop over the images, one at a time."""
     import sait

@@ -37,7 +37,7 @@ def test_the_frontier_has_what_nothing_beats():
 def test_every_pair_is_measured(tmp_path):
     model = small.build(score="column", keep=0.5)
     data = open_data(short.config(tmp_path), expected_by(model), short.alone())
-    densities, calls = [Density(keep=0.5), Density(mass=0.5)], []
+    densities, calls = [Density(keep=0.5), Density(mass=0.5), Density(mass=1.0, max_keep=4, static=True)], []
     found = tune(
         model,
         data,
@@ -51,9 +51,11 @@ def test_every_pair_is_measured(tmp_path):
         (None, Density()),
         *((block, density) for block in (0, 2) for density in densities),
     ]
-    assert len(calls) == steps(2, 2, 2, 2)
+    assert len(calls) == steps(2, 2, 3, 2)
+    assert found[3].label == "block 0, mass 1.0, max_keep 4, static"
+    assert found[3].result.tokens == 5
     assert model._sait.plan.score == "column"
-    early, late = found[1].result, found[3].result
+    early, late = found[1].result, found[4].result
     assert early.tokens == late.tokens == 9
     assert early.gmac < late.gmac < found[0].result.gmac
     assert all(s.images_per_s > 0 and s.result.images == 12 for s in found)
@@ -68,14 +70,18 @@ def typed(words: str) -> int:
 
 def test_the_command(tmp_path, capsys):
     path, figures = short.run(tmp_path / "out", epochs=1), tmp_path / "figures.json"
-    words = f"tune {path} --images 20 --batch 8 --repeats 1 --keep 0.5 --mass 0.6 --max-drop 100 --json {figures}"
-    assert typed(words) == 0
+    words = f"tune {path} --images 20 --batch 8 --repeats 1 --keep 0.5 --mass 0.6 --max-keep 9 --max-drop 100"
+    assert typed(f"{words} --json {figures}") == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("trade-off curve", "fastest within 100 points: ", "20 images of canvas"))
     rows = json.loads(figures.read_text())["rows"]
-    assert [(row["case"], row.get("block")) for row in rows] == [("dense", None), ("keep 0.5", 1), ("mass 0.6", 1)]
+    cases = [("dense", None), ("keep 0.5", 1), ("mass 0.6, max_keep 9", 1)]
+    assert [(row["case"], row.get("block")) for row in rows] == cases
     assert typed(f"tune {path} --block 3") == 2
     assert "--block: expected 0 to 2" in capsys.readouterr().err
+    for words in ("--max-keep 5", "--static"):
+        assert typed(f"tune {path} --keep 0.5 {words}") == 2
+        assert f"{words.split()[0]}: expected a --mass that it goes with" in capsys.readouterr().err
     assert typed(f"tune {path} --max-drop -1") == 2
     assert typed("tune nowhere.safetensors") != 0
     assert typed("tune --help") == 0

@@ -26,6 +26,7 @@ Examples:
 * sait bench
 * sait bench --model vit_base_patch16_224 --keep 0.5 --dtype bf16 --batch 8
 * sait bench --compare --keep 0.45 --dtype bf16
+* sait bench --mass 0.9 --max-keep 120 --static
 * sait bench --block 6 --keep 0.7 --mass 0.9 --mass 0.8 --weights random --json figures.json
 """
 NEAR_UNIFORM = (
@@ -39,6 +40,8 @@ def bench(
     block: options.Block = 3,
     keep: options.Keep = [1.0, 0.7, 0.45, 0.3],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [0.9],  # noqa: B006
+    max_keep: options.MaxKeep = None,
+    static: options.Static = False,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 16,
     dtype: Annotated[list[DType], typer.Option(help="A table for each; repeatable.")] = [DType.bf16, DType.fp32],  # noqa: B006
     device: options.Device = "cpu",
@@ -68,7 +71,7 @@ def bench(
         options.check_writable(json, "--json")
     loaded, described = options.load_model(model, weights)
     images, pictured = options.load_images(loaded, batch)
-    densities = [Density(), *(Density(keep=k) for k in keep), *(Density(mass=m) for m in mass)]
+    densities = [Density(), *options.densities(keep, mass, max_keep, static)]
     options.check_prunable(loaded, block, score.value, densities)
     console = Console(highlight=False)
     console.print(f"{model}, {described}; {pictured}; batch {batch}, block {block}, score {score}")

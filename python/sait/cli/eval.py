@@ -34,6 +34,8 @@ def evaluate(
     data: Annotated[str, typer.Option(help="A folder with train/ and val/, or canvas.")] = "canvas",
     keep: options.Keep = [0.7, 0.45, 0.3, 0.15],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [0.9],  # noqa: B006
+    max_keep: options.MaxKeep = None,
+    static: options.Static = False,
     block: Annotated[int, typer.Option(help="Where a timm model drops tokens; a checkpoint has its own.", min=0)] = 3,
     score: options.ScoreKind = Score.cls,
     images: Annotated[int, typer.Option(help="Test images of canvas.", min=1)] = 2000,
@@ -54,7 +56,7 @@ def evaluate(
     from sait.train.evaluate import evaluate
 
     options.check_device(device, None)
-    densities = [Density(), *(Density(keep=k) for k in keep), *(Density(mass=m) for m in mass)]
+    densities = [Density(), *options.densities(keep, mass, max_keep, static)]
     with training(device) as processes:
         assert processes is not None
         if json is not None and processes.first:

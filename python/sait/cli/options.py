@@ -9,6 +9,7 @@ import os
 import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -75,6 +76,10 @@ Weights = Annotated[
 Block = Annotated[int, typer.Option(help="The block at which tokens are dropped, from 0.", min=0)]
 Keep = Annotated[list[float], typer.Option(help="Share of the patches to keep; repeatable.", callback=check_keep)]
 Mass = Annotated[list[float], typer.Option(help="Share of the score to keep; repeatable.", callback=check_mass)]
+MaxKeep = Annotated[int | None, typer.Option(help="Of --mass: patches that an image keeps at most.", min=1)]
+Static = Annotated[
+    bool, typer.Option("--static", help="Of --mass: sizes known without data, with room for --max-keep patches.")
+]
 ScoreKind = Annotated[Score, typer.Option(help="What ranks the tokens.")]
 Device = Annotated[str, typer.Option(help="Such as cpu, cuda or cuda:1.")]
 ForcedBackend = Annotated[
@@ -89,6 +94,19 @@ def bad(option: str, message: str) -> NoReturn:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def densities(keep: list[float], mass: list[float], max_keep: int | None, static: bool = False) -> list[Density]:
+    """One for each --keep, then one for each --mass, with what bounds it."""
+    from sait.throughput import Density
+
+    if not mass and (max_keep is not None or static):
+        option = "--static" if max_keep is None else "--max-keep"
+        bad(option, "expected a --mass that it goes with, got none; add one such as --mass 0.9.")
+    return [
+        *(Density(keep=share) for share in keep),
+        *(Density(mass=share, max_keep=max_keep, static=static) for share in mass),
+    ]
 
 
 def check_device(name: str, backend: Backend | None) -> torch.device:
@@ -122,7 +140,7 @@ def check_prunable(model: nn.Module, block: int, score: str, densities: Sequence
     try:
         sait.sparsify(model, block=block, keep=1.0, score=score)
         for density in densities:
-            sait.set_density(model, keep=density.keep, mass=density.mass)
+            sait.set_density(model, **asdict(density))
         sait.restore(model)
     except (ValueError, TypeError) as error:
         bad("--model", one_line(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,7 @@ def show(
     block: options.Block = 3,
     keep: options.Keep = [0.7, 0.45, 0.3],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [0.9],  # noqa: B006
+    max_keep: options.MaxKeep = None,
     score: options.ScoreKind = Score.cls,
     weights: options.Weights = "auto",
     device: options.Device = "cpu",
@@ -49,7 +51,6 @@ def show(
 
     import sait
     from sait.photos import canvas_examples, draw_kept, fit_to_grid, sheet, to_tensor
-    from sait.throughput import Density
 
     place = options.check_device(device, backend)
     photos = options.open_photos(images or [])
@@ -65,13 +66,13 @@ def show(
         expected = expected._replace(size=loaded.patch_embed.img_size)
         photos = photos if images else canvas_examples(expected.size[0])
     batch = torch.stack([to_tensor(photo, expected) for photo in photos.values()]).to(place, dtype.as_torch())
-    densities = [*(Density(keep=k) for k in keep), *(Density(mass=m) for m in mass)]
+    densities = options.densities(keep, mass, max_keep)
     options.check_prunable(loaded, block, ranks, densities)
     kept = {}
     with options.progress() as bar, options.running_on(backend), torch.inference_mode():
         sait.sparsify(loaded.to(place, dtype.as_torch()), block=block, keep=1.0, score=ranks)
         for density in bar.track(densities, description="choosing patches"):
-            sait.set_density(loaded, keep=density.keep, mass=density.mass)(batch)
+            sait.set_density(loaded, **asdict(density))(batch)
             mask, grid = sait.kept_mask(loaded)
             kept[density] = mask.unflatten(1, grid)
     console = Console(highlight=False)

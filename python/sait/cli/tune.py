@@ -37,6 +37,8 @@ def tune(
     ] = None,
     keep: options.Keep = [0.7, 0.5, 0.4, 0.3, 0.2],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [],  # noqa: B006
+    max_keep: options.MaxKeep = None,
+    static: options.Static = False,
     score: options.ScoreKind = Score.cls,
     images: Annotated[int, typer.Option(help="Validation images of canvas.", min=1)] = 1000,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
@@ -52,7 +54,6 @@ def tune(
     looks at validation images: `sait eval` then judges the choice on others.
     """
     from sait import measure
-    from sait.throughput import Density
     from sait.train.config import Config
     from sait.train.data import expected_by, open_data
     from sait.train.tune import fastest, frontier, steps
@@ -61,7 +62,7 @@ def tune(
     place = options.check_device(device, None)
     if json is not None:
         options.check_writable(json, "--json")
-    densities = [*(Density(keep=k) for k in keep), *(Density(mass=m) for m in mass)]
+    densities = options.densities(keep, mass, max_keep, static)
     with training(device) as processes, options.progress() as bar:
         assert processes is not None
         subject, described = eval.load(model, 0, score.value, densities)

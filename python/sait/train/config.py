@@ -47,6 +47,7 @@ class Config:
         block, score: where tokens are scored and dropped, and by which score; as in sait.Plan.
         keep: share of the patches in sparse epochs, or a pair to draw from uniformly for each batch.
         mass: the same for a share of the score. One of the two is given.
+        max_keep, static: as in sait.Stage, with mass: of sparse epochs, of the saved model, and of eval_mass.
 
         teacher: a checkpoint of ours, or the name of a timm model with pretrained weights; none: no distillation.
         alpha: weight of the distillation of attention; 0 turns it off.
@@ -82,6 +83,8 @@ class Config:
     score: str = "cls"
     keep: Range = None
     mass: Range = None
+    max_keep: int | None = None
+    static: bool = False
 
     teacher: str | None = None
     alpha: float = 1.0
@@ -128,11 +131,11 @@ class Config:
             object.__setattr__(self, "keep", 0.45)
         try:
             for share in (*_ends(self.keep), *_ends(self.mass)):
-                Stage(self.block, *((share, None) if self.mass is None else (None, share)))
+                Stage(self.block, *((share, None) if self.mass is None else (None, share)), **self.limits)
             for share in self.eval_keep:
                 Stage(0, keep=share)
             for share in self.eval_mass:
-                Stage(0, mass=share)
+                Stage(0, mass=share, **self.limits)
             Plan((Stage(self.block, keep=1.0),), self.score)
         except (TypeError, ValueError) as error:
             raise TrainingError(f"config: {error}") from error
@@ -157,6 +160,11 @@ class Config:
     def density(self) -> tuple[str, list[float]]:
         """("keep" or "mass", [least, greatest])."""
         return ("keep", _ends(self.keep)) if self.mass is None else ("mass", _ends(self.mass))
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What a Stage takes beside the density."""
+        return {"max_keep": self.max_keep, "static": self.static}
 
     @property
     def learns_attention(self) -> bool:
@@ -191,9 +199,9 @@ def read_config(path: str | Path | None, changes: Mapping[str, Any]) -> Config:
         if not isinstance(found, dict):
             raise TrainingError(f"config: {path}: expected lines of `key: value`.")
         values = found
-    values = {**values, **changes}
     if "keep" in changes and "mass" not in changes:
-        values["mass"] = None
+        values |= {"mass": None, "max_keep": None, "static": False}  # a share has none of the file's limits of a mass
+    values = {**values, **changes}
     if "mass" in changes and "keep" not in changes:
         values["keep"] = None
     return from_dict(values, str(path) if path is not None else "config")

@@ -155,7 +155,7 @@ class Trainer:
         start = time.perf_counter()
         for step, (images, labels) in enumerate(self.data.train_batches(epoch)):
             share = densities.uniform(ends[0], ends[1])
-            density: dict[str, Any] = {"keep": 1.0} if mode == "dense" else {option: share}
+            density: dict[str, Any] = {"keep": 1.0} if mode == "dense" else {option: share, **config.limits}
             set_density(self.model, **density)
             where = f"epoch {epoch}, step {step + 1} of {steps} ({mode})"
             losses = self._step(images.to(self.processes.device), labels.to(self.processes.device), where)
@@ -220,7 +220,8 @@ class Trainer:
     def _evaluate(self, advance: Advance) -> Row:
         config = self.config
         model = self.model if self.ema is None else self.ema.module
-        densities = [Density(), *map(Density, config.eval_keep), *(Density(mass=mass) for mass in config.eval_mass)]
+        adaptive = (Density(mass=mass, **config.limits) for mass in config.eval_mass)
+        densities = [Density(), *map(Density, config.eval_keep), *adaptive]
         batches = math.ceil(self.data.held_out_images / config.batch)
         counter = iter(range(1, batches + 2))
         results = evaluate(
@@ -285,12 +286,13 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes the unpickler say
             raise TrainingError(f"--resume: {path} is damaged: {' '.join(str(error).split())[:200]}") from error
-        then, now = state["config"], self.config.to_dict()
-        changed = [key for key in now if key not in FREE_KEYS and now[key] != then.get(key)]
+        then = Config().to_dict() | state["config"]  # a key that is newer than the file was at its default
+        now = self.config.to_dict()
+        changed = [key for key in now if key not in FREE_KEYS and now[key] != then[key]]
         if changed:
             key = changed[0]
             raise TrainingError(
-                f"--resume: {path} was trained with {key}={then.get(key)!r}, and this run has {now[key]!r}; "
+                f"--resume: {path} was trained with {key}={then[key]!r}, and this run has {now[key]!r}; "
                 "expected the same config."
             )
         return state
@@ -357,7 +359,7 @@ def create_student(config: Config) -> tuple[dict[str, Any], Any]:
 def student_plan(config: Config) -> Plan:
     """The plan of the saved model: the middle of the range that was trained."""
     option, ends = config.density
-    density: dict[str, Any] = {option: round(sum(ends) / 2, 6)}
+    density: dict[str, Any] = {option: round(sum(ends) / 2, 6), **config.limits}
     return Plan((Stage(config.block, **density),), config.score)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def tune(
         found += [(None if r.density == Density() else block, r.density, r) for r in results]
 
     def forward(block: int | None, density: Density) -> Callable[[], Tensor]:
-        plan = Plan((Stage(block or 0, density.keep, density.mass),), score) if block is not None else None
+        plan = Plan((Stage(block, **asdict(density)),), score) if block is not None else None
 
         def call() -> Tensor:
             if plan is None:
