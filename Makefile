@@ -7,7 +7,8 @@
 # make emulate  the CUDA kernels on the host, thread for thread, under sanitizers: their tests without a GPU
 # make gpu      on a machine with a GPU: build, test and measure there, with its own Python
 # make bench    every op and model against torch  make report  tables and plots from the newest results
-# make end-to-end   whole models against every peer: compiled, OpenVINO, the same pruning in plain torch, EViT, ToMe
+# make end-to-end   DeiT-S against every peer: compiled, OpenVINO, the same pruning in plain torch, EViT, ToMe
+# make end-to-end-models   other sizes and resolutions against some of them
 # make clean    remove what was built (not .venv)
 #
 # PYTHON and VENV may be set: `make demo PYTHON=python3.12 VENV=/somewhere/venv`.
@@ -20,7 +21,7 @@ RESULTS := benchmarks/results
 GPU_RESULTS ?= $(RESULTS)
 
 .PHONY: demo install test check aot sass emulate gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-bench \
-	gpu-end-to-end bench end-to-end report paper clean
+	gpu-end-to-end gpu-end-to-end-models gpu-end-to-end-autotuned bench end-to-end end-to-end-models report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -88,7 +89,7 @@ gpu-test: gpu-test-cuda gpu-test-triton
 GPU_PYTEST = PYTHONPATH=.:python SAIT_TEST_DEVICE=cuda $(PYTHON) -m pytest -p no:cacheprovider $(PYTEST_FLAGS)
 
 gpu-test-cuda:
-	$(GPU_PYTEST) tests/test_gpu.py tests/ops tests/test_properties.py -k "cuda or gpu"
+	$(GPU_PYTEST) tests/test_gpu.py tests/ops tests/test_properties.py tests/benchmarks/test_costs.py -k "cuda or gpu"
 
 gpu-test-triton:
 	$(GPU_PYTEST) tests/ops tests/test_properties.py -k triton
@@ -98,15 +99,33 @@ gpu-bench:
 	PYTHONPATH=.:python $(PYTHON) benchmarks/overhead.py
 	-PYTHONPATH=.:python $(PYTHON) benchmarks/traffic.py
 
+GPU_END_TO_END = PYTHONPATH=.:python $(PYTHON) benchmarks/end_to_end.py --save-results $(GPU_RESULTS)
+OTHER_MODELS := --model deit_tiny_patch16_224 --model deit_base_patch16_224 --model vit_large_patch16_224
+OURS := --peer ours-dense --peer ours --peer ours-optimized-dense --peer ours-optimized
+
 gpu-end-to-end:
-	PYTHONPATH=.:python $(PYTHON) benchmarks/end_to_end.py --save-results $(GPU_RESULTS) $(ARGUMENTS)
+	$(GPU_END_TO_END) $(ARGUMENTS)
+
+# Commands of their own, with fewer peers and batches: torch.compile and its autotuning start anew with each of them.
+gpu-end-to-end-models:
+	$(GPU_END_TO_END) --part models --quick $(OTHER_MODELS) --model deit_base_patch16_384 --batch 1 --batch 64 \
+		--peer timm-compiled --peer plain --peer evit --peer tome $(OURS) --peer ours-mass --peer ours-graphed-dense \
+		--peer ours-graphed $(ARGUMENTS)
+
+gpu-end-to-end-autotuned:
+	$(GPU_END_TO_END) --part autotuned --max-autotune --batch 1 --batch 256 --peer timm-compiled $(OURS) \
+		--peer ours-compiled --peer ours-graphed-dense --peer ours-graphed $(ARGUMENTS)
 
 bench: install $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest benchmarks --save-results $(RESULTS)
 
-# ARGUMENTS="--dtype bf16 --dtype fp32", or what else benchmarks/end_to_end.py --help says.
+# ARGUMENTS="--dtype bf16 --quick", or what else benchmarks/end_to_end.py --help says.
 end-to-end: install $(VENV)/.requirements-dev
 	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) $(ARGUMENTS)
+
+end-to-end-models: install $(VENV)/.requirements-dev
+	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) --part models --quick $(OTHER_MODELS) \
+		--model vit_small_patch16_384 --batch 1 --batch 4 --peer openvino --peer plain $(OURS) $(ARGUMENTS)
 
 report: $(VENV)/.requirements
 	$(BIN)/python benchmarks/report.py

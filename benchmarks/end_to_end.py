@@ -5,13 +5,13 @@ A peer that fails, or gives wrong logits, has a row with the reason in place of 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import costs
 import harness
 import roofline
 import sait
@@ -24,13 +24,12 @@ from rich.table import Table
 from sait import measure, throughput
 from sait.cli import options
 from sait.cli.options import DType
-from torch import Tensor
 
 KIND = "end-to-end"
 BLOCK, KEEP, MASS = 3, 0.45, 0.9  # of twelve blocks; see block_of
 MODELS = ["deit_small_patch16_224"]
 BATCHES = [1, 8, 64, 256] if ON_GPU else [1, 4, 16]
-DTYPES = [DType.bf16]
+DTYPES = [DType.bf16] if ON_GPU else [DType.bf16, DType.fp32]
 REPEATS, QUICK_REPEATS = (50, 10) if ON_GPU else (7, 3)
 Row = dict[str, Any]
 
@@ -68,16 +67,16 @@ def compare(
     """
     torch._dynamo.reset()  # a code object is compiled for so many models only
     figures, failed = [], {}
-    check = check_of(setting)
+    check = throughput.logits_check(setting.vit, setting.images)
     for name in names:
         try:
             made = PEERS[name].make(setting)
-            check(made.forward(setting.images), PEERS[name].group == "dense" or name == "ours-dense")
+            check(made.forward(setting.images), PEERS[name].dense is None)
             figures.append(Figure(name, made, made.rows or seen_rows(setting, made)))
         except Exception as error:  # another engine may raise anything, and the others are to be measured all the same
             if name == BASELINE:
                 raise
-            failed[name] = f"{type(error).__name__}: {options.one_line(error)[:300]}"
+            failed[name] = throughput.reason(error)
         advance()
     calls = [partial(figure.made.forward, setting.images) for figure in figures]
     taken = measure.interleave(calls, repeats, device=DEVICE, advance=advance)
@@ -91,23 +90,6 @@ def seen_rows(setting: Setting, made: Made) -> list[roofline.Rows]:
     model: Any = made.forward
     kept = [selection.cu_seqlens.diff().float().mean().item() for selection in sait.selections(model)]
     return roofline.plan_rows(setting.vit, sait.Plan([sait.Stage(setting.block, mass=setting.mass)]), kept)
-
-
-def check_of(setting: Setting) -> Callable[[Tensor, bool], None]:
-    """check(logits, dense): RuntimeError unless they are finite, and if dense, as close to float64 as timm's own."""
-    few = setting.images[: throughput.CHECKED_IMAGES]
-    expected = setting.vit(few).double()
-    exact = copy.deepcopy(setting.vit).double()(few.double())
-    allowed = throughput.tolerance(few.dtype, expected, exact)
-
-    def check(logits: Tensor, dense: bool) -> None:
-        if not logits.isfinite().all():
-            raise RuntimeError("logits that are not finite, so there are no figures.")
-        error = (logits[: len(few)].double() - exact).abs().max().item()
-        if dense and not error <= allowed:
-            raise RuntimeError(f"logits off by {error:.2g} > {allowed:.2g}, so there are no figures.")
-
-    return check
 
 
 def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str], common: Row) -> list[Row]:
@@ -147,38 +129,17 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
             twin = by_name[peer.dense]
             promised = setting.gmac(twin.rows) / setting.gmac(figure.rows)
             row["flop_share"] = round(twin.seconds / figure.seconds / promised, 3)
-        if ON_GPU:
-            forward = partial(figure.made.forward, setting.images)
-            row |= {"peak_mib": peak_mib(forward), "launches": launches(forward)}
-        rows.append(row)
+        rows.append(row | costs.of_forward(partial(figure.made.forward, setting.images), figure.made.counted))
     for name, reason in failed.items():
         peer = PEERS[name]
         rows.append({"name": "model", "group": peer.group, "peer": name, "case": peer.label, **common, "error": reason})
     return rows
 
 
-def peak_mib(forward: Callable[[], object]) -> float:
-    """Of a GPU's memory, what a forward takes beyond what is there before it: not its weights and images."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    forward()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-
-
-def launches(forward: Callable[[], object]) -> int:
-    """Kernels and copies of a forward on the GPU, those inside a graph included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        forward()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-
-
 def table(rows: Sequence[Row], title: str) -> Table:
     shown = Table("peer", "plan", title=title, title_justify="left")
     columns = ("img/s", "× timm eager", "× best dense", "tokens", "GMAC", "of FLOP ratio", "of floor")
-    for column in columns + (("peak MiB", "launches") if ON_GPU else ()):
+    for column in (*columns, "peak MiB", *(("launches", "host µs") if ON_GPU else ())):
         shown.add_column(column, justify="right")
     for row in rows:
         if "error" in row:
@@ -186,7 +147,8 @@ def table(rows: Sequence[Row], title: str) -> Table:
         cells = [f"{row['images_per_s']:.1f}", f"{row['ratio']:.2f}", f"{row['vs_best_dense']:.2f}"]
         cells += [f"{row['tokens']:.0f}", f"{row['gmac']:.2f}"]
         cells += [f"{row['flop_share']:.0%}" if "flop_share" in row else "", f"{row['of_floor']:.0%}"]
-        cells += [f"{row['peak_mib']:.0f}", f"{row['launches']}"] if ON_GPU else []
+        cells.append(f"{row['peak_mib']:.1f}" if "peak_mib" in row else "")
+        cells += [f"{row[field]:.0f}" if field in row else "" for field in ("launches", "host_us")] if ON_GPU else []
         shown.add_row(row["case"], row["plan"], *cells)
     return shown
 
@@ -199,8 +161,7 @@ def known(names: list[str]) -> list[str]:
 
 
 def default_peers() -> list[str]:
-    left_out = {AUTOTUNED} | ({"openvino"} if ON_GPU else set())
-    return [name for name in PEERS if name not in left_out]
+    return [name for name, peer in PEERS.items() if name != AUTOTUNED and peer.device in (None, DEVICE)]
 
 
 def main(
@@ -215,6 +176,9 @@ def main(
     repeats: Annotated[int | None, typer.Option(help=f"Samples of each; {REPEATS} by default.", min=1)] = None,
     quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_REPEATS} samples of each.")] = False,
     save: Annotated[Path | None, typer.Option("--save-results", help="Folder for the results file.")] = None,
+    part: Annotated[
+        str | None, typer.Option(help="Name of a run that stands beside others of the device: a file of its own.")
+    ] = None,
 ) -> None:
     """Whole models against every peer: timm eager is the baseline, and always measured."""
     if save is not None:
@@ -224,21 +188,23 @@ def main(
     console = Console(highlight=False, width=None if Console().is_terminal else 140)
     settings = [(model, dtype, batch) for model in models for dtype in dtypes for batch in batches]
     rows: list[Row] = []
-    document = measure.results(rows, DEVICE, kind=KIND, roofs=roofs_of(dtypes))  # before its own file changes the tree
-    with options.progress() as bar, torch.inference_mode():
+    head: dict[str, Any] = {"kind": KIND} | ({"part": part} if part else {})
+    document = measure.results(rows, DEVICE, **head, roofs=roofs_of(dtypes))  # before its own file changes the tree
+    with options.progress() as bar:
         task = bar.add_task(KIND, total=len(settings) * (len(chosen) + measure.samples_in(len(chosen), samples)))
         for at, (model, dtype, batch) in enumerate(settings):
             loaded, described = options.load_model(model, weights)
             images, _ = options.load_images(loaded, batch)
-            vit = loaded.to(DEVICE, dtype.as_torch())
+            vit = loaded.to(DEVICE, dtype.as_torch())  # outside of inference mode: sait.optimize wants such weights
             block = block_of(len(vit.blocks))
             setting = Setting(vit, images.to(DEVICE, dtype.as_torch()), block, KEEP, MASS)
             bar.update(task, description=f"{model}, {dtype}, batch {batch}")
-            figures, failed = compare(setting, chosen, samples, partial(bar.advance, task))
-            bar.update(task, completed=(at + 1) * bar.tasks[0].total / len(settings))  # a peer that failed has none
             common = {"model": model, "batch": batch, "dtype": dtype.value}
             common |= {"weights": "random"} if described.startswith("random") else {}
-            found = rows_of(setting, figures, failed, common)
+            with torch.inference_mode():
+                figures, failed = compare(setting, chosen, samples, partial(bar.advance, task))
+                found = rows_of(setting, figures, failed, common)
+            bar.update(task, completed=(at + 1) * bar.tasks[0].total / len(settings))  # a peer that failed has none
             console.print(table(found, f"{model}, {dtype}, batch {batch}, {described}"))
             for name, reason in failed.items():
                 console.print(f"{PEERS[name].label}: no figures: {reason}")

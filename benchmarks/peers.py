@@ -192,9 +192,10 @@ class Setting:
 class Made(NamedTuple):
     """A peer, ready to run."""
 
-    forward: Callable[[Tensor], Tensor]
+    forward: Any  # images -> logits
     plan: str
     rows: list[Rows] | None  # None: the images decide
+    counted: bool = True  # torch's allocator hands out its memory as it runs; not that of another engine or of a graph
 
 
 @dataclass(frozen=True)
@@ -207,27 +208,28 @@ class Peer:
         make: of a setting; its failure is reported with its reason.
         dense: for one that computes less: the peer that runs the dense model in the same way. What the arithmetic
             promises is faster than that one.
+        device: the only type of device that has it, where it is one.
     """
 
     label: str
     group: str
     make: Callable[[Setting], Made]
     dense: str | None = None
+    device: str | None = None
 
 
-def _compiled(module: nn.Module, setting: Setting) -> Any:
-    """On a GPU one image is a matter of launches: torch.compile takes them into a CUDA graph."""
-    graph = setting.images.is_cuda and len(setting.images) == 1
-    return compiled(module, "reduce-overhead" if graph else "default")
+def _timm(setting: Setting) -> Made:
+    return Made(share(setting.vit), "dense", roofline.dense_rows(setting.vit))
 
 
-def _dense(how: Callable[[Setting], Callable[[Tensor], Tensor]]) -> Callable[[Setting], Made]:
-    return lambda setting: Made(how(setting), "dense", roofline.dense_rows(setting.vit))
+def _autotuned(setting: Setting) -> Made:
+    made = _timm(setting)
+    return made._replace(forward=compiled(made.forward, "max-autotune"), counted=not setting.images.is_cuda)
 
 
 def _openvino(setting: Setting) -> Made:
     module = OpenVino(setting.vit, setting.images)
-    return Made(module, f"dense, openvino {module.version}", roofline.dense_rows(setting.vit))
+    return Made(module, f"dense, openvino {module.version}", roofline.dense_rows(setting.vit), counted=False)
 
 
 def _plain(setting: Setting) -> Made:
@@ -236,11 +238,6 @@ def _plain(setting: Setting) -> Made:
     rows[setting.block] = at._replace(queries=at.entering)  # SDPA for all rows
     module = PlainPruning(share(setting.vit), setting.block, setting.keep)
     return Made(module, f"block={setting.block}, keep={setting.keep}, score=cls", rows)
-
-
-def _plain_compiled(setting: Setting) -> Made:
-    module, plan, rows = _plain(setting)
-    return Made(_compiled(module, setting), plan, rows)  # type: ignore[arg-type]
 
 
 def _evit(setting: Setting) -> Made:
@@ -258,51 +255,69 @@ def _tome(setting: Setting) -> Made:
     return Made(Tome(share(setting.vit), r), f"r={r}", Tome.rows(setting.vit, r))
 
 
-def sparse(setting: Setting, **density: Any) -> Any:
+def _sparse(setting: Setting, **density: Any) -> Any:
     return sait.sparsify(share(setting.vit), block=setting.block, **density)
 
 
 def _ours(setting: Setting) -> Made:
     plan = f"block={setting.block}, keep={setting.keep}, score=cls"
-    return Made(sparse(setting, keep=setting.keep), plan, roofline.plan_rows(setting.vit, setting.plan))
+    return Made(_sparse(setting, keep=setting.keep), plan, roofline.plan_rows(setting.vit, setting.plan))
 
 
 def _ours_dense(setting: Setting) -> Made:
-    return Made(sparse(setting, keep=1.0), f"block={setting.block}, keep=1.0", roofline.dense_rows(setting.vit))
+    return Made(_sparse(setting, keep=1.0), f"block={setting.block}, keep=1.0", roofline.dense_rows(setting.vit))
 
 
 def _ours_mass(setting: Setting) -> Made:
     plan = f"block={setting.block}, mass={setting.mass}, score=cls"
-    return Made(sparse(setting, mass=setting.mass), plan, None)
+    return Made(_sparse(setting, mass=setting.mass), plan, None)
 
 
-def _ours_optimized(setting: Setting) -> Made:
-    """On packed weights, which are for CPUs."""
-    if setting.images.is_cuda:
-        raise RuntimeError("packed weights are for CPUs")
-    module, plan, rows = _ours(setting)
-    return Made(sait.optimize(module), plan, rows)
+def _compiled(make: Callable[[Setting], Made]) -> Callable[[Setting], Made]:
+    """On a GPU one image is a matter of launches: torch.compile takes them into a CUDA graph."""
+
+    def made(setting: Setting) -> Made:
+        eager, graph = make(setting), setting.images.is_cuda and len(setting.images) == 1
+        module = compiled(eager.forward, "reduce-overhead" if graph else "default")
+        return eager._replace(forward=module, counted=not graph)
+
+    return made
 
 
-def _ours_compiled(setting: Setting) -> Made:
-    module, plan, rows = _ours(setting)
-    return Made(_compiled(module, setting), plan, rows)  # type: ignore[arg-type]
+def _optimized(make: Callable[[Setting], Made]) -> Callable[[Setting], Made]:
+    def made(setting: Setting) -> Made:
+        plain = make(setting)
+        return plain._replace(forward=sait.optimize(plain.forward))
+
+    return made
+
+
+def _graphed(make: Callable[[Setting], Made]) -> Callable[[Setting], Made]:
+    def made(setting: Setting) -> Made:
+        eager = make(setting)
+        return eager._replace(forward=sait.graphed(eager.forward, setting.images), counted=False)
+
+    return made
 
 
 BASELINE = "timm"
 AUTOTUNED = "timm-autotuned"  # minutes of compilation: only when asked for
 PEERS = {
-    BASELINE: Peer("timm eager", "dense", _dense(lambda s: share(s.vit))),
-    "timm-compiled": Peer("timm compiled", "dense", _dense(lambda s: _compiled(share(s.vit), s))),
-    AUTOTUNED: Peer("timm autotuned", "dense", _dense(lambda s: compiled(share(s.vit), "max-autotune"))),
-    "openvino": Peer("OpenVINO", "dense", _openvino),
+    BASELINE: Peer("timm eager", "dense", _timm),
+    "timm-compiled": Peer("timm compiled", "dense", _compiled(_timm)),
+    AUTOTUNED: Peer("timm autotuned", "dense", _autotuned),
+    "openvino": Peer("OpenVINO", "dense", _openvino, device="cpu"),
     "plain": Peer("plain torch", "pruned", _plain, BASELINE),
-    "plain-compiled": Peer("plain torch compiled", "pruned", _plain_compiled, "timm-compiled"),
+    "plain-compiled": Peer("plain torch compiled", "pruned", _compiled(_plain), "timm-compiled"),
     "evit": Peer("EViT", "pruned", _evit, BASELINE),
     "tome": Peer("ToMe", "pruned", _tome, BASELINE),
     "ours-dense": Peer("ours, all tokens", "ours", _ours_dense),
     "ours": Peer("ours", "ours", _ours, "ours-dense"),
-    "ours-optimized": Peer("ours optimized", "ours", _ours_optimized, "ours-dense"),
     "ours-mass": Peer("ours, mass", "ours", _ours_mass, "ours-dense"),
-    "ours-compiled": Peer("ours compiled", "ours", _ours_compiled, "timm-compiled"),
+    "ours-optimized-dense": Peer("ours optimized, all tokens", "ours", _optimized(_ours_dense)),
+    "ours-optimized": Peer("ours optimized", "ours", _optimized(_ours), "ours-optimized-dense"),
+    "ours-optimized-mass": Peer("ours optimized, mass", "ours", _optimized(_ours_mass), "ours-optimized-dense"),
+    "ours-compiled": Peer("ours compiled", "ours", _compiled(_ours), "timm-compiled"),
+    "ours-graphed-dense": Peer("ours graphed, all tokens", "ours", _graphed(_ours_dense), device="cuda"),
+    "ours-graphed": Peer("ours graphed", "ours", _graphed(_ours), "ours-graphed-dense", device="cuda"),
 }

@@ -18,9 +18,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "× best dense": lambda row: number(row["vs_best_dense"], 2),
     "of FLOP ratio": lambda row: f"{row['flop_share']:.0%}" if "flop_share" in row else "",
     "of floor": lambda row: f"{row['of_floor']:.0%}",
-    "peak MiB": lambda row: number(row["peak_mib"], 0) if "peak_mib" in row else "",
+    "peak MiB": lambda row: number(row["peak_mib"], 1) if "peak_mib" in row else "",
     "launches": lambda row: number(row["launches"], 0) if "launches" in row else "",
+    "host µs": lambda row: number(row["host_us"], 0) if "host_us" in row else "",
 }
+CONTENDERS = ("ours", "ours-optimized")  # the better of them is held against the best dense peer
 HEADLINE_COLUMNS = ("img/s", "× timm eager", "× best dense")
 PEERS_SHOWN = ("timm", "openvino", "ours-dense", "ours")  # of the peers: whose floor is shown by stages
 
@@ -36,16 +38,56 @@ def headline(document: Document) -> str:
 
 
 def everything(document: Document) -> str:
-    """A table for each model and batch."""
-    parts = [provenance(document)]
-    for model, batch in unique((row["model"], row["batch"]) for row in document["rows"]):
-        rows = [row for row in document["rows"] if (row["model"], row["batch"]) == (model, batch)]
-        parts += [title(rows), *peer_table(rows, tuple(COLUMNS)), *failures(rows)]
+    """What comes out in each setting, then a table of each: of a model, batch and dtype."""
+    parts = [provenance(document), *overview(document)]
+    for rows in settings(document):
+        parts += [title(rows, rows[0]["dtype"]), *peer_table(rows, tuple(COLUMNS)), *failures(rows)]
     return "\n\n".join(parts)
 
 
-def title(rows: Sequence[Row]) -> str:
-    return f"**{rows[0]['model']}, batch {rows[0]['batch']}**{weights(rows)}:"
+def settings(document: Document) -> list[list[Row]]:
+    """The rows of each model, batch and dtype."""
+    by_setting: dict[Any, list[Row]] = {}
+    for row in document["rows"]:
+        by_setting.setdefault((row["model"], row["batch"], row["dtype"]), []).append(row)
+    return list(by_setting.values())
+
+
+def best_of_ours(rows: Sequence[Row]) -> list[Row]:
+    """The faster of CONTENDERS in one setting; none where neither ran."""
+    ran = [row for row in rows if row["peer"] in CONTENDERS and "error" not in row]
+    return sorted(ran, key=lambda row: row["ours_us"])[:1]
+
+
+def overview(document: Document) -> list[str]:
+    """One table of the best dense peer and the faster of CONTENDERS in each setting, or none where neither ran."""
+    lines = []
+    for rows in settings(document):
+        for ours in best_of_ours(rows):
+            dense = next(row for row in rows if row["case"] == ours["best_dense"])
+            line = [ours["model"], str(ours["batch"]), ours["dtype"], dense["case"], ours["case"]]
+            line += [number(row["images_per_s"], 1) for row in (dense, ours)]
+            lines.append([*line, number(ours["vs_best_dense"], 2)])
+    header = ["model", "batch", "dtype", "best dense", "ours", "best dense img/s", "ours img/s", "×"]
+    return [render(header, lines, text=5)] if lines else []
+
+
+def losses(document: Document) -> str:
+    """The settings in which the faster of CONTENDERS is slower than the best dense peer."""
+    measured = [row for rows in settings(document) for row in best_of_ours(rows)]
+    lost = [row for row in measured if row["vs_best_dense"] < 1]
+    counted = f"Slower than the best dense peer: {len(lost) or 'none'} of {len(measured)} settings."
+    lines = [
+        f"- {row['model']}, batch {row['batch']}, {row['dtype']}: {row['case']} has {row['vs_best_dense']:.2f} × the "
+        f"speed of {row['best_dense']}"
+        for row in lost
+    ]
+    return "\n\n".join([provenance(document), counted, *(["\n".join(lines)] if lines else [])])
+
+
+def title(rows: Sequence[Row], *more: str) -> str:
+    named = ", ".join([rows[0]["model"], f"batch {rows[0]['batch']}", *more])
+    return f"**{named}**{weights(rows)}:"
 
 
 def peer_table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
@@ -60,7 +102,8 @@ def peer_table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
         for dtype in dtypes:
             cells += [COLUMNS[column](of_case[dtype]) if dtype in of_case else "" for column in columns]
         lines.append(cells)
-    header = ["", "GMAC", *(f"{dtype} {column}" for dtype in dtypes for column in columns)]
+    names = [f"{dtype} {column}" if len(dtypes) > 1 else column for dtype in dtypes for column in columns]
+    header = ["", "GMAC", *names]
     return [render(header, lines)] if lines else []
 
 

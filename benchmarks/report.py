@@ -23,16 +23,24 @@ NO_GPU_YET = "GPU: not measured yet."
 
 
 def newest(folder: Path, kind: str | None = None) -> list[Document]:
-    """The latest results document of each device, of one kind. ValueError for a schema that is not this script's."""
-    latest: dict[str, Document] = {}
+    """The latest results document of each device and part, of one kind; those that are no part first.
+
+    ValueError for a schema that is not this script's.
+    """
+    latest: dict[tuple[str, str], Document] = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise ValueError(f"results of schema {document['schema']}; this script knows schema {SCHEMA}")
-        device = document["device"]
-        if document.get("kind") == kind and (device not in latest or latest[device]["date"] < document["date"]):
-            latest[device] = document
-    return list(latest.values())
+        key = document["device"], document.get("part", "")
+        if document.get("kind") == kind and (key not in latest or latest[key]["date"] < document["date"]):
+            latest[key] = document
+    return sorted(latest.values(), key=lambda document: document.get("part", ""))
+
+
+def whole(documents: Sequence[Document]) -> list[Document]:
+    """Those that are no part: the headline and the floor are of these."""
+    return [document for document in documents if "part" not in document]
 
 
 def sections(documents: Sequence[Document], written: Callable[[Document], str]) -> str:
@@ -111,7 +119,7 @@ def updated(readme: str, results: Path, accuracy: Path) -> str:
     summary = (
         paper_report.summary(json.loads(accuracy.read_text(encoding="utf-8"))) if accuracy.exists() else NOTHING_YET
     )
-    peers = sections(newest(results, performance_report.KIND), performance_report.headline)
+    peers = sections(whole(newest(results, performance_report.KIND)), performance_report.headline)
     readme = insert(readme, "results", sections(newest(results), markdown))
     return insert(insert(readme, "end-to-end", peers), "accuracy", summary)
 
@@ -121,7 +129,8 @@ def updated_performance(page: str, results: Path) -> str:
     peers = newest(results, performance_report.KIND)
     page = insert(page, "density", sections(newest(results), performance_report.density))
     page = insert(page, "end-to-end", sections(peers, performance_report.everything))
-    return insert(page, "floor", sections(peers, performance_report.floor))
+    page = insert(page, "losses", sections(peers, performance_report.losses))
+    return insert(page, "floor", sections(whole(peers), performance_report.floor))
 
 
 def main() -> None:
@@ -137,7 +146,7 @@ def main() -> None:
     folder = arguments.performance.parent
     for document in newest(arguments.results):
         performance_report.plot_density(document, folder)
-    for document in newest(arguments.results, performance_report.KIND):
+    for document in whole(newest(arguments.results, performance_report.KIND)):
         performance_report.plot_floor(document, folder)
 
 

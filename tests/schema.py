@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 HEAD = {"schema", "date", "device", "threads", "versions", "rows"}
-OPTIONAL_HEAD = {"commit", "dirty", "roofs", "kind"}
+OPTIONAL_HEAD = {"commit", "dirty", "roofs", "kind", "part"}
 ROW = {"name", "case", "batch", "dtype", "baseline", "ours_us", "baseline_us", "ratio"}
 MODEL_ROW = ROW | {"model", "plan", "images_per_s", "tokens", "gmac"}
 OPTIONAL_ROW = {"goal", "weights", "of_floor"}
 FAILED_ROW = {"name", "case", "batch", "dtype", "model", "group", "peer", "error"}
 PEER_ROW = MODEL_ROW | {"group", "peer", "best_dense", "vs_best_dense", "floor_us", "floor_parts_us"}
-OPTIONAL_PEER_ROW = OPTIONAL_ROW | {"flop_share", "peak_mib", "launches"}
+OPTIONAL_PEER_ROW = OPTIONAL_ROW | {"flop_share", "peak_mib", "launches", "host_us"}
 
 
 def check_results(document: dict[str, Any]) -> None:

@@ -139,7 +139,7 @@ def save(document: Mapping[str, Any], path: Path) -> None:
 
 
 def file_name(document: Mapping[str, Any]) -> str:
-    """``<date>-<device>.json``, or ``<date>-<device>-<kind>.json`` where the document has a kind."""
-    parts = [document["device"], *([document["kind"]] if "kind" in document else [])]
-    named = re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+    """``<date>-<device>.json``, with ``-<kind>`` and ``-<part>`` where the document has them."""
+    parts = "-".join(document[field] for field in ("device", "kind", "part") if field in document)
+    named = re.sub(r"[^a-z0-9]+", "-", parts.lower()).strip("-")
     return f"{document['date'][:10]}-{named}.json"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sait.density import selections, set_density
 from sait.macs import macs
 from sait.measure import interleave, samples_in
+from sait.optimize import optimize
 from sait.plain import PlainPruning, share
 from sait.sparse import sparsify
 
@@ -91,14 +92,61 @@ class Peer:
     density: Density | None = None
 
 
-def plain_peers(model: nn.Module, *, block: int, keep: float) -> dict[str, Peer]:
-    """timm compiled, and the same pruning in plain torch, eager and compiled; on the parameters of a timm model."""
-    pruned = PlainPruning(share(model), block, keep)
-    return {
-        "timm compiled": Peer(compiled(share(model))),
-        "plain torch": Peer(pruned, Density(keep=keep)),
-        "plain torch compiled": Peer(compiled(PlainPruning(share(model), block, keep)), Density(keep=keep)),
+def peers_of(model: nn.Module, images: Tensor, *, block: int, keep: float) -> tuple[dict[str, Peer], dict[str, str]]:
+    """timm compiled, the same pruning in plain torch, eager and compiled, and ours optimized; each is run once.
+
+    Args:
+        model: a timm Vision Transformer in eval mode, whose parameters they share.
+        images: as for ``measure``.
+        block, keep: where and what share they keep.
+
+    Returns:
+        Those that run, and why the others do not; by name.
+    """
+
+    def plain() -> nn.Module:
+        return PlainPruning(share(model), block, keep)
+
+    pruned = Density(keep=keep)
+    making: dict[str, tuple[Callable[[], Any], Density | None]] = {
+        "timm compiled": (lambda: compiled(share(model)), None),
+        "plain torch": (plain, pruned),
+        "plain torch compiled": (lambda: compiled(plain()), pruned),
+        "ours optimized": (lambda: optimize(sparsify(share(model), block=block, keep=keep)), pruned),
     }
+    peers, failed = {}, {}
+    with torch.inference_mode():
+        check = logits_check(model, images)
+        for name, (make, density) in making.items():
+            try:
+                peer = Peer(make(), density)
+                check(peer.forward(images), density is None)
+                peers[name] = peer
+            except Exception as error:  # a compiler may raise anything, and the others are to be measured all the same
+                failed[name] = reason(error)
+    return peers, failed
+
+
+def reason(error: Exception) -> str:
+    """What stands in place of figures: one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def logits_check(model: nn.Module, images: Tensor) -> Callable[[Tensor, bool], None]:
+    """check(logits, dense): RuntimeError unless they are finite, and if dense, as close to float64 as timm's own."""
+    few = images[:CHECKED_IMAGES]
+    expected = model(few).double()
+    exact = copy.deepcopy(model).double()(few.double())
+    allowed = tolerance(few.dtype, expected, exact)
+
+    def check(logits: Tensor, dense: bool) -> None:
+        if not logits.isfinite().all():
+            raise RuntimeError("logits that are not finite, so there are no figures.")
+        error = (logits[: len(few)].double() - exact).abs().max().item()
+        if dense and not error <= allowed:
+            raise RuntimeError(f"logits off by {error:.2g} > {allowed:.2g}, so there are no figures.")
+
+    return check
 
 
 def compiled(module: nn.Module, mode: str = "default") -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import end_to_end
 import harness
 import peers
+import performance_report
 import pytest
 import torch
 import typer
@@ -69,7 +71,8 @@ def test_without_the_baseline_there_is_nothing(setting: Setting, monkeypatch: py
         end_to_end.compare(setting, ["timm"], 1)
 
 
-def test_rows(setting: Setting) -> None:
+def test_rows(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "compiled", lambda module, mode: module)
     seconds = {"timm": 4.0, "timm-compiled": 2.0, "ours-dense": 1.5, "ours": 1.0, "evit": 8.0}
     figures = []
     for name, taken in seconds.items():
@@ -88,6 +91,18 @@ def test_rows(setting: Setting) -> None:
     assert sum(rows["ours"]["floor_parts_us"].values()) == pytest.approx(floor, abs=0.5)
     assert rows["ours"]["of_floor"] == pytest.approx(floor / 1e6, abs=1e-3)
     assert rows["timm"]["floor_us"] > floor
+    assert rows["timm"]["peak_mib"] > 0
+
+
+def test_memory_that_torch_does_not_hand_out_has_no_figure(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(setting: Setting) -> Made:
+        return PEERS["timm"].make(setting)._replace(counted=False)
+
+    monkeypatch.setitem(PEERS, "elsewhere", Peer("Elsewhere", "dense", elsewhere))
+    with torch.inference_mode():
+        figures, failed = end_to_end.compare(setting, ["timm", "elsewhere"], 1)
+        rows = end_to_end.rows_of(setting, figures, failed, {"model": "m", "batch": 2, "dtype": "fp32"})
+    assert [row["peer"] for row in rows if "peak_mib" in row] == ["timm"]
 
 
 @pytest.mark.parametrize(("depth", "block"), [(12, 3), (24, 6)])
@@ -120,8 +135,40 @@ def test_a_run_writes_a_results_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert words in printed
 
 
-def test_what_is_left_out_of_the_default_has_to_be_asked_for() -> None:
-    assert set(PEERS) - set(end_to_end.default_peers()) == {"timm-autotuned"}
+def test_models_of_several_sizes(tmp_path: Path) -> None:
+    """In a file of their own, and in a report that tells them apart."""
+    models = [word for name in ("test_vit", "vit_tiny_patch16_384") for word in ("--model", name)]
+    options = ["--batch", 1, "--dtype", "fp32", "--peer", "plain", "--peer", "ours", "--repeats", 1]
+    run(*models, *options, "--save-results", tmp_path, "--part", "models")
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith("-end-to-end-models.json")
+    document = json.loads(path.read_text())
+    check_results(document)
+    assert document["part"] == "models"
+    assert [row["tokens"] for row in document["rows"]] == [101, 46, 46, 577, 261, 261]
+    written = performance_report.everything(document)
+    for words in ("**test_vit, batch 1, fp32**", "**vit_tiny_patch16_384, batch 1, fp32**"):
+        assert words in written
+
+
+def test_weights_are_those_that_optimize_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made in inference mode they would be no parameters whose changes torch counts, and run unpacked."""
+    seen, original = [], end_to_end.compare
+
+    def compare(setting: Setting, *arguments: Any) -> object:
+        seen.append(any(weight.is_inference() for weight in setting.vit.parameters()))
+        return original(setting, *arguments)
+
+    monkeypatch.setattr(end_to_end, "compare", compare)
+    run("--model", "test_vit", "--batch", 1, "--dtype", "bf16", "--peer", "ours-optimized", "--repeats", 1)
+    assert seen == [False]
+
+
+def test_what_is_left_out_of_the_default_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphed = {"ours-graphed", "ours-graphed-dense"}
+    for device, missing in {"cpu": graphed, "cuda": {"openvino"}}.items():
+        monkeypatch.setattr(end_to_end, "DEVICE", device)
+        assert set(PEERS) - set(end_to_end.default_peers()) == {"timm-autotuned"} | missing
 
 
 def test_an_unknown_peer_is_one_line_that_helps() -> None:

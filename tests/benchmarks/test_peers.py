@@ -162,7 +162,21 @@ def test_compiled_peers_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_peer_that_computes_less_names_its_dense_twin() -> None:
     for peer in PEERS.values():
         assert peer.dense is None or PEERS[peer.dense].dense is None
-        assert (peer.dense is not None) == (peer.group != "dense" and peer.label != "ours, all tokens")
+        assert (peer.dense is not None) == (peer.group != "dense" and "all tokens" not in peer.label)
+
+
+@pytest.mark.parametrize("name", ["ours-dense", "ours", "ours-mass"])
+def test_optimized_peers_are_the_same_models_optimized(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimized = []
+    monkeypatch.setattr(sait, "optimize", lambda model: optimized.append(model) or model)
+    made, twin = PEERS[name].make(setting()), PEERS[name.replace("ours", "ours-optimized")].make(setting())
+    assert optimized == [twin.forward]
+    assert (twin.plan, twin.rows) == (made.plan, made.rows)
+
+
+def test_a_cpu_has_no_graphs() -> None:
+    with pytest.raises(ValueError, match="GPU"):
+        PEERS["ours-graphed"].make(setting())
 
 
 def test_without_openvino_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

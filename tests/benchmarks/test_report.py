@@ -81,6 +81,18 @@ def test_newest_of_each_device_and_kind(tmp_path: Path) -> None:
     assert [found["date"][:10] for found in report.newest(tmp_path, "end-to-end")] == ["2026-03-01"]
 
 
+def test_a_part_stands_beside_the_main_run(tmp_path: Path) -> None:
+    """And replaces an older run of the same part only; headline and floor are of the main run."""
+    write(tmp_path, "a", date="2026-03-01T00:00:00+00:00", kind="end-to-end", part="models", rows=[], threads=4)
+    write(tmp_path, "b", date="2026-02-01T00:00:00+00:00", kind="end-to-end", part="models", rows=[], threads=3)
+    write(tmp_path, "c", date="2026-01-01T00:00:00+00:00", kind="end-to-end", rows=[], threads=2)
+    found = report.newest(tmp_path, "end-to-end")
+    assert [document["threads"] for document in found] == [2, 4]
+    assert report.whole(found) == found[:1]
+    page = report.updated_performance(PAGE, tmp_path)
+    assert (page.count("2 threads"), page.count("4 threads")) == (3, 2)
+
+
 def test_sections_are_cpus_then_gpus() -> None:
     cpu, gpu = document(), document(device="NVIDIA H200")
     assert report.sections([gpu, cpu], lambda found: found["device"]) == "Some CPU avx2\n\nNVIDIA H200"
@@ -125,7 +137,7 @@ def test_a_readme_without_markers_is_refused(readme: str) -> None:
         report.insert(readme, "results", "new")
 
 
-PAGE = "".join(marked(name, "") for name in ("density", "end-to-end", "floor"))
+PAGE = "".join(marked(name, "") for name in ("density", "end-to-end", "losses", "floor"))
 
 
 def test_command(tmp_path: Path) -> None:

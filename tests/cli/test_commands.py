@@ -85,15 +85,30 @@ def test_bench_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     densities = "--keep 0.7 --keep 0.45 --mass 0.5"
     run(f"bench {SMALL} {densities} --compare --batch 2 --repeats 1 --dtype fp32 --json {figures}")
     printed = capsys.readouterr().out
-    for words in ("timm compiled", "plain torch, keep 0.45", "plain torch compiled, keep 0.45"):
+    pruned = [f"{peer}, keep 0.45" for peer in ("plain torch", "plain torch compiled", "ours optimized")]
+    for words in ("timm compiled", *pruned):
         assert words in printed
     document = json.loads(figures.read_text())
     check_results(document)
     dense = ["timm dense", "timm compiled"]
-    plain = ["plain torch, keep 0.45", "plain torch compiled, keep 0.45"]
-    expected = {"dense mode": dense, "keep 0.7": dense, "keep 0.45": dense + plain, "mass 0.5": dense}
+    expected = {"dense mode": dense, "keep 0.7": dense, "keep 0.45": dense + pruned, "mass 0.5": dense}
     rows = document["rows"]
     assert [(row["case"], row["baseline"]) for row in rows] == [(c, b) for c, found in expected.items() for b in found]
+
+
+def test_a_peer_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_compiler(module: torch.nn.Module) -> torch.nn.Module:
+        raise RuntimeError("no\ncompiler")
+
+    monkeypatch.setattr(throughput, "compiled", no_compiler)
+    run(f"bench {SMALL} --keep 0.45 --compare --batch 1 --repeats 1 --dtype fp32")
+    printed = capsys.readouterr().out
+    for words in ("plain torch, keep 0.45", "ours optimized, keep 0.45"):
+        assert words in printed
+    for name in ("timm compiled", "plain torch compiled"):
+        assert f"{name}: no figures: RuntimeError: no compiler" in printed
 
 
 def test_bench_compares_by_the_score_that_plain_torch_has() -> None:

@@ -16,9 +16,7 @@ from sait.cli import options
 from sait.cli.options import DType, Score
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from sait.throughput import Figure, Peer
+    from sait.throughput import Figure
 
 EXAMPLES = """\
 Examples:
@@ -51,7 +49,10 @@ def bench(
     backend: options.ForcedBackend = None,
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Also timm compiled, and the smallest share in plain torch, compiled, too."),
+        typer.Option(
+            "--compare",
+            help="Also timm compiled, and at the smallest share plain torch, the same compiled, and sait.optimize.",
+        ),
     ] = False,
     json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
@@ -78,12 +79,13 @@ def bench(
     rows: list[dict[str, Any]] = []
     for kind in dtype:
         subject = copy.deepcopy(loaded).to(place, kind.as_torch())
-        peers = plain_peers(subject, block, min(keep)) if compare else {}
+        pictures = images.to(place, kind.as_torch())
         with options.progress() as bar, options.running_on(backend):
+            peers, failed = throughput.peers_of(subject, pictures, block=block, keep=min(keep)) if compare else ({}, {})
             task = bar.add_task(f"measuring {kind}", total=throughput.samples(densities, repeats, peers))
             figures = throughput.measure(
                 subject,
-                images.to(place, kind.as_torch()),
+                pictures,
                 densities,
                 block=block,
                 score=score.value,
@@ -92,6 +94,8 @@ def bench(
                 peers=peers,
             )
         console.print(table(figures, kind.value))
+        for name, why in failed.items():
+            console.print(f"{name}: no figures: {why}")
         rows += throughput.rows(figures, model=model, batch=batch, dtype=kind.value, block=block, score=score.value)
     if mass and described.startswith("random"):
         console.print(NEAR_UNIFORM)
@@ -100,15 +104,6 @@ def bench(
     if json is not None:
         measure.save(document, json)
         console.print(f"written: {json}")
-
-
-def plain_peers(model: nn.Module, block: int, keep: float) -> dict[str, Peer]:
-    from sait import throughput
-
-    try:
-        return throughput.plain_peers(model, block=block, keep=keep)
-    except ValueError as error:  # such as gated attention
-        options.bad("--compare", options.one_line(error))
 
 
 def table(figures: Sequence[Figure], dtype: str) -> Table:
