@@ -15,13 +15,14 @@ from sait_kernels.ops.gather_add_norm import gather_add_norm
 from sait_kernels.ops.gather_tokens import gather_tokens, scatter_tokens
 from sait_kernels.ops.linear_residual import linear_residual
 from sait_kernels.ops.norm_linear import norm_linear
-from sait_kernels.ops.packed_linear import pack_linear, packed_linear
+from sait_kernels.ops.packed_linear import PackedLayer, pack_linear, packed_block, packed_linear
 from sait_kernels.ops.prune_attention import prune_attention
 from sait_kernels.ops.score_tokens import score_tokens
 from sait_kernels.ops.select import select_mass, select_topk
 from sait_kernels.selection import Selection, uniform_cu_seqlens
 
 __all__ = [
+    "PackedLayer",
     "Selection",
     "__version__",
     "backend",
@@ -32,6 +33,7 @@ __all__ = [
     "linear_residual",
     "norm_linear",
     "pack_linear",
+    "packed_block",
     "packed_linear",
     "prune_attention",
     "reference",

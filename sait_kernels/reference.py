@@ -7,6 +7,7 @@ from sait_kernels.ops.gather_tokens import scatter_tokens_reference as scatter_t
 from sait_kernels.ops.linear_residual import linear_residual_reference as linear_residual
 from sait_kernels.ops.norm_linear import norm_linear_reference as norm_linear
 from sait_kernels.ops.packed_linear import pack_linear_reference as pack_linear
+from sait_kernels.ops.packed_linear import packed_block_reference as packed_block
 from sait_kernels.ops.packed_linear import packed_linear_reference as packed_linear
 from sait_kernels.ops.prune_attention import prune_attention_reference as prune_attention
 from sait_kernels.ops.score_tokens import score_tokens_reference as score_tokens
@@ -20,6 +21,7 @@ __all__ = [
     "linear_residual",
     "norm_linear",
     "pack_linear",
+    "packed_block",
     "packed_linear",
     "prune_attention",
     "scatter_tokens",

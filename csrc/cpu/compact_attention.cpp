@@ -15,13 +15,13 @@ namespace attention {
 
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr int64_t kMaxBlock = 128;
+constexpr int64_t kKeyAlign = 16;  // keys are transposed in tiles of 16
 
-// Query rows per product: as many as keep S and P in cache, in blocks of equal size so that little is padding: 197 rows
-// go as 100 + 97, not as 128 + 69. Rows count in fours: brgemm compiles a kernel per shape, about 50 us each.
+// Query rows per product: as many as keep S and P in cache, in blocks of equal size.
 inline int64_t block_rows(int64_t rows, int64_t ld) {
   const int64_t most = std::clamp<int64_t>(32768 / ld, 16, kMaxBlock);
   const int64_t blocks = std::max<int64_t>(1, (rows + most - 1) / most);  // an image may keep no row
-  return std::max(round_up((rows + blocks - 1) / blocks, kRowAlign), kRowAlign);
+  return (rows + blocks - 1) / blocks;
 }
 
 // One image and head.
@@ -66,11 +66,11 @@ struct FloatProducts : Packed<float> {
     pack_rows_f32<E>(v, v_stride, nullptr, 0, n, ld, D, 1.f, values);
   }
   void pack_queries(const typename E::type* q, int64_t stride, const int32_t* indices, int64_t offset, int64_t count,
-                    int64_t padded, bool negate) {
-    pack_rows_f32<E>(q, stride, indices, offset, count, padded, D, negate ? -1.f : 1.f, queries);
+                    bool negate) {
+    pack_rows_f32<E>(q, stride, indices, offset, count, count, D, negate ? -1.f : 1.f, queries);
   }
-  void logits(int64_t rows, float* S) const { gemm_f32(rows, ld, D, queries, D, keys, ld, S, ld, false); }
-  void output(int64_t rows, const float* P, float* O) const { gemm_f32(rows, D, used, P, ld, values, D, O, D, false); }
+  void logits(int64_t rows, float* S) const { gemm<F32>(rows, ld, D, queries, D, keys, ld, S, ld, false); }
+  void output(int64_t rows, const float* P, float* O) const { gemm<F32>(rows, D, used, P, ld, values, D, O, D, false); }
 };
 
 #if defined(SAIT_VEC_AVX512_BF16)
@@ -107,7 +107,7 @@ struct BFloat16Products : Packed<uint16_t> {
     }
   }
   void pack_queries(const uint16_t* q, int64_t stride, const int32_t* indices, int64_t offset, int64_t count,
-                    int64_t padded, bool negate) {
+                    bool negate) {
     const __m256i sign = _mm256_set1_epi16(negate ? static_cast<int16_t>(0x8000) : 0);
     for (int64_t i = 0; i < count; ++i) {
       const uint16_t* row = q + (indices ? indices[i] - offset : i) * stride;
@@ -116,13 +116,20 @@ struct BFloat16Products : Packed<uint16_t> {
         store_half(queries + i * D + d, _mm256_xor_si256(load_half(row + d, m), sign), m);
       }
     }
-    std::fill(queries + count * D, queries + padded * D, static_cast<uint16_t>(0));
   }
-  void logits(int64_t rows, float* S) const { brgemm_bf16(rows, ld, D, queries, D, keys, ld, S, ld, false); }
+  void logits(int64_t rows, float* S) const {
+    gemm<BF16>(rows, ld, D, queries, D, keys, 2 * ld, S, ld, false);
+  }
   void output(int64_t rows, const uint16_t* P, float* O) const {
-    brgemm_bf16(rows, D, used, P, ld, values, D, O, D, false);
+    gemm<BF16>(rows, D, used, P, ld, values, 2 * D, O, D, false);
   }
 };
+
+template <typename E>
+using ProductsOf = std::conditional_t<std::is_same_v<E, BF16>, BFloat16Products, FloatProducts<E>>;
+#else
+template <typename E>
+using ProductsOf = FloatProducts<E>;
 #endif
 
 // log2 of an attention weight: c (s - max s). In float the difference is taken first, so that the largest is exactly 0;
@@ -177,7 +184,7 @@ template <typename E, typename Products>
 void attend(const CompactAttentionParams& p, const Task& task, int64_t part, int64_t parts) {
   using T = typename E::type;
   using Weight = typename Products::Weight;
-  const int64_t D = p.head_dim, ld = padded_keys(task.keys);
+  const int64_t D = p.head_dim, ld = round_up(task.keys, kKeyAlign);
   const int64_t block = block_rows(task.queries, ld);
   const int64_t blocks = (task.queries + block - 1) / block;
   const int64_t from = blocks * part / parts, to = blocks * (part + 1) / parts;
@@ -197,17 +204,16 @@ void attend(const CompactAttentionParams& p, const Task& task, int64_t part, int
   else P = S;
 
   for (int64_t i0 = from * block; i0 < std::min(task.queries, to * block); i0 += block) {
-    const int64_t rows = std::min(block, task.queries - i0), padded = round_up(rows, kRowAlign);
+    const int64_t rows = std::min(block, task.queries - i0);
     // softmax takes the largest logit: with a negative scale that is the smallest product, so the sign goes into Q.
     products.pack_queries(task.indices ? q : q + i0 * p.q.row_stride, p.q.row_stride,
-                          task.indices ? task.indices + i0 : nullptr, task.begin, rows, padded, p.scale < 0);
-    products.logits(padded, S);
+                          task.indices ? task.indices + i0 : nullptr, task.begin, rows, p.scale < 0);
+    products.logits(rows, S);
     float inverse[kMaxBlock];
     for (int64_t i = 0; i < rows; ++i) {
       inverse[i] = softmax_row<Products::kBFloat16Weights>(S + i * ld, task.keys, ld, std::abs(p.scale), P + i * ld);
     }
-    std::fill(P + rows * ld, P + padded * ld, Weight(0));
-    products.output(padded, P, O);
+    products.output(rows, P, O);
     for (int64_t i = 0; i < rows; ++i) {
       const Vec scale = set(inverse[i]);
       T* row = out + (i0 + i) * p.heads * D;
@@ -232,15 +238,8 @@ void attend_range(const CompactAttentionParams& p, int64_t parts, int64_t begin,
   for (int64_t i = begin; i < end; ++i) {
     const Task task = task_at(p, i / parts / p.heads, i / parts % p.heads);
     if (task.queries == 0) continue;
-#if defined(SAIT_VEC_AVX512_BF16)
-    if (std::is_same_v<E, BF16> && has_brgemm_bf16()) {
-      attend<BF16, BFloat16Products>(p, task, i % parts, parts);
-      continue;
-    }
-#endif
-    attend<E, FloatProducts<E>>(p, task, i % parts, parts);
+    attend<E, ProductsOf<E>>(p, task, i % parts, parts);
   }
-  release_gemm();
 }
 
 }  // namespace attention
@@ -265,7 +264,7 @@ template <typename E>
 void differentiate(const CompactAttentionBackwardParams& b, const Task& task) {
   using T = typename E::type;
   const CompactAttentionParams& p = b.forward;
-  const int64_t D = p.head_dim, n = task.keys, ld = padded_keys(n), stride = p.heads * D;
+  const int64_t D = p.head_dim, n = task.keys, ld = round_up(n, kKeyAlign), stride = p.heads * D;
   const auto head_of = [&](const HeadView& view, int64_t row) {
     return static_cast<const T*>(view.data) + row * view.row_stride + task.head * view.head_stride;
   };
@@ -299,8 +298,8 @@ void differentiate(const CompactAttentionBackwardParams& b, const Task& task) {
     pack_rows_f32<E>(head_of(p.q, task.begin + (indices ? 0 : i0)), p.q.row_stride, indices, task.begin, rows, block, D,
                      p.scale < 0 ? -1.f : 1.f, Q);
     pack_rows_f32<E>(head_of(b.grad_out, task.first + i0), b.grad_out.row_stride, nullptr, 0, rows, block, D, 1.f, dO);
-    gemm_f32(block, ld, D, Q, D, Kt, ld, P, ld, false);
-    gemm_f32(block, ld, D, dO, D, Vt, ld, dS, ld, false);
+    gemm<F32>(block, ld, D, Q, D, Kt, ld, P, ld, false);
+    gemm<F32>(block, ld, D, dO, D, Vt, ld, dS, ld, false);
     for (int64_t i = 0; i < rows; ++i) {
       float *weights = P + i * ld, *gradient = dS + i * ld;
       const Vec inverse = set(softmax_row<false>(weights, n, ld, std::abs(p.scale), weights));
@@ -317,7 +316,7 @@ void differentiate(const CompactAttentionBackwardParams& b, const Task& task) {
     }
     std::fill(P + rows * ld, P + block * ld, 0.f);
     std::fill(dS + rows * ld, dS + block * ld, 0.f);
-    gemm_f32(block, D, ld, dS, ld, K, D, dQ, D, false);
+    gemm<F32>(block, D, ld, dS, ld, K, D, dQ, D, false);
     const float sign = p.scale < 0 ? -1.f : 1.f;
     for (int64_t i = 0; i < rows; ++i) {
       T* row = dq + (indices ? indices[i] - task.begin : i0 + i) * stride;
@@ -327,9 +326,9 @@ void differentiate(const CompactAttentionBackwardParams& b, const Task& task) {
       }
     }
     transpose_f32(P, ld, block, block, ld, transposed, block);
-    gemm_f32(ld, D, block, transposed, block, dO, D, dV, D, true);
+    gemm<F32>(ld, D, block, transposed, block, dO, D, dV, D, true);
     transpose_f32(dS, ld, block, block, ld, transposed, block);
-    gemm_f32(ld, D, block, transposed, block, Q, D, dK, D, true);
+    gemm<F32>(ld, D, block, transposed, block, Q, D, dK, D, true);
   }
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t d = 0; d < D; d += kWidth) {
@@ -346,7 +345,6 @@ void differentiate_range(const CompactAttentionBackwardParams& b, int64_t begin,
     const Task task = task_at(b.forward, i / b.forward.heads, i % b.forward.heads);
     if (task.keys > 0) differentiate<E>(b, task);
   }
-  release_gemm();
 }
 
 }  // namespace attention

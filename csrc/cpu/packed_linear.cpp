@@ -13,26 +13,43 @@
 namespace sait::cpu::SAIT_ISA {
 namespace linear {
 
-// A block of rows and a block of columns, of 1,536 inputs each, leave room in 1 MiB of L2. brgemm takes six rows at a
-// time: 96 is a multiple.
-constexpr int64_t kMaxBlock = 96;
-constexpr int64_t kBlockBytes = 256 * 1024;
-constexpr int64_t kMaxSum = 256;
+// Rows that a thread takes at a time: what it keeps of them and a block of columns of 1,536 inputs leave room in 1 MiB of
+// L2, and the weight, which comes from further away, serves many rows. 102 is a multiple of a tile's 6 rows.
+constexpr int64_t kMaxBlock = 102;
+constexpr int64_t kBlockBytes = 416 * 1024;
 
 // x Phi(x) = max(x, 0) - a Phi(-a) with a = |x|, which loses no digits where Phi(x) is nearly 0. Phi(-a) = exp(-a^2 / 2)
-// M(a), and with y = 1 / (1 + 0.3 a) M(a) is y times a polynomial of y, off by 5e-8 of its value (minimax, a <= 8).
+// M(a), and with y = 1 / (1 + c a) M(a) is y times a polynomial of y (minimax, a <= 8): of degree 7 off by 5e-8 of its
+// value, of degree 4 by 2.4e-5. For a bfloat16 result, rounded by 2e-3, that will do, and so will 6e-5 for y.
 template <bool kBFloat16Result>
 inline Vec gelu(Vec x) {
-  constexpr float kMills[] = {0.11961029f,  0.12104787f, 0.09807437f,  0.13463151f,
-                              -0.06514996f, 0.21880573f, -0.16443044f, 0.03741066f};
+  constexpr float kMills7[] = {0.11961029f,  0.12104787f, 0.09807437f,  0.13463151f,
+                               -0.06514996f, 0.21880573f, -0.16443044f, 0.03741066f};
+  constexpr float kMills4[] = {0.10177416f, 0.077224231f, 0.18940949f, -0.11425918f, 0.2458631f};
   constexpr float kHalfLog2e = 0.72134752f;
   const Vec a = min(max(x, set(0.f) - x), set(16.f));  // beyond 16 the second term is 0, and infinity times 0 is none
-  const Vec y = set(1.f) / fma(a, set(0.3f), set(1.f));
-  Vec mills = set(kMills[7]);
-  for (int i = 6; i >= 0; --i) mills = fma(mills, y, set(kMills[i]));
+  Vec y, mills;
+  if constexpr (kBFloat16Result) {
+    y = approximate_reciprocal(fma(a, set(0.25f), set(1.f)));
+    mills = set(kMills4[4]);
+    for (int i = 3; i >= 0; --i) mills = fma(mills, y, set(kMills4[i]));
+  } else {
+    y = set(1.f) / fma(a, set(0.3f), set(1.f));
+    mills = set(kMills7[7]);
+    for (int i = 6; i >= 0; --i) mills = fma(mills, y, set(kMills7[i]));
+  }
   const Vec tail = exp2<kBFloat16Result>(a * a * set(-kHalfLog2e)) * mills * y;
   return max(set(0.f), x) - a * tail;  // in this order a NaN stays a NaN
 }
+
+// What products of rows of type E compute with.
+#if defined(SAIT_VEC_AVX512_BF16)
+template <typename E>
+using Products = std::conditional_t<std::is_same_v<E, BF16>, BF16, F32>;
+#else
+template <typename E>
+using Products = F32;
+#endif
 
 // The value that a row of type E would hold.
 template <typename E>
@@ -48,17 +65,16 @@ struct Rows {
   int64_t stride;
 };
 
-// Rows [first, first + rows) as type P, normalised where that is asked for; zeros in columns up to `depth` and rows up
-// to `padded`.
+// All rows as type P, normalised where that is asked for, with zeros in columns from `inputs` up to `depth`.
 template <typename E, typename P>
-Rows<P> load_rows(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t padded, int64_t depth) {
+Rows<P> load_rows(const PackedLinearParams& p, int64_t depth) {
   using T = typename E::type;
-  const T* x = static_cast<const T*>(p.x.data) + first * p.x.row_stride;
+  const T* x = static_cast<const T*>(p.x.data);
   if constexpr (std::is_same_v<E, P>) {
-    if (p.norm_weight == nullptr && rows == padded && p.inputs == depth) return {x, p.x.row_stride};
+    if (p.norm_weight == nullptr && p.inputs == depth) return {x, p.x.row_stride};
   }
   auto* block = scratch<typename P::type, 0>(kMaxBlock * depth);
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < p.rows; ++i) {
     const T* row = x + i * p.x.row_stride;
     auto* out = block + i * depth;
     if (p.norm_weight == nullptr) {
@@ -74,7 +90,6 @@ Rows<P> load_rows(const PackedLinearParams& p, int64_t first, int64_t rows, int6
     }
     std::fill(out + p.inputs, out + depth, 0);
   }
-  std::fill(block + rows * depth, block + padded * depth, 0);
   return {block, depth};
 }
 
@@ -100,21 +115,6 @@ const typename P::type* load_columns(const PackedLinearParams& p, int64_t block,
   }
 }
 
-// In float the inputs are summed in parts: the error of a sum grows with its length, and torch sums in parts, too. Of
-// bfloat16 the inputs' own rounding is far larger.
-template <typename P>
-void multiply(int64_t rows, int64_t depth, Rows<P> a, const typename P::type* columns, float* tile) {
-  constexpr int64_t N = kPackedColumns;
-  if constexpr (std::is_same_v<P, BF16>) {
-    brgemm_bf16(rows, N, depth, a.data, a.stride, columns, N, tile, N, false);
-  } else {
-    const int64_t parts = (depth + kMaxSum - 1) / kMaxSum, part = (depth + parts - 1) / parts;
-    for (int64_t k = 0; k < depth; k += part) {
-      gemm_f32(rows, N, std::min(part, depth - k), a.data + k, a.stride, columns + k * N, N, tile, N, k > 0);
-    }
-  }
-}
-
 // What is added to row t, from `column` on; nullptr for nothing.
 template <typename E>
 inline const typename E::type* residual_of(const PackedLinearParams& p, int64_t t, int64_t column) {
@@ -126,7 +126,7 @@ inline const typename E::type* residual_of(const PackedLinearParams& p, int64_t 
 // Asks for a tile's part of the residual and of the result before its product: rows of 128 bytes that lie far apart are
 // nothing that the hardware foresees, and by the time the product is done they are there.
 template <typename E>
-void prefetch(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t column) {
+inline void prefetch(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t column) {
   using T = typename E::type;
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t t = first; t < first + rows; ++t) {
@@ -141,7 +141,7 @@ void prefetch(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t 
 
 // Bias, GELU, gamma and residual of a tile of rows from `first` and columns from `column` on.
 template <typename E>
-void finish(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t column, const float* tile) {
+inline void finish(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t column, const float* tile) {
   using T = typename E::type;
   const auto from_column = [=](const float* vector) { return vector == nullptr ? nullptr : vector + column; };
   const float *bias = from_column(p.bias), *gamma = from_column(p.gamma);
@@ -160,52 +160,112 @@ void finish(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t co
   }
 }
 
-// How the result is cut: blocks of equal numbers of rows, so that little is padding and threads have equal work, times
-// groups of blocks of columns. Each element is one sum in one order, so none of this changes a bit of it.
-struct Cut {
-  int64_t block, blocks, groups;
-};
-
-Cut cut(const PackedLinearParams& p, int64_t row_bytes, int64_t threads) {
-  const int64_t most = std::clamp<int64_t>(kBlockBytes / row_bytes, 16, kMaxBlock) / kRowAlign * kRowAlign;
-  const int64_t whole = (p.rows + most - 1) / most;
-  const int64_t block = round_up((p.rows + whole - 1) / whole, kRowAlign);
-  const int64_t blocks = (p.rows + block - 1) / block;
-  const int64_t groups = std::clamp<int64_t>(2 * threads / blocks, 1, packed_blocks(p.outputs));
-  return {block, blocks, groups};
+// Asks for a part of the next block of columns while this one is multiplied: it comes from the outer caches, or memory.
+template <typename T>
+inline void prefetch_part(const T* data, int64_t size, int64_t part, int64_t parts) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t lines = (size + kLine - 1) / kLine;
+  for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) __builtin_prefetch(data + i * kLine, 0, 2);
 }
 
-template <typename E, typename P>
-void run(const PackedLinearParams& p) {
-  const int64_t depth = packed_depth(p.inputs, p.dtype), column_blocks = packed_blocks(p.outputs);
-  const Cut parts = cut(p, depth * sizeof(typename P::type), num_threads());
-  parallel_for(parts.blocks * parts.groups, 1, [&](int64_t begin, int64_t end) {
-    float* tile = scratch<float, 2>(kMaxBlock * kPackedColumns);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / parts.groups * parts.block, group = task % parts.groups;
-      const int64_t rows = std::min(parts.block, p.rows - first), padded = round_up(rows, kRowAlign);
-      const Rows<P> block = load_rows<E, P>(p, first, rows, padded, depth);
-      const int64_t last = column_blocks * (group + 1) / parts.groups;
-      for (int64_t b = column_blocks * group / parts.groups; b < last; ++b) {
-        prefetch<E>(p, first, rows, b * kPackedColumns);
-        multiply<P>(padded, depth, block, load_columns<E, P>(p, b, depth), tile);
-        finish<E>(p, first, rows, b * kPackedColumns, tile);
-      }
+// All rows, at most kMaxBlock, of the result's blocks of columns [first, last).
+template <typename E>
+void multiply(const PackedLinearParams& p, int64_t first, int64_t last) {
+  using P = Products<E>;
+  constexpr int64_t N = kPackedColumns;
+  const int64_t depth = packed_depth(p.inputs, p.dtype), size = depth * N;
+  const Rows<P> rows = load_rows<E, P>(p, depth);
+  // A sum in parts takes all rows for one part of the columns, which stays in the cache, after the other.
+  const int64_t step = sums_in_parts<P>(depth) ? kMaxBlock : kTileRows;
+  float* tile = scratch<float, 3>(step * N);
+  for (int64_t b = first; b < last; ++b) {
+    const auto* columns = load_columns<E, P>(p, b, depth);
+    const auto* next = static_cast<const typename E::type*>(p.packed) + (b + 1) * size;
+    for (int64_t i = 0; i < p.rows; i += step) {
+      const int64_t count = std::min(step, p.rows - i);
+      prefetch<E>(p, i, count, b * N);
+      if (b + 1 < last) prefetch_part(next, size, i / step, (p.rows + step - 1) / step);
+      gemm<P>(count, N, depth, rows.data + i * rows.stride, rows.stride, columns, N * Step<P>::kInputs, tile, N, false);
+      finish<E>(p, i, count, b * N, tile);
     }
-    release_gemm();
+  }
+}
+
+// The same for some of the rows.
+template <typename E>
+PackedLinearParams some_rows(PackedLinearParams p, int64_t first, int64_t rows) {
+  using T = typename E::type;
+  p.x.data = static_cast<const T*>(p.x.data) + first * p.x.row_stride;
+  if (p.indices != nullptr) {
+    p.indices += first;
+  } else if (p.residual.data != nullptr) {
+    p.residual.data = static_cast<const T*>(p.residual.data) + first * p.residual.row_stride;
+    p.total -= first;
+  }
+  p.out = static_cast<T*>(p.out) + first * p.outputs;
+  p.rows = rows;
+  return p;
+}
+
+// body(first, count) over blocks of rows of equal size, as many for each thread: all have equal work. An element is one
+// sum in one order, so none of this changes a bit of it.
+struct Blocks {
+  int64_t rows, size, count;
+
+  Blocks(int64_t rows, int64_t row_bytes) : rows(rows) {
+    const int64_t most = std::clamp<int64_t>(kBlockBytes / row_bytes, kTileRows, kMaxBlock);
+    const int64_t threads = std::clamp<int64_t>(rows / (2 * kTileRows), 1, num_threads());
+    const int64_t wanted = round_up((rows + most - 1) / most, threads);
+    size = (rows + wanted - 1) / wanted;
+    count = (rows + size - 1) / size;
+  }
+  int64_t first(int64_t block) const { return block * size; }
+  int64_t rows_of(int64_t block) const { return std::min(size, rows - block * size); }
+};
+
+template <typename E>
+void packed_linear(const PackedLinearParams& p) {
+  const int64_t columns = packed_blocks(p.outputs);
+  const Blocks blocks(p.rows, p.inputs * sizeof(typename Products<E>::type));
+  const int64_t groups = std::clamp<int64_t>(num_threads() / blocks.count, 1, columns);  // where rows are few
+  parallel_for(blocks.count * groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task / groups, group = task % groups;
+      multiply<E>(some_rows<E>(p, blocks.first(block), blocks.rows_of(block)), columns * group / groups,
+                  columns * (group + 1) / groups);
+    }
+  });
+}
+
+template <typename E>
+void packed_block(const PackedBlockParams& p) {
+  using T = typename E::type;
+  const int64_t hidden = p.fc1.outputs, row = (p.fc1.inputs + hidden) * sizeof(typename Products<E>::type);
+  const Blocks blocks(p.proj.rows, row);
+  parallel_for(blocks.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t rows = blocks.rows_of(block);
+      const PackedLinearParams proj = some_rows<E>(p.proj, blocks.first(block), rows);
+      PackedLinearParams fc1 = p.fc1, fc2 = p.fc2;
+      fc1.rows = fc2.rows = rows;
+      fc1.x = fc2.residual = {proj.out, proj.outputs};
+      fc1.out = scratch<T, 2>(kMaxBlock * hidden);
+      fc2.x = {fc1.out, hidden};
+      fc2.out = proj.out;  // each element is read before it is written
+      fc2.total = rows;
+      for (const PackedLinearParams& layer : {proj, fc1, fc2}) multiply<E>(layer, 0, packed_blocks(layer.outputs));
+    }
   });
 }
 
 }  // namespace linear
 
 void packed_linear(const PackedLinearParams& p) {
-  visit_dtype(p.dtype, [&](auto element) {
-    using E = decltype(element);
-#if defined(SAIT_VEC_AVX512_BF16)
-    if (std::is_same_v<E, BF16> && has_brgemm_bf16()) return linear::run<BF16, BF16>(p);
-#endif
-    linear::run<E, F32>(p);
-  });
+  visit_dtype(p.dtype, [&](auto element) { linear::packed_linear<decltype(element)>(p); });
+}
+
+void packed_block(const PackedBlockParams& p) {
+  visit_dtype(p.proj.dtype, [&](auto element) { linear::packed_block<decltype(element)>(p); });
 }
 
 }  // namespace sait::cpu::SAIT_ISA
@@ -241,6 +301,10 @@ void pack_linear(const PackLinearParams& p) {
 
 void packed_linear(const PackedLinearParams& p) {
   if (p.rows > 0 && p.outputs > 0) SAIT_DISPATCH(packed_linear, p);
+}
+
+void packed_block(const PackedBlockParams& p) {
+  if (p.proj.rows > 0) SAIT_DISPATCH(packed_block, p);
 }
 
 }  // namespace sait::cpu

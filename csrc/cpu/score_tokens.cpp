@@ -233,7 +233,7 @@ template <typename E>
 void column_sums(const ScoreTokensParams& p, int64_t image, int64_t head, float* out) {
   const Image<E> x(p, image);
   if (x.n == 0) return;
-  const int64_t D = p.head_dim, ld = padded_keys(x.n), block = block_rows(x.n, kRowAlign);
+  const int64_t D = p.head_dim, ld = round_up(x.n, 16), block = block_rows(x.n, 4);
   float* keys = scratch<float, kKeys>(ld * D);
   float* keys_t = scratch<float, kKeysT>(D * ld);
   float* queries = scratch<float, kQueries>(block * D);
@@ -246,7 +246,7 @@ void column_sums(const ScoreTokensParams& p, int64_t image, int64_t head, float*
     const int64_t rows = std::min(block, x.n - i0);
     pack_rows_f32<E>(x.q + i0 * p.q.row_stride + head * p.q.head_stride, p.q.row_stride, nullptr, 0, rows, block, D,
                      1.f, queries);
-    gemm_f32(block, ld, D, queries, D, keys_t, ld, S, ld, false);
+    gemm<F32>(block, ld, D, queries, D, keys_t, ld, S, ld, false);
     std::fill(S + rows * ld, S + block * ld, 0.f);
     std::fill(sums, sums + ld, 0.f);
     for (int64_t i = 0; i < rows; i += 4) {  // block % 4 == 0
@@ -273,7 +273,7 @@ void column_backward(const ScoreTokensBackwardParams& b, int64_t image, int64_t 
   const ScoreTokensParams& p = b.forward;
   const Image<E> x(p, image);
   if (x.n == 0) return;
-  const int64_t D = p.head_dim, row = p.heads * D, ld = padded_keys(x.n), block = block_rows(x.n, 16);
+  const int64_t D = p.head_dim, row = p.heads * D, ld = round_up(x.n, 16), block = block_rows(x.n, 16);
   float* keys = scratch<float, kKeys>(ld * D);
   float* keys_t = scratch<float, kKeysT>(D * ld);
   float* queries = scratch<float, kQueries>(block * D);
@@ -299,7 +299,7 @@ void column_backward(const ScoreTokensBackwardParams& b, int64_t image, int64_t 
     const int64_t rows = std::min(block, x.n - i0);
     pack_rows_f32<E>(x.q + i0 * p.q.row_stride + head * p.q.head_stride, p.q.row_stride, nullptr, 0, rows, block, D,
                      1.f, queries);
-    gemm_f32(block, ld, D, queries, D, keys_t, ld, S, ld, false);
+    gemm<F32>(block, ld, D, queries, D, keys_t, ld, S, ld, false);
     for (int64_t i = 0; i < rows; ++i) {
       float* s = S + i * ld;
       const float inverse = 1.f / softmax_numerators(s, x.n, ld, p.scale);
@@ -310,9 +310,9 @@ void column_backward(const ScoreTokensBackwardParams& b, int64_t image, int64_t 
       for (int64_t j = 0; j < ld; j += kWidth) store(s + j, load(s + j) * factor * (load(dA + j) - set(mean)));
     }
     std::fill(S + rows * ld, S + block * ld, 0.f);
-    gemm_f32(block, D, ld, S, ld, keys, D, dqueries, D, false);
+    gemm<F32>(block, D, ld, S, ld, keys, D, dqueries, D, false);
     transpose_f32(S, ld, block, block, ld, S_t, block);
-    gemm_f32(ld, D, block, S_t, block, queries, D, dkeys, D, true);
+    gemm<F32>(ld, D, block, S_t, block, queries, D, dkeys, D, true);
     unpack(dqueries, i0, rows, b.dq);
   }
   unpack(dkeys, 0, x.n, b.dk);
@@ -325,7 +325,6 @@ void score_image(const ScoreTokensParams& p, int64_t image, float* scores) {
   if (n == 0) return;
   float* head_sums = scratch<float, kHeadSums>(p.heads * n);
   for (int64_t h = 0; h < p.heads; ++h) column_sums<E>(p, image, h, head_sums + h * n);
-  release_gemm();
   sum_heads(head_sums, n, p.heads, n, column_share(p.heads, n), scores);
 }
 
@@ -354,7 +353,6 @@ void column_heads(const ScoreTokensParams& p, int64_t first, int64_t last) {
       scoring::column_sums<decltype(e)>(p, image, head, out);
     }
   });
-  release_gemm();
 }
 void column_images(const ScoreTokensParams& p, int64_t first, int64_t last) {
   const int32_t* cu = p.batch.cu_seqlens;
@@ -369,7 +367,6 @@ void column_heads_backward(const ScoreTokensBackwardParams& b, int64_t first, in
       scoring::column_backward<decltype(e)>(b, i / b.forward.heads, i % b.forward.heads);
     }
   });
-  release_gemm();
 }
 
 }  // namespace sait::cpu::SAIT_ISA

@@ -322,6 +322,15 @@ inline Vec exp2(Vec t) {
 #endif
 }
 
+// 1 / a, off by at most 2^-14 of its value.
+inline Vec approximate_reciprocal(Vec a) {
+#if defined(SAIT_VEC_AVX512)
+  return {_mm512_rcp14_ps(a.v)};
+#else
+  return set(1.f) / a;
+#endif
+}
+
 // visit(E{}) with the element type of `dtype`.
 template <typename Visitor>
 inline void visit_dtype(DType dtype, Visitor&& visitor) {

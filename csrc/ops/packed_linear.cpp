@@ -1,4 +1,4 @@
-// pack_linear and packed_linear: schemas, checks, dispatch.
+// pack_linear, packed_linear and packed_block: schemas, checks, dispatch.
 #include "ops/packed_linear.h"
 
 namespace sait {
@@ -13,19 +13,69 @@ at::Tensor pack_linear(const at::Tensor& weight) {
   return packed;
 }
 
+namespace {
+
+const float* data_of(const at::Tensor& vector) { return vector.defined() ? vector.const_data_ptr<float>() : nullptr; }
+
+// The vectors of a layer in float, which have to live as long as the parameters that point to them.
+struct Vectors {
+  at::Tensor bias, norm_weight, norm_bias, gamma;
+
+  Vectors(const std::optional<at::Tensor>& layer_bias, const Around& around) {
+    const auto vector = [](const at::Tensor& t) { return t.defined() ? channel_vector(t) : t; };
+    bias = vector(layer_bias.value_or(at::Tensor()));
+    norm_weight = vector(around.norm_weight);
+    norm_bias = vector(around.norm_bias);
+    gamma = vector(around.gamma);
+  }
+};
+
+// Of a layer whose rows are those of `x`, or, where that is undefined, made by the kernel itself.
+PackedLinearParams parameters(const at::Tensor& x, const at::Tensor& packed, int64_t inputs, int64_t outputs,
+                              const Vectors& vectors, const Around& around, const at::Tensor& out) {
+  PackedLinearParams p{};
+  if (x.defined()) p.x = row_view(x);
+  p.packed = packed.const_data_ptr();
+  p.bias = data_of(vectors.bias);
+  p.norm_weight = data_of(vectors.norm_weight);
+  p.norm_bias = data_of(vectors.norm_bias);
+  p.eps = static_cast<float>(around.eps);
+  p.gelu = around.gelu;
+  if (around.residual.defined()) {
+    p.residual = row_view(around.residual);
+    p.total = around.residual.size(0);
+  }
+  if (around.indices.defined()) p.indices = around.indices.const_data_ptr<int32_t>();
+  p.gamma = data_of(vectors.gamma);
+  p.rows = x.defined() ? x.size(0) : 0;
+  p.inputs = inputs;
+  p.outputs = outputs;
+  p.dtype = dtype_of(packed);
+  p.out = out.defined() ? out.mutable_data_ptr() : nullptr;
+  return p;
+}
+
+void check_packed(const char* op, const char* name, const at::Tensor& packed, const at::Tensor& like, int64_t inputs,
+                  int64_t outputs) {
+  check_same(op, name, packed, "x", like);
+  const int64_t blocks = packed_blocks(outputs), depth = packed_depth(inputs, dtype_of(like));
+  SAIT_CHECK_VALUE(outputs >= 0 && packed.dim() == 3 && packed.size(0) == blocks && packed.size(1) == depth &&
+                       packed.size(2) == kPackedColumns && packed.is_contiguous(),
+                   op, name,
+                   "a contiguous (" << blocks << ", " << depth << ", " << kPackedColumns << ") for " << inputs
+                                    << " inputs and " << outputs << " outputs",
+                   shape_of(packed), "Pass what pack_linear made of the weight, and the weight's shape[0].");
+}
+
+at::Tensor or_none(const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); }
+
+}  // namespace
+
 at::Tensor run_packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t outputs,
                              const std::optional<at::Tensor>& bias, const Around& around) {
-  const auto vector = [](const at::Tensor& t) { return t.defined() ? channel_vector(t) : t; };
-  const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
-  const at::Tensor biases = vector(bias.value_or(at::Tensor())), norm_weights = vector(around.norm_weight),
-                   norm_biases = vector(around.norm_bias), gammas = vector(around.gamma);
+  const Vectors vectors(bias, around);
   at::Tensor out = at::empty({x.size(0), outputs}, x.options());
-  cpu::packed_linear({row_view(x), packed.const_data_ptr(), data(biases), data(norm_weights), data(norm_biases),
-                      static_cast<float>(around.eps), around.gelu,
-                      around.residual.defined() ? row_view(around.residual) : RowView{nullptr, 0},
-                      around.indices.defined() ? around.indices.const_data_ptr<int32_t>() : nullptr,
-                      around.residual.defined() ? around.residual.size(0) : 0, data(gammas), x.size(0), x.size(1),
-                      outputs, dtype_of(x), out.mutable_data_ptr()});
+  cpu::packed_linear(parameters(x, packed, x.size(1), outputs, vectors, around, out));
   return out;
 }
 
@@ -38,14 +88,7 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t 
                          const std::optional<at::Tensor>& gamma) {
   constexpr const char* op = "packed_linear";
   check_rows(op, "x", x);
-  check_same(op, "packed", packed, "x", x);
-  const int64_t blocks = packed_blocks(out_features), depth = packed_depth(x.size(1), dtype_of(x));
-  SAIT_CHECK_VALUE(out_features >= 0 && packed.dim() == 3 && packed.size(0) == blocks && packed.size(1) == depth &&
-                       packed.size(2) == kPackedColumns && packed.is_contiguous(),
-                   op, "packed",
-                   "a contiguous (" << blocks << ", " << depth << ", " << kPackedColumns << ") for " << x.size(1)
-                                    << " inputs and " << out_features << " outputs",
-                   shape_of(packed), "Pass what pack_linear made of the weight, and the weight's shape[0].");
+  check_packed(op, "packed", packed, x, x.size(1), out_features);
   if (bias) check_channels(op, "bias", *bias, x, out_features);
   SAIT_CHECK_VALUE(norm_weight.has_value() == norm_bias.has_value(), op, "norm", "both weight and bias", "one of them",
                    "Pass those of one LayerNorm, or neither.");
@@ -58,10 +101,47 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t 
   SAIT_CHECK_VALUE(residual || !indices, op, "selection", "a residual to select from", "a selection alone",
                    "Leave the selection out: x has the selected rows already.");
   if (gamma) check_channels(op, "gamma", *gamma, x, out_features);
-  const auto or_none = [](const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); };
   return run_packed_linear(
       x, packed, out_features, bias,
       {or_none(norm_weight), or_none(norm_bias), eps, gelu, or_none(residual), or_none(indices), or_none(gamma)});
+}
+
+at::Tensor packed_block(const at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>& indices,
+                        const at::Tensor& proj, const std::optional<at::Tensor>& proj_bias,
+                        const std::optional<at::Tensor>& gamma1, const at::Tensor& norm_weight,
+                        const at::Tensor& norm_bias, double eps, const at::Tensor& fc1,
+                        const std::optional<at::Tensor>& fc1_bias, int64_t hidden_features, const at::Tensor& fc2,
+                        const std::optional<at::Tensor>& fc2_bias, const std::optional<at::Tensor>& gamma2) {
+  constexpr const char* op = "packed_block";
+  check_rows(op, "y", y);
+  check_rows(op, "x", x);
+  const int64_t channels = x.size(1);
+  check_residual(op, "y", y, "x", x, indices, channels);
+  check_norm(op, x, eps);
+  check_packed(op, "proj", proj, x, y.size(1), channels);
+  check_packed(op, "fc1", fc1, x, channels, hidden_features);
+  check_packed(op, "fc2", fc2, x, hidden_features, channels);
+  const auto check_vector = [&](const char* name, const std::optional<at::Tensor>& t, int64_t size) {
+    if (t) check_channels(op, name, *t, x, size);
+  };
+  check_vector("proj_bias", proj_bias, channels);
+  check_vector("gamma1", gamma1, channels);
+  check_vector("norm_weight", norm_weight, channels);
+  check_vector("norm_bias", norm_bias, channels);
+  check_vector("fc1_bias", fc1_bias, hidden_features);
+  check_vector("fc2_bias", fc2_bias, channels);
+  check_vector("gamma2", gamma2, channels);
+
+  const Around after{.residual = x, .indices = or_none(indices), .gamma = or_none(gamma1)};
+  const Around around{.norm_weight = norm_weight, .norm_bias = norm_bias, .eps = eps, .gelu = true};
+  const Around last{.gamma = or_none(gamma2)};
+  const Vectors of_proj(proj_bias, after), of_fc1(fc1_bias, around), of_fc2(fc2_bias, last);
+  at::Tensor out = at::empty({y.size(0), channels}, x.options());
+  const at::Tensor none;
+  cpu::packed_block({parameters(y, proj, y.size(1), channels, of_proj, after, out),
+                     parameters(none, fc1, channels, hidden_features, of_fc1, around, none),
+                     parameters(none, fc2, hidden_features, channels, of_fc2, last, out)});
+  return out;
 }
 
 }  // namespace
@@ -72,9 +152,14 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "packed_linear(Tensor x, Tensor packed, int out_features, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
       "float eps, bool gelu, Tensor? residual, Tensor? indices, Tensor? gamma) -> Tensor");
+  m.def(
+      "packed_block(Tensor y, Tensor x, Tensor? indices, Tensor proj, Tensor? proj_bias, Tensor? gamma1, Tensor "
+      "norm_weight, Tensor norm_bias, float eps, Tensor fc1, Tensor? fc1_bias, int hidden_features, Tensor fc2, Tensor? "
+      "fc2_bias, Tensor? gamma2) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(sait, CPU, m) {
   m.impl("pack_linear", sait::pack_linear);
   m.impl("packed_linear", sait::packed_linear);
+  m.impl("packed_block", sait::packed_block);
 }

@@ -1,6 +1,11 @@
-"""pack_linear and packed_linear: a linear layer with all that stands around it, on weights packed once. CPU only."""
+"""pack_linear, packed_linear, packed_block: linear layers with all that stands around them, on weights packed once.
+
+For inference on a CPU only.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,10 +79,7 @@ def packed_linear(
     optional = {"bias": bias, "norm weight": norm_weight, "norm bias": norm_bias, "residual": residual, "gamma": gamma}
     indices = None if selection is None else check_selection(op, selection).indices
     served = choose(op, {"x": x, "packed": packed}, {**optional, "selection.indices": indices})
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, packed, *optional.values())):
-        raise RuntimeError(
-            f"{op}: it has no gradient, and a tensor needs one. Use norm_linear or linear_residual, or torch.no_grad()."
-        )
+    _refuse_gradients(op, x, packed, *optional.values())
     if served == "reference":
         return packed_linear_reference(
             x, packed, out_features, bias, norm=norm, gelu=gelu, residual=residual, selection=selection, gamma=gamma
@@ -85,6 +87,75 @@ def packed_linear(
     return kernels(served).packed_linear(
         x, packed, out_features, bias, norm_weight, norm_bias, eps, gelu, residual, indices, gamma
     )
+
+
+class PackedLayer(NamedTuple):
+    """A linear layer for packed_block."""
+
+    packed: Tensor  # pack_linear(weight)
+    bias: Tensor | None = None  # (out_features,)
+
+
+def packed_block(
+    y: Tensor,
+    x: Tensor,
+    proj: PackedLayer,
+    norm: tuple[Tensor, Tensor, float],
+    fc1: PackedLayer,
+    fc2: PackedLayer,
+    *,
+    hidden_features: int,
+    selection: Selection | None = None,
+    gamma1: Tensor | None = None,
+    gamma2: Tensor | None = None,
+) -> Tensor:
+    """What follows the attention of a transformer block: x' + gamma2 fc2(GELU(fc1(LayerNorm(x')))).
+
+    x' = x[indices] + gamma1 proj(y) is the residual stream of the rows that stay. These are three packed_linear, bit
+    for bit, but a thread takes all three steps for some rows before it turns to others: the hidden layer never leaves
+    its cache.
+
+    Args:
+        y: (S, A) float32, bfloat16 or float16, rows contiguous: the attention of the rows that stay.
+        x: (T, C) of y's dtype, rows contiguous: the block's input. Its dropped rows are never read; where an index is
+            T, zeros stand for its row.
+        proj: A inputs, C outputs.
+        norm: weight (C,), bias (C,) and eps of the LayerNorm before fc1.
+        fc1: C inputs, ``hidden_features`` outputs.
+        fc2: ``hidden_features`` inputs, C outputs.
+        hidden_features: of the MLP.
+        selection: which rows stay; None takes them one for one, and S = T.
+        gamma1: (C,) LayerScale of proj, or None for 1.
+        gamma2: (C,) LayerScale of fc2, or None for 1.
+
+    Returns:
+        (S, C) of y's dtype.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device; an index out of range.
+        RuntimeError: tensors that are not on a CPU, or that need a gradient.
+    """
+    op = "packed_block"
+    norm_weight, norm_bias, eps = norm
+    rows = {"y": y, "x": x, "proj": proj[0], "fc1": fc1[0], "fc2": fc2[0]}
+    vectors = {"proj bias": proj[1], "norm weight": norm_weight, "norm bias": norm_bias, "fc1 bias": fc1[1]}
+    vectors |= {"fc2 bias": fc2[1], "gamma1": gamma1, "gamma2": gamma2}
+    indices = None if selection is None else check_selection(op, selection).indices
+    served = choose(op, rows, {**vectors, "selection.indices": indices})
+    _refuse_gradients(op, *rows.values(), *vectors.values())
+    if served == "reference":
+        options = {"hidden_features": hidden_features, "selection": selection, "gamma1": gamma1, "gamma2": gamma2}
+        return packed_block_reference(y, x, proj, norm, fc1, fc2, **options)
+    return kernels(served).packed_block(
+        y, x, indices, *proj, gamma1, norm_weight, norm_bias, eps, *fc1, hidden_features, *fc2, gamma2
+    )
+
+
+def _refuse_gradients(op: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{op}: it has no gradient, and a tensor needs one. Use norm_linear or linear_residual, or torch.no_grad()."
+        )
 
 
 def pack_linear_reference(weight: Tensor) -> Tensor:
@@ -125,6 +196,25 @@ def packed_linear_reference(
     return out.to(x.dtype)
 
 
+def packed_block_reference(
+    y: Tensor,
+    x: Tensor,
+    proj: PackedLayer,
+    norm: tuple[Tensor, Tensor, float],
+    fc1: PackedLayer,
+    fc2: PackedLayer,
+    *,
+    hidden_features: int,
+    selection: Selection | None = None,
+    gamma1: Tensor | None = None,
+    gamma2: Tensor | None = None,
+) -> Tensor:
+    C = x.shape[1]
+    kept = packed_linear_reference(y, proj[0], C, proj[1], residual=x, selection=selection, gamma=gamma1)
+    hidden = packed_linear_reference(kept, fc1[0], hidden_features, fc1[1], norm=norm, gelu=True)
+    return packed_linear_reference(hidden, fc2[0], C, fc2[1], residual=kept, gamma=gamma2)
+
+
 def _pair(t: Tensor) -> int:
     return 2 if t.element_size() == 2 else 1
 
@@ -156,7 +246,29 @@ def _fake(
     return x.new_empty(x.shape[0], out_features)
 
 
+def _block_fake(
+    y: Tensor,
+    x: Tensor,
+    indices: Tensor | None,
+    proj: Tensor,
+    proj_bias: Tensor | None,
+    gamma1: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    fc1: Tensor,
+    fc1_bias: Tensor | None,
+    hidden_features: int,
+    fc2: Tensor,
+    fc2_bias: Tensor | None,
+    gamma2: Tensor | None,
+) -> Tensor:
+    return x.new_empty(y.shape[0], x.shape[1])
+
+
 register_op("pack_linear", _pack_fake, __name__)
 register_op("packed_linear", _fake, __name__)
+register_op("packed_block", _block_fake, __name__)
 register("pack_linear")
 register("packed_linear")
+register("packed_block")

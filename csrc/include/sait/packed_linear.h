@@ -40,9 +40,18 @@ struct PackedLinearParams {
   void* out;  // (rows, outputs), contiguous
 };
 
+// All of a block that follows its attention, row by row: x' = residual[indices[t]] + gamma (proj x), and then
+// x' + gamma2 fc2(GELU(fc1(LayerNorm(x')))). Each is a packed_linear, rounded as if it were called alone.
+struct PackedBlockParams {
+  PackedLinearParams proj;  // with the residual stream
+  PackedLinearParams fc1;   // x and out are left to the kernel: rows of this block only, never in memory
+  PackedLinearParams fc2;   // x and residual are; out is that of proj
+};
+
 namespace cpu {
 void pack_linear(const PackLinearParams& params);
 void packed_linear(const PackedLinearParams& params);
+void packed_block(const PackedBlockParams& params);
 }  // namespace cpu
 
 }  // namespace sait
