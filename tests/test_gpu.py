@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -183,14 +185,15 @@ def test_compute_sanitizer(tool: str, backend: str) -> None:
     assert "compact_attention" in done.stdout
 
 
-@pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
+@pytest.fixture(scope="module", params=[False, True], ids=["modules", "optimized"])
+def model(request: pytest.FixtureRequest) -> torch.nn.Module:
     import sait
 
     torch.manual_seed(0)
     with torch.device("cuda"):
         vit = timm.create_model("deit_tiny_patch16_224").eval()
-    return sait.sparsify(vit, block=3, keep=0.45)
+    model = sait.sparsify(vit, block=3, keep=0.45)
+    return sait.optimize(model) if request.param else model
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +215,27 @@ def test_model_on_the_kernels_and_on_the_reference(model: torch.nn.Module, image
             exact = model.double()(images.double())
         model.float()
         assert_as_exact_as_torch(str(density), got, exact, want)
+
+
+@pytest.mark.parametrize("model", [True], ids=["optimized"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.inference_mode()
+def test_optimized_model_runs_fused_products(
+    model: torch.nn.Module, images: Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On modules alone the other tests would pass as well; where all tokens stay, 16 bits decide no choice."""
+    import sait
+
+    model, x = sait.set_density(copy.deepcopy(model), keep=1.0).to(dtype), images.to(dtype)
+    by_modules = sait.deoptimize(copy.deepcopy(model))(x)
+    with sk.backend("reference"):
+        exact = copy.deepcopy(model).double()(x.double())
+    fused = {name: Mock(wraps=getattr(sk, name)) for name in ("norm_linear", "linear_residual")}
+    for name, op in fused.items():
+        monkeypatch.setattr(sk, name, op)
+    got = model(x)
+    assert [op.call_count for op in fused.values()] == 2 * [2 * len(model.blocks)]
+    assert_as_exact_as_torch("logits", got, exact, by_modules)
 
 
 @torch.inference_mode()

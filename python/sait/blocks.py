@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sait_kernels as sk
 from sait.linear import linear, mlp
-from sait.optimize import PackedLayers, packed_layers
+from sait.optimize import Layers, optimized_layers
 from sait.plan import Stage
 from sait_kernels import Selection
 
@@ -41,9 +41,9 @@ def run_block(
     All that follows the softmax is row-wise, so the dropped rows are dropped before their attention is computed.
     With ``wants_scores`` the scores of the stage are the third result, (T,), differentiable, of tokens kept or not.
     """
-    layers = packed_layers(block, tokens.x)
+    layers = optimized_layers(block, tokens.x)
     if layers is not None and not wants_scores:
-        return *_run_packed(block.attn, layers, tokens, stage, score, num_prefix), None
+        return *_run_optimized(block.attn, layers, tokens, stage, score, num_prefix), None
 
     attn = block.attn
     normed = block.norm1(tokens.x)
@@ -82,8 +82,8 @@ def run_block(
     return _mlp(block, kept._replace(x=x), normed), selection, scores
 
 
-def _run_packed(
-    attn: Any, layers: PackedLayers, tokens: Tokens, stage: Stage | None, score: str, num_prefix: int
+def _run_optimized(
+    attn: Any, layers: Layers, tokens: Tokens, stage: Stage | None, score: str, num_prefix: int
 ) -> tuple[Tokens, Selection | None]:
     x, selection, kept = packed(tokens.x), None, tokens
     q, k, v = layers.qkv(x).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
@@ -96,7 +96,7 @@ def _run_packed(
         ragged = tokens.ragged or stage.mass is not None
         shape = (1, out.shape[0]) if ragged else (tokens.images, selection.max_seqlen)
         kept = Tokens(out, selection.cu_seqlens, selection.max_seqlen, ragged)
-    x = layers.mlp(layers.project(attn.norm(out), x, selection))
+    x = layers.finish(attn.norm(out), x, selection)
     return kept._replace(x=x.view(*shape, x.shape[1])), selection
 
 

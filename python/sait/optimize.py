@@ -1,13 +1,15 @@
-"""optimize: the linear layers of a sparse model's blocks on packed weights, for inference on a CPU.
+"""optimize: the linear layers of a sparse model's blocks as fused products, for inference.
 
-LayerNorm, bias, GELU, LayerScale, residual and the gather of the kept rows all happen inside the products. A block asks
-before each forward whether that is what its modules would do; where it is not, they run as they are.
+LayerNorm, bias, GELU, LayerScale, residual and the gather of the kept rows all happen inside the products: on a CPU of
+packed weights, on a GPU of the modules' own. A block asks before each forward whether that is what its modules would
+do; where it is not, they run as they are.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from timm.layers import DropPath, LayerNorm, LayerNormFp32, LayerScale, Mlp
 from torch import Tensor, nn
 
@@ -15,24 +17,31 @@ import sait_kernels as sk
 from sait.density import state_of
 from sait.linear import HOOKS, serves
 from sait_kernels import Selection
-from sait_kernels.backend import forced_backend
+from sait_kernels.backend import can_run, forced_backend
 
 NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, DropPath)
+FUSED_OPS = ("norm_linear", "linear_residual")
 
 
 def optimize(model: Any) -> Any:
-    """Packs the weights of a sparse model's blocks for inference on a CPU, in place; undone by deoptimize.
+    """Fuses the linear layers of a sparse model's blocks with what surrounds them, in place; undone by deoptimize.
 
-    Fewer passes over memory, for products that are at best as fast as oneDNN's: whether that gains anything depends on
-    the processor, and benchmarks/end_to_end.py tells. It takes one more copy of these weights. They stay the
-    parameters: state_dict and training are as before. Packed weights serve blocks of LayerNorm and erf-GELU in plain
-    inference: eval mode, no gradient, float32 or bfloat16, no autocast, no torch.compile. Blocks with gates, hooks,
-    changed modules or weights made in inference mode run their modules, and so does a dense model (set_density without
-    arguments), which is the unpatched one bit for bit; keep=1.0 keeps all tokens on packed weights.
+    Fewer passes over memory, for products that are at best as fast as the vendor's: whether that gains anything depends
+    on the hardware, and benchmarks/end_to_end.py tells; no GPU has measured it yet. The weights stay the parameters:
+    state_dict and training are as before. At each forward it matters where the input lies:
 
-    A weight that was replaced or updated in place is packed anew by the next forward. What is written through
-    ``weight.data`` or a NumPy array torch itself does not see: call optimize again after that.
+    - On a CPU the weights are packed, which takes one more copy of them; float32 or bfloat16, no torch.compile, whose
+      code fuses for itself. A weight that was replaced or updated in place is packed anew by the next forward. What is
+      written through ``weight.data`` or a NumPy array torch itself does not see: call optimize again after that.
+    - On a GPU norm_linear and linear_residual read the modules' own weights; float32 (exact, without TF32), bfloat16 or
+      float16. Under torch.compile, too: who calls optimize asks for these kernels; compiled code saves the host's time
+      between them.
+
+    This serves blocks of LayerNorm and erf-GELU in plain inference: eval mode, no gradient, no autocast, no
+    torch.export. Blocks with gates, hooks, changed modules, or on a CPU weights made in inference mode, run their
+    modules, and so does a dense model (set_density without arguments), which is the unpatched one bit for bit; keep=1.0
+    keeps all tokens in fused products.
 
     >>> import sait, timm
     >>> model = sait.sparsify(timm.create_model("deit_tiny_patch16_224"), block=3, keep=0.45).eval()
@@ -49,7 +58,7 @@ def optimize(model: Any) -> Any:
     """
     state_of(model, "optimize")
     for block in model.blocks:
-        block._sait_packed = PackedWeights()
+        block._sait_packed = PackedWeights()  # on a GPU they stay empty
     return model
 
 
@@ -83,59 +92,102 @@ class PackedWeights:
         return made[2]
 
 
+class Layers(Protocol):
+    """What a block computes before and after its attention, of packed rows."""
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """(T, C) -> (T, 3 A): qkv(norm1(x))."""
+
+    def finish(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
+        """(S, A), (T, C) -> (S, C): x1 + ls2(mlp(norm2(x1))), where x1 is x + ls1(proj(out)) of the rows that stay."""
+
+
 class PackedLayers:
-    """The layers of a block as three steps over its rows."""
+    """On a CPU: products of packed weights."""
 
     def __init__(self, block: Any, weights: PackedWeights) -> None:
         self._block, self._weights = block, weights
 
     def qkv(self, x: Tensor) -> Tensor:
-        """qkv(norm1(x))."""
         block = self._block
         return self._linear("qkv", block.attn.qkv, x, norm=_norm(block.norm1))
 
-    def project(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
-        """x + ls1(proj(out)), of the rows that stay."""
-        block = self._block
+    def finish(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
+        block, mlp = self._block, self._block.mlp
         gamma = _gamma(block, "ls1")
-        return self._linear("proj", block.attn.proj, out, residual=x, selection=selection, gamma=gamma)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """x + ls2(mlp(norm2(x)))."""
-        block = self._block
-        hidden = self._linear("fc1", block.mlp.fc1, x, norm=_norm(block.norm2), gelu=True)
-        return self._linear("fc2", block.mlp.fc2, hidden, residual=x, gamma=_gamma(block, "ls2"))
+        x = self._linear("proj", block.attn.proj, out, residual=x, selection=selection, gamma=gamma)
+        hidden = self._linear("fc1", mlp.fc1, x, norm=_norm(block.norm2), gelu=True)
+        return self._linear("fc2", mlp.fc2, hidden, residual=x, gamma=_gamma(block, "ls2"))
 
     def _linear(self, name: str, module: nn.Linear, x: Tensor, **around: Any) -> Tensor:
         packed = self._weights.of(name, module.weight)
         return sk.packed_linear(x, packed, module.weight.shape[0], module.bias, **around)
 
 
-def packed_layers(block: Any, x: Tensor) -> PackedLayers | None:
-    """The block's layers on packed weights, if it was optimized and its modules would compute the same."""
+class FusedLayers:
+    """On a GPU: products of the modules' own weights, so there is nothing to keep up to date."""
+
+    def __init__(self, block: Any) -> None:
+        self._block = block
+
+    def qkv(self, x: Tensor) -> Tensor:
+        block, qkv = self._block, self._block.attn.qkv
+        return sk.norm_linear(x, *_norm(block.norm1), qkv.weight, qkv.bias)
+
+    def finish(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
+        block, proj, mlp = self._block, self._block.attn.proj, self._block.mlp
+        gamma = _gamma(block, "ls1")
+        x = sk.linear_residual(out, proj.weight, proj.bias, x, selection=selection, gamma=gamma)
+        hidden = sk.norm_linear(x, *_norm(block.norm2), mlp.fc1.weight, mlp.fc1.bias, gelu=True)
+        return sk.linear_residual(hidden, mlp.fc2.weight, mlp.fc2.bias, x, gamma=_gamma(block, "ls2"))
+
+
+def optimized_layers(block: Any, x: Tensor) -> Layers | None:
+    """The block's layers as fused products, if it was optimized and its modules would compute the same."""
     weights = vars(block).get("_sait_packed")
-    if weights is None or forced_backend() not in (None, "cpu") or not _is_plain(block, x):
+    if weights is None:
         return None
-    return PackedLayers(block, weights)
+    linears = (block.attn.qkv, block.attn.proj, getattr(block.mlp, "fc1", None), getattr(block.mlp, "fc2", None))
+    forced = forced_backend()
+    if forced == "cpu" or (forced is None and x.device.type == "cpu"):
+        served = all(_packs(module, x) for module in linears)
+        return PackedLayers(block, weights) if served and _is_plain(block) else None
+    served = _has_kernels(x, forced) and _is_inference(x) and all(map(_fuses, linears))
+    return FusedLayers(block) if served and _is_plain(block) else None
 
 
-def _is_plain(block: Any, x: Tensor) -> bool:
+def _packs(module: Any, x: Tensor) -> bool:
+    """A weight that was made in inference mode counts no changes, so what is packed of it might be old."""
+    return serves(module, x) and not module.weight.is_inference()
+
+
+def _has_kernels(x: Tensor, forced: str | None) -> bool:
+    names = [name for name in ("cuda", "triton") if forced in (None, name)]
+    return all(any(can_run(op, name, x)[0] for name in names) for op in FUSED_OPS)
+
+
+def _is_inference(x: Tensor) -> bool:
+    """And no export: its program is for other machines and passes, which know a linear layer and not these ops."""
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_exporting())
+
+
+def _fuses(module: Any) -> bool:
+    """Its weight lies as the ops read it, and is what it looks like: a quantised one is of another class."""
+    weight = module.weight if type(module) is nn.Linear else None
+    return type(weight) is nn.Parameter and weight.stride(1) == 1
+
+
+def _is_plain(block: Any) -> bool:
+    """LayerNorm, attention, LayerNorm, erf-GELU MLP and nothing else that does anything in eval mode."""
     attn, mlp = block.attn, block.mlp
-    linears = (attn.qkv, attn.proj, getattr(mlp, "fc1", None), getattr(mlp, "fc2", None))
     return (
-        all(_serves(module, x) for module in linears)
-        and getattr(attn, "gate", None) is None
+        getattr(attn, "gate", None) is None
         and all(type(norm) in NORMS and _is_affine(norm) for norm in (block.norm1, block.norm2))
         and all(type(getattr(block, name, None)) in (nn.Identity, LayerScale, type(None)) for name in ("ls1", "ls2"))
         and _is_plain_mlp(mlp)
         and all(type(part) in NOTHING_IN_EVAL for part in _drops(block))
         and _is_untouched(block)
     )
-
-
-def _serves(module: Any, x: Tensor) -> bool:
-    """A weight that was made in inference mode counts no changes, so what is packed of it might be old."""
-    return serves(module, x) and not module.weight.is_inference()
 
 
 def _is_affine(norm: Any) -> bool:

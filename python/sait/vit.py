@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sait_kernels as sk
 from sait.density import Record, State, all_rows, check_blocks, in_original_rows
-from sait.optimize import packed_layers
+from sait.optimize import optimized_layers
 from sait.plan import Plan, Stage
 from sait_kernels import Selection
 
@@ -53,18 +53,18 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, stage: Stage | None, score: str
     ) -> tuple[Tensor, Selection | None]:
-        layers = packed_layers(self, x)  # where sait.optimize prepared them
+        layers = optimized_layers(self, x)  # where sait.optimize prepared them
         q, k, v = self.attn.split(self.attn.qkv(self.norm1(x)) if layers is None else layers.qkv(x))
         if stage is None or stage.keeps_all:
             out = sk.compact_attention(q, k, v, cu_seqlens, max_seqlen)
             if layers is not None:
-                return layers.mlp(layers.project(out, x, None)), None
+                return layers.finish(out, x, None), None
             x = x + self.attn.proj(out)
             return x + self.mlp(self.norm2(x)), None
         # Keys and values of all tokens, queries of those that stay: from here on the dropped rows do not exist.
         out, selection = sk.prune_attention(q, k, v, cu_seqlens, max_seqlen, **stage.rule, kind=score)
         if layers is not None:
-            return layers.mlp(layers.project(out, x, selection)), selection
+            return layers.finish(out, x, selection), selection
         norm = self.norm2
         x, normed = sk.gather_add_norm(x, self.attn.proj(out), selection, norm.weight, norm.bias, norm.eps)
         return x + self.mlp(normed), selection

@@ -24,10 +24,10 @@ def linear_residual(
             _linear_residual[tiles(M, columns, tile)](
                 y,
                 weight,
-                weight if bias is None else bias,
+                weight if bias is None else bias.contiguous(),
                 x,
                 x if indices is None else indices,
-                x if gamma is None else gamma,
+                x if gamma is None else gamma.contiguous(),
                 out,
                 M,
                 x.shape[0],

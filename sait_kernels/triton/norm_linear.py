@@ -23,10 +23,10 @@ def norm_linear(
         with on_device(x):
             _norm_linear[tiles(M, columns, tile)](
                 x,
-                norm_weight,
-                norm_bias,
+                norm_weight.contiguous(),
+                norm_bias.contiguous(),
                 weight,
-                weight if bias is None else bias,
+                weight if bias is None else bias.contiguous(),
                 out,
                 M,
                 columns,

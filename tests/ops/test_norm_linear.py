@@ -109,6 +109,24 @@ def test_without_bias(served: str) -> None:
     )
 
 
+def test_vectors_with_gaps(served: str) -> None:
+    """A parameter may be a view of a wider tensor: the same bits as of its values side by side."""
+    x, norm_weight, norm_bias, weight, bias = norm_inputs(5, 16, 8, torch.float32)
+    gamma, stream = randn(8, seed=6), randn(5, 8)
+    spread = [torch.stack([t, torch.full_like(t, torch.nan)], 1)[:, 0] for t in (norm_weight, norm_bias, bias, gamma)]
+    assert all(t.stride() == (2,) for t in spread)
+    assert_same_bits(
+        "norm_linear",
+        sk.norm_linear(x, *spread[:2], EPS, weight, spread[2]),
+        sk.norm_linear(x, norm_weight, norm_bias, EPS, weight, bias),
+    )
+    assert_same_bits(
+        "linear_residual",
+        sk.linear_residual(x, weight, spread[2], stream, gamma=spread[3]),
+        sk.linear_residual(x, weight, bias, stream, gamma=gamma),
+    )
+
+
 def test_large_mean(served: str) -> None:
     """A variance by E[x^2] - E[x]^2 would lose all its digits here: mean 1e4, deviation 1."""
     x, norm_weight, norm_bias, weight, bias = norm_inputs(20, 150, 16, torch.float32)
