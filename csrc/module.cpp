@@ -27,6 +27,4 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("best_isa", [] { return isa_name(best_isa()); }, "The widest instruction set of this CPU that kernels use.");
   m.def("isa", [] { return isa_name(isa()); }, "The instruction set in force.");
   m.def("set_isa", [](const char* name) { set_isa(isa_from_name(name)); }, "Lowers the instruction set (tests).");
-  m.def("has_brgemm_f32", &has_brgemm_f32);
-  m.def("has_brgemm_bf16", &has_brgemm_bf16);
 }

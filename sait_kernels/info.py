@@ -23,8 +23,7 @@ def describe() -> list[tuple[str, str]]:
         built = library.module
         cuda = f"CUDA {built.cuda_version} for {built.cuda_archs}" if built.cuda_version else "no CUDA"
         facts.append(("library", f"built for torch {built.torch_version}, {cuda}, compiler {built.compiler}"))
-        products = [name for name in ("f32", "bf16") if getattr(built, f"has_brgemm_{name}")()]
-        facts.append(("cpu", f"{built.isa()}, brgemm: {', '.join(products) or 'none (own micro-kernel)'}"))
+        facts.append(("cpu", built.isa()))
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts.append(("gpu", ", ".join(devices) or "none"))
     return facts

@@ -24,6 +24,7 @@ OPS = (
     "linear_residual",
     "norm_linear",
     "pack_linear",
+    "packed_block",
     "packed_linear",
     "prune_attention",
     "scatter_tokens",

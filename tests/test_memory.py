@@ -91,8 +91,8 @@ def test_column_scores(dtype: str) -> None:
     assert measured["resident"] <= SCRATCH
 
 
-# Per thread and head: K and V packed in float32 (2 * N * D * 4 = 2 MiB), and a block of at most 128 query rows with its
-# row of logits each (128 * N * 4 = 2 MiB); two threads: 8 MiB. As much again for pages that the heap and the threads'
+# Per thread and head: K and V packed in float32 (2 * N * D * 4 = 2 MiB), and a block of at most 126 query rows with its
+# row of logits each (126 * N * 4 = 2 MiB); two threads: 8 MiB. As much again for pages that the heap and the threads'
 # stacks touch on the way. A matrix of N x N, even of one head and in 16 bits, would be 32 MiB.
 SCRATCH = 16 * MIB
 

@@ -14,14 +14,22 @@ namespace sait::cpu::SAIT_ISA {
 namespace attention {
 
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr int64_t kMaxBlock = 128;
+constexpr int64_t kMaxBlock = 126;  // whole tiles
 constexpr int64_t kKeyAlign = 16;  // keys are transposed in tiles of 16
 
-// Query rows per product: as many as keep S and P in cache, in blocks of equal size.
+// Query rows per product: few enough for S and P to stay in the cache, in blocks of whole tiles and equal size.
 inline int64_t block_rows(int64_t rows, int64_t ld) {
-  const int64_t most = std::clamp<int64_t>(32768 / ld, 16, kMaxBlock);
+  const int64_t most = std::clamp<int64_t>(8192 / ld, 2 * kTileRows, kMaxBlock);
   const int64_t blocks = std::max<int64_t>(1, (rows + most - 1) / most);  // an image may keep no row
-  return (rows + blocks - 1) / blocks;
+  return round_up((rows + blocks - 1) / blocks, kTileRows);
+}
+
+// Asks for rows [begin, end) of a head of q, k or v: short and far apart, they are nothing that the hardware foresees.
+template <typename T>
+inline void prefetch_rows(const T* head, int64_t row_stride, int64_t D, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(head + i * row_stride + d, 0, 2);
+  }
 }
 
 // One image and head.
@@ -37,15 +45,18 @@ template <typename T>
 struct Packed {
   using Weight = T;
 
-  T *keys, *values, *queries;
-  int64_t D, ld, used;  // used: columns of P that the second product reads
+  T *keys, *values, *room;  // room: for queries that cannot be read where they are
+  const T* queries = nullptr;
+  int64_t D, ld, query_stride;
+  int64_t used;  // columns of P that the second product reads
 
   Packed(int64_t head_dim, int64_t n, int64_t padded)
       : keys(scratch<T, 0>(head_dim * padded)),
         values(scratch<T, 1>(padded * head_dim)),
-        queries(scratch<T, 2>(kMaxBlock * head_dim)),
+        room(scratch<T, 2>(kMaxBlock * head_dim)),
         D(head_dim),
         ld(padded),
+        query_stride(head_dim),
         used(round_up(n, 8)) {}
 };
 
@@ -67,14 +78,15 @@ struct FloatProducts : Packed<float> {
   }
   void pack_queries(const typename E::type* q, int64_t stride, const int32_t* indices, int64_t offset, int64_t count,
                     bool negate) {
-    pack_rows_f32<E>(q, stride, indices, offset, count, count, D, negate ? -1.f : 1.f, queries);
+    pack_rows_f32<E>(q, stride, indices, offset, count, count, D, negate ? -1.f : 1.f, room);
+    queries = room;
   }
-  void logits(int64_t rows, float* S) const { gemm<F32>(rows, ld, D, queries, D, keys, ld, S, ld, false); }
+  void logits(int64_t rows, float* S) const { gemm<F32>(rows, ld, D, queries, query_stride, keys, ld, S, ld, false); }
   void output(int64_t rows, const float* P, float* O) const { gemm<F32>(rows, D, used, P, ld, values, D, O, D, false); }
 };
 
 #if defined(SAIT_VEC_AVX512_BF16)
-// As bfloat16 in VNNI order: K^T (D / 2, ld, 2), V (ld / 2, D, 2); Q (rows, D).
+// As bfloat16 in VNNI order: K^T (D / 2, ld, 2), V (ld / 2, D, 2); Q (rows, D), where it is if it can be.
 struct BFloat16Products : Packed<uint16_t> {
   static constexpr bool kBFloat16Weights = true;
   using Packed<uint16_t>::Packed;
@@ -108,17 +120,20 @@ struct BFloat16Products : Packed<uint16_t> {
   }
   void pack_queries(const uint16_t* q, int64_t stride, const int32_t* indices, int64_t offset, int64_t count,
                     bool negate) {
+    queries = indices == nullptr && !negate ? q : room;
+    query_stride = queries == q ? stride : D;
+    if (queries == q) return;
     const __m256i sign = _mm256_set1_epi16(negate ? static_cast<int16_t>(0x8000) : 0);
     for (int64_t i = 0; i < count; ++i) {
       const uint16_t* row = q + (indices ? indices[i] - offset : i) * stride;
       for (int64_t d = 0; d < D; d += 16) {
         const int m = lanes_at(d, D);
-        store_half(queries + i * D + d, _mm256_xor_si256(load_half(row + d, m), sign), m);
+        store_half(room + i * D + d, _mm256_xor_si256(load_half(row + d, m), sign), m);
       }
     }
   }
   void logits(int64_t rows, float* S) const {
-    gemm<BF16>(rows, ld, D, queries, D, keys, 2 * ld, S, ld, false);
+    gemm<BF16>(rows, ld, D, queries, query_stride, keys, 2 * ld, S, ld, false);
   }
   void output(int64_t rows, const uint16_t* P, float* O) const {
     gemm<BF16>(rows, D, used, P, ld, values, 2 * D, O, D, false);
@@ -140,10 +155,7 @@ inline Vec log_weight(Vec s, Vec largest, Vec shift, Vec c) {
   else return (s - largest) * c;
 }
 
-// weights = 2^(c (s - max s)) over the first n columns, zero up to ld; returns 1 / sum. weights may be s itself.
-template <bool kBFloat16Weights, typename Weight>
-inline float softmax_row(const float* s, int64_t n, int64_t ld, float scale, Weight* weights) {
-  using E = std::conditional_t<kBFloat16Weights, BF16, F32>;
+inline float largest_of(const float* s, int64_t n) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const int64_t whole = n / kWidth * kWidth;
   const int rest = static_cast<int>(n - whole);
@@ -155,11 +167,20 @@ inline float softmax_row(const float* s, int64_t n, int64_t ld, float scale, Wei
   }
   for (; j < whole; j += kWidth) m0 = max(m0, load(s + j));
   if (rest > 0) m1 = max(m1, first(load(s + whole, rest), rest, -kInfinity));
-  const float top = max(max(m0, m1));
+  return max(max(m0, m1));
+}
+
+// weights = 2^(c (s - top)) over the first n columns, zero up to ld; returns 1 / sum. weights may be s itself.
+template <bool kBFloat16Weights, typename Weight>
+inline float weigh(const float* s, float top, int64_t n, int64_t ld, float scale, Weight* weights) {
+  using E = std::conditional_t<kBFloat16Weights, BF16, F32>;
+  const int64_t whole = n / kWidth * kWidth;
+  const int rest = static_cast<int>(n - whole);
   const Vec largest = set(top), c = set(scale * kLog2e), shift = set(-top * scale * kLog2e);
   const auto weight = [&](Vec x) { return exp2<kBFloat16Weights>(log_weight<kBFloat16Weights>(x, largest, shift, c)); };
   Vec sum0 = set(0.f), sum1 = sum0;
-  for (j = 0; j + 2 * kWidth <= whole; j += 2 * kWidth) {
+  int64_t j = 0;
+  for (; j + 2 * kWidth <= whole; j += 2 * kWidth) {
     const Vec p0 = weight(load(s + j)), p1 = weight(load(s + j + kWidth));
     sum0 = sum0 + p0;
     sum1 = sum1 + p1;
@@ -205,13 +226,20 @@ void attend(const CompactAttentionParams& p, const Task& task, int64_t part, int
 
   for (int64_t i0 = from * block; i0 < std::min(task.queries, to * block); i0 += block) {
     const int64_t rows = std::min(block, task.queries - i0);
+    if (task.head + 1 < p.heads) {
+      const int64_t begin = task.keys * (i0 / block) / blocks, end = task.keys * (i0 / block + 1) / blocks;
+      prefetch_rows(q + p.q.head_stride, p.q.row_stride, D, begin, end);
+      prefetch_rows(k + p.k.head_stride, p.k.row_stride, D, begin, end);
+      prefetch_rows(v + p.v.head_stride, p.v.row_stride, D, begin, end);
+    }
     // softmax takes the largest logit: with a negative scale that is the smallest product, so the sign goes into Q.
     products.pack_queries(task.indices ? q : q + i0 * p.q.row_stride, p.q.row_stride,
                           task.indices ? task.indices + i0 : nullptr, task.begin, rows, p.scale < 0);
     products.logits(rows, S);
-    float inverse[kMaxBlock];
+    float top[kMaxBlock], inverse[kMaxBlock];
+    for (int64_t i = 0; i < rows; ++i) top[i] = largest_of(S + i * ld, task.keys);  // of all, so that no row waits
     for (int64_t i = 0; i < rows; ++i) {
-      inverse[i] = softmax_row<Products::kBFloat16Weights>(S + i * ld, task.keys, ld, std::abs(p.scale), P + i * ld);
+      inverse[i] = weigh<Products::kBFloat16Weights>(S + i * ld, top[i], task.keys, ld, std::abs(p.scale), P + i * ld);
     }
     products.output(rows, P, O);
     for (int64_t i = 0; i < rows; ++i) {
@@ -302,7 +330,7 @@ void differentiate(const CompactAttentionBackwardParams& b, const Task& task) {
     gemm<F32>(block, ld, D, dO, D, Vt, ld, dS, ld, false);
     for (int64_t i = 0; i < rows; ++i) {
       float *weights = P + i * ld, *gradient = dS + i * ld;
-      const Vec inverse = set(softmax_row<false>(weights, n, ld, std::abs(p.scale), weights));
+      const Vec inverse = set(weigh<false>(weights, largest_of(weights, n), n, ld, std::abs(p.scale), weights));
       Vec dot = set(0.f);
       for (int64_t j = 0; j < ld; j += kWidth) {
         const Vec w = load(weights + j) * inverse;

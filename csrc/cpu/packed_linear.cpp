@@ -165,7 +165,8 @@ template <typename T>
 inline void prefetch_part(const T* data, int64_t size, int64_t part, int64_t parts) {
   constexpr int64_t kLine = 64 / sizeof(T);
   const int64_t lines = (size + kLine - 1) / kLine;
-  for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) __builtin_prefetch(data + i * kLine, 0, 2);
+  for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i)
+    __builtin_prefetch(data + i * kLine, 0, 2);
 }
 
 // All rows, at most kMaxBlock, of the result's blocks of columns [first, last).

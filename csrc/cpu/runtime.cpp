@@ -1,8 +1,6 @@
 #include "cpu/runtime.h"
 
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
 
 #include <atomic>
 #include <cstring>
@@ -53,73 +51,6 @@ void set_isa(Isa isa) {
                                 isa_name(best_isa()));
   }
   forced_isa.store(static_cast<int>(isa), std::memory_order_relaxed);
-}
-
-namespace {
-
-// oneDNN decides for itself what it can run, and throws where it cannot: ask it once with the smallest product.
-template <typename Product>
-bool probe(Product product) {
-  try {
-    product();
-    return true;
-  } catch (const std::exception&) {
-    return false;
-  }
-}
-
-}  // namespace
-
-bool has_brgemm_f32() {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  static const bool works = probe([] {
-    float a[16] = {}, b[256] = {}, c[16];
-    at::native::cpublas::brgemm(1, 16, 16, 16, 16, 16, false, a, b, c);
-    at::native::cpublas::brgemm_release(false);
-  });
-  return works && isa() >= Isa::kAvx512 && at::globalContext().userEnabledMkldnn();
-#else
-  return false;
-#endif
-}
-
-bool has_brgemm_bf16() {
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  static const bool works = probe([] {
-    at::BFloat16 a[16] = {}, b[256] = {};
-    float c[16];
-    at::native::cpublas::brgemm(1, 16, 16, 16, 16, 16, false, a, b, c);
-    at::native::cpublas::brgemm_release(true);
-  });
-  return works && isa() >= Isa::kAvx512Bf16 && at::globalContext().userEnabledMkldnn();
-#else
-  return false;
-#endif
-}
-
-void brgemm_f32(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C,
-                int64_t ldc, bool accumulate) {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, accumulate, A, B, C);
-#else
-  throw std::logic_error("brgemm_f32: this torch has none");
-#endif
-}
-
-void brgemm_bf16(int64_t M, int64_t N, int64_t K, const uint16_t* A, int64_t lda, const uint16_t* B, int64_t ldb,
-                 float* C, int64_t ldc, bool accumulate) {
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, accumulate, reinterpret_cast<const at::BFloat16*>(A),
-                              reinterpret_cast<const at::BFloat16*>(B), C);
-#else
-  throw std::logic_error("brgemm_bf16: this torch has none");
-#endif
-}
-
-void brgemm_release() {
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32) || defined(CPUBLAS_BRGEMM_F32F32F32)
-  at::native::cpublas::brgemm_release();
-#endif
 }
 
 int num_threads() { return at::get_num_threads(); }

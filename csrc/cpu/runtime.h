@@ -1,5 +1,5 @@
-// What a CPU kernel needs from the host: threads, ATen's brgemm, and the instruction set in force. No torch header
-// here; runtime.cpp is the one file that bridges to ATen.
+// What a CPU kernel needs from the host: threads, and the instruction set in force. No torch header here; runtime.cpp is
+// the one file that bridges to ATen.
 #pragma once
 
 #include <cstdint>
@@ -18,18 +18,6 @@ Isa isa();  // what is in force: best_isa() unless lowered
 void set_isa(Isa isa);  // lowers it (tests); raising it above best_isa() throws
 const char* isa_name(Isa isa);
 Isa isa_from_name(const char* name);
-
-// ATen's brgemm: oneDNN kernels, just-in-time compiled per shape and per thread, so callers must keep the number of
-// distinct (M, N, K, ld) small. Available from AVX-512 on, when this torch has it and torch.backends.mkldnn is enabled.
-bool has_brgemm_f32();
-bool has_brgemm_bf16();
-// C (M, N) = A (M, K) B (K, N), += when accumulate. Row-major, leading dimensions in elements.
-void brgemm_f32(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C,
-                int64_t ldc, bool accumulate);
-// B in VNNI order: element (k, n) at [(k / 2) * 2 * ldb + 2 * n + k % 2]; K even.
-void brgemm_bf16(int64_t M, int64_t N, int64_t K, const uint16_t* A, int64_t lda, const uint16_t* B, int64_t ldb,
-                 float* C, int64_t ldc, bool accumulate);
-void brgemm_release();  // once per thread and parallel region that called brgemm
 
 int num_threads();
 using RangeFn = void (*)(void* context, int64_t begin, int64_t end);

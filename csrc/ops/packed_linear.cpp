@@ -154,7 +154,8 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
       "float eps, bool gelu, Tensor? residual, Tensor? indices, Tensor? gamma) -> Tensor");
   m.def(
       "packed_block(Tensor y, Tensor x, Tensor? indices, Tensor proj, Tensor? proj_bias, Tensor? gamma1, Tensor "
-      "norm_weight, Tensor norm_bias, float eps, Tensor fc1, Tensor? fc1_bias, int hidden_features, Tensor fc2, Tensor? "
+      "norm_weight, Tensor norm_bias, float eps, Tensor fc1, Tensor? fc1_bias, int hidden_features, Tensor fc2, "
+      "Tensor? "
       "fc2_bias, Tensor? gamma2) -> Tensor");
 }
 

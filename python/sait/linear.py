@@ -13,7 +13,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from sait.watch import HOOKS
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ do; where it is not, they run as they are.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import sait_kernels as sk
 from sait.density import state_of
-from sait.linear import HOOKS, serves
+from sait.watch import HOOKS, Watch
 from sait_kernels import Selection
 from sait_kernels.backend import can_run, forced_backend
 
@@ -33,15 +34,15 @@ def optimize(model: Any) -> Any:
 
     - On a CPU the weights are packed, which takes one more copy of them; float32 or bfloat16, no torch.compile, whose
       code fuses for itself. A weight that was replaced or updated in place is packed anew by the next forward. What is
-      written through ``weight.data`` or a NumPy array torch itself does not see: call optimize again after that.
+      written through ``weight.data`` or a NumPy array, or into a weight that was made in inference mode, torch itself
+      does not see: call optimize again after that.
     - On a GPU norm_linear and linear_residual read the modules' own weights; float32 (exact, without TF32), bfloat16 or
       float16. Under torch.compile, too: who calls optimize asks for these kernels; compiled code saves the host's time
       between them.
 
     This serves blocks of LayerNorm and erf-GELU in plain inference: eval mode, no gradient, no autocast, no
-    torch.export. Blocks with gates, hooks, changed modules, or on a CPU weights made in inference mode, run their
-    modules, and so does a dense model (set_density without arguments), which is the unpatched one bit for bit; keep=1.0
-    keeps all tokens in fused products.
+    torch.export. Blocks with gates, hooks or changed modules run their modules, and so does a dense model (set_density
+    without arguments), which is the unpatched one bit for bit; keep=1.0 keeps all tokens in fused products.
 
     >>> import sait, timm
     >>> model = sait.sparsify(timm.create_model("deit_tiny_patch16_224"), block=3, keep=0.45).eval()
@@ -58,7 +59,7 @@ def optimize(model: Any) -> Any:
     """
     state_of(model, "optimize")
     for block in model.blocks:
-        block._sait_packed = PackedWeights()  # on a GPU they stay empty
+        block._sait_optimized = Optimized()
     return model
 
 
@@ -70,26 +71,8 @@ def deoptimize(model: Any) -> Any:
     """
     state_of(model, "deoptimize")
     for block in model.blocks:
-        vars(block).pop("_sait_packed", None)
+        vars(block).pop("_sait_optimized", None)
     return model
-
-
-class PackedWeights:
-    """The packed weights of one block, each made at its first use and again once its weight has changed."""
-
-    def __init__(self) -> None:
-        # The weight is kept as well: while it is, no other one can be at its address.
-        self._made: dict[str, tuple[Tensor, int, Tensor]] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PackedWeights, ()  # a copy of the model has weights of its own
-
-    def of(self, name: str, weight: Tensor) -> Tensor:
-        made = self._made.get(name)
-        if made is None or made[1] != weight._version or not _same_memory(made[0], weight):
-            version, weight = weight._version, weight.detach()
-            made = self._made[name] = weight, version, sk.pack_linear(weight.contiguous())
-        return made[2]
 
 
 class Layers(Protocol):
@@ -103,25 +86,29 @@ class Layers(Protocol):
 
 
 class PackedLayers:
-    """On a CPU: products of packed weights."""
+    """On a CPU: products of packed weights, and of vectors in float32, as they are when this is made."""
 
-    def __init__(self, block: Any, weights: PackedWeights) -> None:
-        self._block, self._weights = block, weights
+    def __init__(self, block: Any) -> None:
+        attn, mlp = block.attn, block.mlp
+        self._qkv, self._qkv_features = _packed(attn.qkv), attn.qkv.weight.shape[0]
+        self._norm1, self._norm2 = (
+            (norm.weight.detach().float(), norm.bias.detach().float(), norm.eps) for norm in (block.norm1, block.norm2)
+        )
+        self._layers = {
+            "proj": _packed(attn.proj),
+            "norm": self._norm2,
+            "fc1": _packed(mlp.fc1),
+            "fc2": _packed(mlp.fc2),
+            "hidden_features": mlp.fc1.weight.shape[0],
+            "gamma1": _float(_gamma(block, "ls1")),
+            "gamma2": _float(_gamma(block, "ls2")),
+        }
 
     def qkv(self, x: Tensor) -> Tensor:
-        block = self._block
-        return self._linear("qkv", block.attn.qkv, x, norm=_norm(block.norm1))
+        return sk.packed_linear(x, self._qkv.packed, self._qkv_features, self._qkv.bias, norm=self._norm1)
 
     def finish(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
-        block, mlp = self._block, self._block.mlp
-        gamma = _gamma(block, "ls1")
-        x = self._linear("proj", block.attn.proj, out, residual=x, selection=selection, gamma=gamma)
-        hidden = self._linear("fc1", mlp.fc1, x, norm=_norm(block.norm2), gelu=True)
-        return self._linear("fc2", mlp.fc2, hidden, residual=x, gamma=_gamma(block, "ls2"))
-
-    def _linear(self, name: str, module: nn.Linear, x: Tensor, **around: Any) -> Tensor:
-        packed = self._weights.of(name, module.weight)
-        return sk.packed_linear(x, packed, module.weight.shape[0], module.bias, **around)
+        return sk.packed_block(out, x, selection=selection, **self._layers)
 
 
 class FusedLayers:
@@ -142,23 +129,46 @@ class FusedLayers:
         return sk.linear_residual(hidden, mlp.fc2.weight, mlp.fc2.bias, x, gamma=_gamma(block, "ls2"))
 
 
+class Optimized:
+    """What optimize leaves on a block: its packed layers, made at the first forward and again after a change."""
+
+    def __init__(self) -> None:
+        self._layers: PackedLayers | None = None
+        self._watch: Watch | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Optimized, ()  # a copy of the model packs for itself
+
+    def packed_layers(self, block: Any) -> PackedLayers | None:
+        if self._watch is None or not self._watch.unchanged():
+            self._layers = self._watch = None
+            if all(map(_is_linear, _linears(block))) and _is_plain(block):
+                self._layers, self._watch = PackedLayers(block), Watch(block)
+        return self._layers
+
+
 def optimized_layers(block: Any, x: Tensor) -> Layers | None:
     """The block's layers as fused products, if it was optimized and its modules would compute the same."""
-    weights = vars(block).get("_sait_packed")
-    if weights is None:
+    optimized = vars(block).get("_sait_optimized")
+    if optimized is None or not _is_inference(x):
         return None
-    linears = (block.attn.qkv, block.attn.proj, getattr(block.mlp, "fc1", None), getattr(block.mlp, "fc2", None))
     forced = forced_backend()
     if forced == "cpu" or (forced is None and x.device.type == "cpu"):
-        served = all(_packs(module, x) for module in linears)
-        return PackedLayers(block, weights) if served and _is_plain(block) else None
-    served = _has_kernels(x, forced) and _is_inference(x) and all(map(_fuses, linears))
+        return optimized.packed_layers(block) if _packs(x, block.attn.qkv.weight) else None
+    served = _has_kernels(x, forced) and all(_is_linear(module) for module in _linears(block))
     return FusedLayers(block) if served and _is_plain(block) else None
 
 
-def _packs(module: Any, x: Tensor) -> bool:
-    """A weight that was made in inference mode counts no changes, so what is packed of it might be old."""
-    return serves(module, x) and not module.weight.is_inference()
+def _packs(x: Tensor, weight: Tensor) -> bool:
+    """Compiled code fuses for itself. Where a CPU multiplies bfloat16 in tiles (AMX), oneDNN does, and we do not."""
+    served = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype
+    served = served and not torch.compiler.is_compiling()
+    return served and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not _has_amx()))
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _has_kernels(x: Tensor, forced: str | None) -> bool:
@@ -171,7 +181,11 @@ def _is_inference(x: Tensor) -> bool:
     return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_exporting())
 
 
-def _fuses(module: Any) -> bool:
+def _linears(block: Any) -> tuple[Any, ...]:
+    return block.attn.qkv, block.attn.proj, getattr(block.mlp, "fc1", None), getattr(block.mlp, "fc2", None)
+
+
+def _is_linear(module: Any) -> bool:
     """Its weight lies as the ops read it, and is what it looks like: a quantised one is of another class."""
     weight = module.weight if type(module) is nn.Linear else None
     return type(weight) is nn.Parameter and weight.stride(1) == 1
@@ -224,5 +238,9 @@ def _gamma(block: Any, name: str) -> Tensor | None:
     return scale.gamma if isinstance(scale, LayerScale) else None
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+def _packed(module: nn.Linear) -> sk.PackedLayer:
+    return sk.PackedLayer(sk.pack_linear(module.weight.detach()), _float(module.bias))
+
+
+def _float(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.detach().float()

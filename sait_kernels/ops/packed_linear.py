@@ -144,8 +144,18 @@ def packed_block(
     served = choose(op, rows, {**vectors, "selection.indices": indices})
     _refuse_gradients(op, *rows.values(), *vectors.values())
     if served == "reference":
-        options = {"hidden_features": hidden_features, "selection": selection, "gamma1": gamma1, "gamma2": gamma2}
-        return packed_block_reference(y, x, proj, norm, fc1, fc2, **options)
+        return packed_block_reference(
+            y,
+            x,
+            proj,
+            norm,
+            fc1,
+            fc2,
+            hidden_features=hidden_features,
+            selection=selection,
+            gamma1=gamma1,
+            gamma2=gamma2,
+        )
     return kernels(served).packed_block(
         y, x, indices, *proj, gamma1, norm_weight, norm_bias, eps, *fc1, hidden_features, *fc2, gamma2
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +35,7 @@ IN_INTERPRETER = (
     ("gap", {"keep": 0.5}),
 )
 # What a block calls, on packed weights and on its own.
-PACKED = ["packed_linear"] * 4
+PACKED = ["packed_linear", "packed_block"]
 FUSED = ["norm_linear", "linear_residual"] * 2
 
 
@@ -207,7 +208,7 @@ def test_other_parameters_and_loaded_states(calls: list[str]) -> None:
         other = small_change(other)
     model.blocks[0].attn.proj.weight = nn.Parameter(-model.blocks[0].attn.proj.weight)
     assert_same_bits("parameter", model(x), sait.optimize(copy.deepcopy(model))(x))
-    assert len(calls) == 16 * 7
+    assert len(calls) == 8 * 7
 
 
 def small_change(model: Any) -> Any:
@@ -258,19 +259,53 @@ def test_a_changed_block_runs_as_it_is(change: Callable[[Any], None], ops: list[
     assert not calls
 
 
-def test_weights_made_in_inference_mode_run_as_they_are(calls: list[str]) -> None:
-    """They count no changes, so a packed one might be old. Weights made before are packed in inference mode, too."""
+@pytest.mark.parametrize("change", [hooked, own_forward, in_training, subclassed, tanh_gelu, other_drop])
+@torch.no_grad()
+def test_a_change_after_packing_is_noticed(change: Callable[[Any], None], calls: list[str]) -> None:
+    model, x = sait.optimize(sparse("vit", keep=1.0)), zoo.images("vit")
+    before = model(x)
+    assert calls == PACKED * 4
+    change(model)
+    got = model(x)
+    assert calls == PACKED * 7, "the changed block runs its modules, and the others are still packed"
+    assert_same_bits("logits", got, sait.optimize(copy.deepcopy(model))(x))
+    assert torch.allclose(got, before, atol=3e-5) == (change in (hooked, in_training))  # which do nothing
+
+
+def test_weights_made_in_inference_mode(calls: list[str]) -> None:
+    """By model.bfloat16(), for instance. They count no changes: after one it takes another optimize."""
     with torch.inference_mode():
-        model, x = sparse("vit"), zoo.images("vit")
-        want = model(x)
-        assert_same_bits("logits", sait.optimize(model)(x), want)
-    assert not calls
-    model = sait.optimize(sparse("vit"))
+        model, x = sparse("vit").bfloat16(), zoo.images("vit").bfloat16()
+        assert model.blocks[0].attn.qkv.weight.is_inference()
+        before = sait.optimize(model)(x)
+        assert calls == PACKED * 4
+        model.blocks[0].attn.qkv.weight.mul_(-0.5)
+        after = sait.optimize(model)(x)
+        assert not torch.equal(after, before)
+        assert_same_bits("packed anew", after, sait.optimize(copy.deepcopy(model))(x))
+
+
+def test_packed_with_and_without_inference_mode(calls: list[str]) -> None:
+    model, x = sait.optimize(sparse("vit")), zoo.images("vit")
     with torch.inference_mode():
         got = model(x)
-    assert len(calls) == 16
     with torch.no_grad():
         assert_same_bits("without inference mode", model(x), got)
+    assert calls == PACKED * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_cpu_that_multiplies_tiles_of_bfloat16(
+    dtype: torch.dtype, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaves them to oneDNN, which does that."""
+    monkeypatch.setattr(sys.modules["sait.optimize"], "_has_amx", lambda: True)
+    model, x = sparse("vit", keep=1.0).to(dtype), zoo.images("vit").to(dtype)
+    want = model(x)
+    got = sait.optimize(model)(x)
+    assert bool(calls) == (dtype == torch.float32)
+    assert dtype == torch.float32 or torch.equal(got, want)
 
 
 def test_other_calls_run_the_modules(ops: list[str], calls: list[str]) -> None:
@@ -348,7 +383,8 @@ def test_weights_that_are_not_fused(
 def test_the_device_decides(device: str, dtype: torch.dtype, forced: str | None, want: type | None) -> None:
     """A GPU's tensors are fake here. What no kernel would serve is left to the modules."""
     (block, *_) = sait.optimize(sparse("vit")).to(dtype).blocks
-    with FakeTensorMode(), sk.backend(forced) if forced else contextlib.nullcontext():
+    fake = FakeTensorMode() if device == "cuda" else contextlib.nullcontext()
+    with fake, sk.backend(forced) if forced else contextlib.nullcontext():
         layers = optimized_layers(block, torch.empty(3, 26, 64, device=device, dtype=dtype))
     assert type(layers) is (want or type(None))
 
@@ -398,11 +434,11 @@ def test_state_copies_and_undoing(calls: list[str]) -> None:
     assert list(model.state_dict()) == keys
     twin = copy.deepcopy(model)
     assert_same_bits("copy", twin(x), model(x))
-    assert len(calls) == 3 * 16
+    assert len(calls) == 3 * 8
     assert_same_bits("undone", sait.deoptimize(model)(x), want)
     sait.restore(twin)
-    assert not any("packed" in name for block in twin.blocks for name in vars(block))
-    assert len(calls) == 3 * 16
+    assert not any("optimized" in name for block in twin.blocks for name in vars(block))
+    assert len(calls) == 3 * 8
 
 
 @pytest.mark.parametrize("call", [sait.optimize, sait.deoptimize])

@@ -1,4 +1,4 @@
-"""pack_linear and packed_linear, and with them norm_linear and linear_residual on every instruction set."""
+"""pack_linear, packed_linear, packed_block; with them norm_linear and linear_residual on every instruction set."""
 
 from __future__ import annotations
 
@@ -167,6 +167,92 @@ def test_gelu_far_out(isa: str, dtype: torch.dtype) -> None:
     assert out[1].isnan()
 
 
+def selection_of(*rows: int) -> sk.Selection:
+    return sk.Selection(torch.tensor(rows, dtype=torch.int32), cu_of([len(rows)]), len(rows))
+
+
+# (attention channels, channels, hidden channels)
+WIDTHS = ((70, 33, 130), (64, 64, 1536))
+
+
+def block(rows: int, total: int, widths: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of packed_block; around the rows is NaN."""
+    A, C, H = widths
+    layers = {name: make((1, i, o), dtype) for name, i, o in (("proj", A, C), ("fc1", C, H), ("fc2", H, C))}
+    return {
+        "y": among_nan((rows, A + 3), dtype, 2)[:, 1 : A + 1].copy_(randn(rows, A, seed=7)),
+        "x": among_nan((total, C + 3), dtype, 2)[:, 1 : C + 1].copy_(randn(total, C, seed=8)),
+        **{name: sk.PackedLayer(sk.pack_linear(t["weight"]), t["bias"]) for name, t in layers.items()},
+        "norm": (layers["fc1"]["norm_weight"], layers["fc1"]["norm_bias"], EPS),
+        "hidden_features": H,
+        "gamma1": layers["proj"]["gamma"],
+        "gamma2": layers["fc2"]["gamma"],
+    }
+
+
+def one_by_one(t: dict[str, Any], selection: sk.Selection | None = None) -> Tensor:
+    C, (proj, fc1, fc2) = t["x"].shape[1], (t["proj"], t["fc1"], t["fc2"])
+    kept = sk.packed_linear(t["y"], proj[0], C, proj[1], residual=t["x"], selection=selection, gamma=t["gamma1"])
+    hidden = sk.packed_linear(kept, fc1[0], t["hidden_features"], fc1[1], norm=t["norm"], gelu=True)
+    return sk.packed_linear(hidden, fc2[0], C, fc2[1], residual=kept, gamma=t["gamma2"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 5, 197])
+def test_a_block_is_its_layers(isa: str, rows: int, widths: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Bit for bit, whatever the threads; and in the reference, too."""
+    t = block(rows, rows, widths, dtype)
+    want = one_by_one(t)
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
+            assert_same_bits(f"{threads} threads", sk.packed_block(**t), want)
+    bare = {**t, "gamma1": None, "gamma2": None}
+    bare |= {name: sk.PackedLayer(t[name].packed) for name in ("proj", "fc1", "fc2")}
+    assert_same_bits("no vectors", sk.packed_block(**bare), one_by_one(bare))
+    with sk.backend("reference"):
+        assert_same_bits("reference", sk.packed_block(**t), one_by_one(t))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_block_of_the_rows_that_stay(isa: str, dtype: torch.dtype) -> None:
+    """Dropped rows of x are NaN, and behind the last image there is none to add."""
+    selection = some_rows((0, 33, 1, 70))
+    rows, T = len(selection.indices), 104
+    t = block(rows, T, WIDTHS[0], dtype)
+    dropped = torch.ones(T, dtype=torch.bool)
+    dropped[selection.indices.long()] = False
+    t["x"][dropped] = torch.nan
+    got = sk.packed_block(**t, selection=selection)
+    assert got.isfinite().all()
+    assert_same_bits("rows", got, one_by_one(t, selection))
+    tail = selection._replace(indices=torch.cat([selection.indices[:-2], torch.full((2,), T, dtype=torch.int32)]))
+    assert_same_bits("tail", sk.packed_block(**t, selection=tail), one_by_one(t, tail))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"y": randn(4, 71)}, ValueError, r"proj: expected a contiguous \(1, 71, 64\) for 71 inputs and 33 outputs"),
+        ({"y": randn(5, 70)}, ValueError, r"x: expected 33 channels and a row for each of the 5 of y"),
+        ({"x": randn(4, 34)}, ValueError, r"fc1: expected a contiguous \(3, 34, 64\)"),
+        ({"x": randn(4, 33).half()}, TypeError, r"x: expected dtype Float as y"),
+        ({"hidden_features": 129}, ValueError, r"fc2: expected a contiguous \(1, 129, 64\)"),
+        ({"fc1": sk.PackedLayer(randn(3, 33, 64), randn(129))}, ValueError, r"fc1_bias: expected shape \(130,\)"),
+        ({"fc2": (randn(1, 130, 64), 3)}, TypeError, r"fc2 bias: expected a Tensor, got int"),
+        ({"norm": (randn(33), randn(32), EPS)}, ValueError, r"norm_bias: expected shape \(33,\)"),
+        ({"norm": (randn(33), randn(33), 0.0)}, ValueError, r"eps: expected a finite float32 > 0"),
+        ({"gamma2": randn(32)}, ValueError, r"gamma2: expected shape \(33,\)"),
+        ({"selection": selection_of(0, 1, 2, 5)}, ValueError, r"selection.indices: "),
+        ({"y": randn(4, 70).requires_grad_()}, RuntimeError, r"it has no gradient"),
+    ],
+)
+def test_bad_arguments_of_a_block(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = block(4, 4, WIDTHS[0], torch.float32)
+    with sk.backend("cpu"), pytest.raises(error, match=rf"packed_block: .*{message}"):
+        sk.packed_block(**{**good, **changes})
+
+
 def test_opcheck() -> None:
     t = make((9, 16, 70), torch.float32)
     packed = sk.pack_linear(t["weight"])
@@ -175,10 +261,9 @@ def test_opcheck() -> None:
     around = (t["bias"], t["norm_weight"], t["norm_bias"], EPS, True, randn(20, 70), indices, t["gamma"])
     opcheck(torch.ops.sait.packed_linear.default, (t["x"], packed, 70, *around))
     opcheck(torch.ops.sait.packed_linear.default, (t["x"], packed, 70, None, None, None, 0.0, False, None, None, None))
-
-
-def selection_of(*rows: int) -> sk.Selection:
-    return sk.Selection(torch.tensor(rows, dtype=torch.int32), cu_of([len(rows)]), len(rows))
+    b = block(9, 20, WIDTHS[0], torch.float32)
+    layers = (*b["proj"], b["gamma1"], *b["norm"], *b["fc1"], b["hidden_features"], *b["fc2"], b["gamma2"])
+    opcheck(torch.ops.sait.packed_block.default, (b["y"], b["x"], indices, *layers))
 
 
 @pytest.mark.parametrize(
