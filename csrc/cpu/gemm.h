@@ -115,8 +115,8 @@ void column_of_tiles(int64_t M, int64_t steps, const typename P::type* A, int64_
 // inputs' own rounding is far larger.
 constexpr int64_t kMaxSum = 256;
 template <typename P>
-constexpr bool sums_in_parts(int64_t K) {
-  return Step<P>::kInputs == 1 && K > kMaxSum;
+constexpr int64_t parts_of_sum(int64_t K) {
+  return Step<P>::kInputs == 1 ? std::max<int64_t>(1, (K + kMaxSum - 1) / kMaxSum) : 1;
 }
 
 // C (M, N) = A (M, K) B (K, N), += when accumulate. Row-major; lda and ldc in elements, ldb those of a step of B. Of
@@ -125,7 +125,7 @@ template <typename P>
 void gemm(int64_t M, int64_t N, int64_t K, const typename P::type* A, int64_t lda, const typename P::type* B,
           int64_t ldb, float* C, int64_t ldc, bool accumulate) {
   constexpr int64_t kInputs = Step<P>::kInputs;
-  const int64_t parts = sums_in_parts<P>(K) ? (K + kMaxSum - 1) / kMaxSum : 1;
+  const int64_t parts = parts_of_sum<P>(K);
   const int64_t steps = K / kInputs, whole = N / kWidth * kWidth;
   for (int64_t part = 0; part < parts; ++part, accumulate = true) {
     const int64_t first = steps * part / parts, count = steps * (part + 1) / parts - first;

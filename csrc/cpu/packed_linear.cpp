@@ -1,6 +1,6 @@
-// packed_linear on the CPU: a block of rows is normalised once, stays in the cache, and meets one block of columns of
-// the weight after the other. What follows the product is done on its float tile of 24 KiB, before the result is rounded
-// and written once.
+// packed_linear and packed_block on the CPU: a block of rows is normalised once, stays in the cache, and meets one block
+// of columns of the weight after the other. What follows the product is done on its float tile, before the result is
+// rounded and written once. packed_block does the same for its three layers in turn, and its hidden rows stay in L2.
 //
 // bfloat16 uses bfloat16 products where the machine has them; everything else computes in float32.
 #define SAIT_KERNEL_FILE "cpu/packed_linear.cpp"
@@ -13,10 +13,10 @@
 namespace sait::cpu::SAIT_ISA {
 namespace linear {
 
-// Rows that a thread takes at a time: what it keeps of them and a block of columns of 1,536 inputs leave room in 1 MiB of
-// L2, and the weight, which comes from further away, serves many rows. 102 is a multiple of a tile's 6 rows.
+// Rows that a thread takes at a time: many, for the weight comes from further away and serves all of them, but they and
+// a part of a block of columns fit in 1 MiB of L2. 102 is a multiple of a tile's 6 rows.
 constexpr int64_t kMaxBlock = 102;
-constexpr int64_t kBlockBytes = 416 * 1024;
+constexpr int64_t kBlockBytes = 832 * 1024;
 
 // x Phi(x) = max(x, 0) - a Phi(-a) with a = |x|, which loses no digits where Phi(x) is nearly 0. Phi(-a) = exp(-a^2 / 2)
 // M(a), and with y = 1 / (1 + c a) M(a) is y times a polynomial of y (minimax, a <= 8): of degree 7 off by 5e-8 of its
@@ -160,34 +160,41 @@ inline void finish(const PackedLinearParams& p, int64_t first, int64_t rows, int
   }
 }
 
-// Asks for a part of the next block of columns while this one is multiplied: it comes from the outer caches, or memory.
+// Asks for a share of `size` elements: what is multiplied next comes from the outer caches, or from memory.
 template <typename T>
-inline void prefetch_part(const T* data, int64_t size, int64_t part, int64_t parts) {
+inline void prefetch_share(const T* data, int64_t size, int64_t share, int64_t shares) {
   constexpr int64_t kLine = 64 / sizeof(T);
   const int64_t lines = (size + kLine - 1) / kLine;
-  for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i)
+  for (int64_t i = lines * share / shares; i < lines * (share + 1) / shares; ++i) {
     __builtin_prefetch(data + i * kLine, 0, 2);
+  }
 }
 
-// All rows, at most kMaxBlock, of the result's blocks of columns [first, last).
+// All rows, at most kMaxBlock, of the result's blocks of columns [first, last). Where a sum is taken in parts, all rows
+// take one part, which stays in the cache, after the other.
 template <typename E>
 void multiply(const PackedLinearParams& p, int64_t first, int64_t last) {
   using P = Products<E>;
-  constexpr int64_t N = kPackedColumns;
-  const int64_t depth = packed_depth(p.inputs, p.dtype), size = depth * N;
+  constexpr int64_t N = kPackedColumns, kInputs = Step<P>::kInputs;
+  const int64_t depth = packed_depth(p.inputs, p.dtype), parts = parts_of_sum<P>(depth);
   const Rows<P> rows = load_rows<E, P>(p, depth);
-  // A sum in parts takes all rows for one part of the columns, which stays in the cache, after the other.
-  const int64_t step = sums_in_parts<P>(depth) ? kMaxBlock : kTileRows;
-  float* tile = scratch<float, 3>(step * N);
+  const int64_t tile_rows = (p.rows + kTileRows - 1) / kTileRows;
+  float* tiles = scratch<float, 3>(kMaxBlock * N);
   for (int64_t b = first; b < last; ++b) {
     const auto* columns = load_columns<E, P>(p, b, depth);
-    const auto* next = static_cast<const typename E::type*>(p.packed) + (b + 1) * size;
-    for (int64_t i = 0; i < p.rows; i += step) {
-      const int64_t count = std::min(step, p.rows - i);
-      prefetch<E>(p, i, count, b * N);
-      if (b + 1 < last) prefetch_part(next, size, i / step, (p.rows + step - 1) / step);
-      gemm<P>(count, N, depth, rows.data + i * rows.stride, rows.stride, columns, N * Step<P>::kInputs, tile, N, false);
-      finish<E>(p, i, count, b * N, tile);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t from = depth * part / parts, to = depth * (part + 1) / parts;
+      const auto* next = static_cast<const typename E::type*>(p.packed) + (b * depth + to) * N;
+      const bool more = part + 1 < parts || b + 1 < last;
+      for (int64_t i = 0; i < p.rows; i += kTileRows) {
+        const int64_t count = std::min<int64_t>(kTileRows, p.rows - i);
+        float* tile = tiles + (parts == 1 ? 0 : i * N);
+        if (part == parts - 1) prefetch<E>(p, i, count, b * N);
+        if (more) prefetch_share(next, (to - from) * N, i / kTileRows, tile_rows);
+        gemm<P>(count, N, to - from, rows.data + i * rows.stride + from, rows.stride, columns + from * N, N * kInputs,
+                tile, N, part > 0);
+        if (part == parts - 1) finish<E>(p, i, count, b * N, tile);
+      }
     }
   }
 }

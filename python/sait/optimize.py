@@ -28,14 +28,15 @@ FUSED_OPS = ("norm_linear", "linear_residual")
 def optimize(model: Any) -> Any:
     """Fuses the linear layers of a sparse model's blocks with what surrounds them, in place; undone by deoptimize.
 
-    Fewer passes over memory, for products that are at best as fast as the vendor's: whether that gains anything depends
-    on the hardware, and benchmarks/end_to_end.py tells; no GPU has measured it yet. The weights stay the parameters:
-    state_dict and training are as before. At each forward it matters where the input lies:
+    Fewer passes over memory, and on a CPU faster products: benchmarks/end_to_end.py tells what that gains on a machine;
+    no GPU has measured it yet. The weights stay the parameters: state_dict and training are as before. At each forward
+    it matters where the input lies:
 
     - On a CPU the weights are packed, which takes one more copy of them; float32 or bfloat16, no torch.compile, whose
-      code fuses for itself. A weight that was replaced or updated in place is packed anew by the next forward. What is
-      written through ``weight.data`` or a NumPy array, or into a weight that was made in inference mode, torch itself
-      does not see: call optimize again after that.
+      code fuses for itself, and no bfloat16 where the CPU has AMX, which oneDNN uses and these kernels do not. A
+      parameter that was replaced or updated in place is packed anew by the next forward. What is written through
+      ``weight.data`` or a NumPy array, or into a weight that was made in inference mode, torch itself does not see:
+      call optimize again after that.
     - On a GPU norm_linear and linear_residual read the modules' own weights; float32 (exact, without TF32), bfloat16 or
       float16. Under torch.compile, too: who calls optimize asks for these kernels; compiled code saves the host's time
       between them.

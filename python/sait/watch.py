@@ -18,37 +18,24 @@ class Watch:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._parts = [_Part(part) for part in module.modules()]
+        self._parts = [(part, type(part), vars(part), _copy(vars(part))) for part in module.modules()]
         # The detached tensor keeps the memory: while it does, no other parameter can be at its address.
         self._parameters = [(parameter, parameter.detach(), _state(parameter)) for parameter in module.parameters()]
 
     def unchanged(self) -> bool:
-        return all(part.unchanged() for part in self._parts) and all(
-            _state(parameter) == state for parameter, _, state in self._parameters
-        )
+        for part, cls, own, (attributes, modules, parameters) in self._parts:
+            # Compared by identity first: of the dictionaries among the attributes, what they hold is compared here.
+            if type(part) is not cls or own != attributes or own["_modules"] != modules:
+                return False
+            if parameters != [id(parameter) for parameter in own["_parameters"].values()]:
+                return False
+            if any([own[name] for name in HOOKS]):
+                return False
+        return all(_state(parameter) == state for parameter, _, state in self._parameters)
 
 
-class _Part:
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self._class = module, type(module)
-        self._own = own = vars(module)
-        self._attributes = dict(own)
-        self._hooks = [own[name] for name in HOOKS]
-        self._held = _identities(own)
-
-    def unchanged(self) -> bool:
-        own = self._own
-        # Attributes are compared by identity first: what the dictionaries of torch hold is compared below.
-        return (
-            type(self._module) is self._class
-            and own == self._attributes
-            and not any(self._hooks)
-            and _identities(own) == self._held
-        )
-
-
-def _identities(own: dict[str, Any]) -> tuple[int, ...]:
-    return (*map(id, own["_parameters"].values()), *map(id, own["_modules"].values()))
+def _copy(own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
+    return dict(own), dict(own["_modules"]), [id(parameter) for parameter in own["_parameters"].values()]
 
 
 def _state(parameter: Tensor) -> tuple[Any, ...]:
