@@ -34,7 +34,7 @@ inline Vec gelu(Vec x) {
     mills = set(kMills4[4]);
     for (int i = 3; i >= 0; --i) mills = fma(mills, y, set(kMills4[i]));
   } else {
-    y = set(1.f) / fma(a, set(0.3f), set(1.f));
+    y = reciprocal(fma(a, set(0.3f), set(1.f)));
     mills = set(kMills7[7]);
     for (int i = 6; i >= 0; --i) mills = fma(mills, y, set(kMills7[i]));
   }
@@ -126,7 +126,7 @@ inline const typename E::type* residual_of(const PackedLinearParams& p, int64_t 
 // Asks for a tile's part of the residual and of the result before its product: rows of 128 bytes that lie far apart are
 // nothing that the hardware foresees, and by the time the product is done they are there.
 template <typename E>
-inline void prefetch(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t column) {
+inline void prefetch_tile(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t column) {
   using T = typename E::type;
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t t = first; t < first + rows; ++t) {
@@ -189,7 +189,7 @@ void multiply(const PackedLinearParams& p, int64_t first, int64_t last) {
       for (int64_t i = 0; i < p.rows; i += kTileRows) {
         const int64_t count = std::min<int64_t>(kTileRows, p.rows - i);
         float* tile = tiles + (parts == 1 ? 0 : i * N);
-        if (part == parts - 1) prefetch<E>(p, i, count, b * N);
+        if (part == parts - 1) prefetch_tile<E>(p, i, count, b * N);
         if (more) prefetch_share(next, (to - from) * N, i / kTileRows, tile_rows);
         gemm<P>(count, N, to - from, rows.data + i * rows.stride + from, rows.stride, columns + from * N, N * kInputs,
                 tile, N, part > 0);
@@ -215,15 +215,14 @@ PackedLinearParams some_rows(PackedLinearParams p, int64_t first, int64_t rows) 
   return p;
 }
 
-// body(first, count) over blocks of rows of equal size, as many for each thread: all have equal work. An element is one
-// sum in one order, so none of this changes a bit of it.
+// Blocks of rows of equal size, and as many for each thread: all have equal work.
 struct Blocks {
   int64_t rows, size, count;
 
-  Blocks(int64_t rows, int64_t row_bytes) : rows(rows) {
+  Blocks(int64_t rows, int64_t row_bytes, int64_t threads) : rows(rows) {
     const int64_t most = std::clamp<int64_t>(kBlockBytes / row_bytes, kTileRows, kMaxBlock);
-    const int64_t threads = std::clamp<int64_t>(rows / (2 * kTileRows), 1, num_threads());
-    const int64_t wanted = round_up((rows + most - 1) / most, threads);
+    const int64_t useful = std::clamp<int64_t>(rows / (2 * kTileRows), 1, threads);
+    const int64_t wanted = round_up((rows + most - 1) / most, useful);
     size = (rows + wanted - 1) / wanted;
     count = (rows + size - 1) / size;
   }
@@ -231,37 +230,59 @@ struct Blocks {
   int64_t rows_of(int64_t block) const { return std::min(size, rows - block * size); }
 };
 
+// Few rows are shared out by columns: a weight that comes from memory then goes to one thread, not to all.
+inline bool goes_by_columns(int64_t rows, int64_t outputs) {
+  return rows <= num_threads() * kMaxBlock && packed_blocks(outputs) % num_threads() == 0;
+}
+
+// An element is one sum in one order, so no bit of it depends on who computes it.
 template <typename E>
 void packed_linear(const PackedLinearParams& p) {
-  const int64_t columns = packed_blocks(p.outputs);
-  const Blocks blocks(p.rows, p.inputs * sizeof(typename Products<E>::type));
-  const int64_t groups = std::clamp<int64_t>(num_threads() / blocks.count, 1, columns);  // where rows are few
-  parallel_for(blocks.count * groups, 1, [&](int64_t begin, int64_t end) {
+  const int64_t columns = packed_blocks(p.outputs), threads = num_threads();
+  const bool by_columns = goes_by_columns(p.rows, p.outputs);
+  const Blocks blocks(p.rows, p.inputs * sizeof(typename Products<E>::type), by_columns ? 1 : threads);
+  const int64_t groups = by_columns ? threads : std::clamp<int64_t>(threads / blocks.count, 1, columns);
+  parallel_for(groups * blocks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task / groups, group = task % groups;
+      const int64_t group = task / blocks.count, block = task % blocks.count;
       multiply<E>(some_rows<E>(p, blocks.first(block), blocks.rows_of(block)), columns * group / groups,
                   columns * (group + 1) / groups);
     }
   });
 }
 
+// The layers of some rows, whose hidden rows are at `hidden`.
+template <typename E>
+struct Layers {
+  PackedLinearParams proj, fc1, fc2;
+
+  Layers(const PackedBlockParams& p, int64_t first, int64_t rows, void* hidden)
+      : proj(some_rows<E>(p.proj, first, rows)), fc1(p.fc1), fc2(p.fc2) {
+    fc1.rows = fc2.rows = rows;
+    fc1.x = fc2.residual = {proj.out, proj.outputs};
+    fc1.out = hidden;
+    fc2.x = {hidden, fc1.outputs};
+    fc2.out = proj.out;  // each element is read before it is written
+    fc2.total = rows;
+  }
+};
+
 template <typename E>
 void packed_block(const PackedBlockParams& p) {
   using T = typename E::type;
-  const int64_t hidden = p.fc1.outputs, row = (p.fc1.inputs + hidden) * sizeof(typename Products<E>::type);
-  const Blocks blocks(p.proj.rows, row);
+  const int64_t rows = p.proj.rows, channels = p.fc1.inputs, hidden = p.fc1.outputs;
+  if (goes_by_columns(rows, channels) && goes_by_columns(rows, hidden)) {
+    const Layers<E> layers(p, 0, rows, scratch<T, 2>(rows * hidden));
+    for (const PackedLinearParams* layer : {&layers.proj, &layers.fc1, &layers.fc2}) packed_linear<E>(*layer);
+    return;
+  }
+  const Blocks blocks(rows, (channels + hidden) * sizeof(typename Products<E>::type), num_threads());
   parallel_for(blocks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t rows = blocks.rows_of(block);
-      const PackedLinearParams proj = some_rows<E>(p.proj, blocks.first(block), rows);
-      PackedLinearParams fc1 = p.fc1, fc2 = p.fc2;
-      fc1.rows = fc2.rows = rows;
-      fc1.x = fc2.residual = {proj.out, proj.outputs};
-      fc1.out = scratch<T, 2>(kMaxBlock * hidden);
-      fc2.x = {fc1.out, hidden};
-      fc2.out = proj.out;  // each element is read before it is written
-      fc2.total = rows;
-      for (const PackedLinearParams& layer : {proj, fc1, fc2}) multiply<E>(layer, 0, packed_blocks(layer.outputs));
+      const Layers<E> layers(p, blocks.first(block), blocks.rows_of(block), scratch<T, 2>(kMaxBlock * hidden));
+      for (const PackedLinearParams* layer : {&layers.proj, &layers.fc1, &layers.fc2}) {
+        multiply<E>(*layer, 0, packed_blocks(layer->outputs));
+      }
     }
   });
 }

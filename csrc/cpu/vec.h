@@ -331,6 +331,16 @@ inline Vec approximate_reciprocal(Vec a) {
 #endif
 }
 
+// 1 / a to a rounding or two: on AVX-512 by a step of Newton's, since divisions are slow.
+inline Vec reciprocal(Vec a) {
+#if defined(SAIT_VEC_AVX512)
+  const Vec r = approximate_reciprocal(a);
+  return r * (set(2.f) - a * r);
+#else
+  return set(1.f) / a;
+#endif
+}
+
 // visit(E{}) with the element type of `dtype`.
 template <typename Visitor>
 inline void visit_dtype(DType dtype, Visitor&& visitor) {

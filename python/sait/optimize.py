@@ -141,11 +141,11 @@ class Optimized:
         return Optimized, ()  # a copy of the model packs for itself
 
     def packed_layers(self, block: Any) -> PackedLayers | None:
+        layers = self._layers
         if self._watch is None or not self._watch.unchanged():
-            self._layers = self._watch = None
-            if all(map(_is_linear, _linears(block))) and _is_plain(block):
-                self._layers, self._watch = PackedLayers(block), Watch(block)
-        return self._layers
+            layers = PackedLayers(block) if _is_plain(block) else None
+            self._layers, self._watch = layers, None if layers is None else Watch(block)
+        return layers
 
 
 def optimized_layers(block: Any, x: Tensor) -> Layers | None:
@@ -156,8 +156,7 @@ def optimized_layers(block: Any, x: Tensor) -> Layers | None:
     forced = forced_backend()
     if forced == "cpu" or (forced is None and x.device.type == "cpu"):
         return optimized.packed_layers(block) if _packs(x, block.attn.qkv.weight) else None
-    served = _has_kernels(x, forced) and all(_is_linear(module) for module in _linears(block))
-    return FusedLayers(block) if served and _is_plain(block) else None
+    return FusedLayers(block) if _has_kernels(x, forced) and _is_plain(block) else None
 
 
 def _packs(x: Tensor, weight: Tensor) -> bool:
@@ -182,10 +181,6 @@ def _is_inference(x: Tensor) -> bool:
     return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_exporting())
 
 
-def _linears(block: Any) -> tuple[Any, ...]:
-    return block.attn.qkv, block.attn.proj, getattr(block.mlp, "fc1", None), getattr(block.mlp, "fc2", None)
-
-
 def _is_linear(module: Any) -> bool:
     """Its weight lies as the ops read it, and is what it looks like: a quantised one is of another class."""
     weight = module.weight if type(module) is nn.Linear else None
@@ -195,8 +190,10 @@ def _is_linear(module: Any) -> bool:
 def _is_plain(block: Any) -> bool:
     """LayerNorm, attention, LayerNorm, erf-GELU MLP and nothing else that does anything in eval mode."""
     attn, mlp = block.attn, block.mlp
+    linears = (attn.qkv, attn.proj, getattr(mlp, "fc1", None), getattr(mlp, "fc2", None))
     return (
-        getattr(attn, "gate", None) is None
+        all(map(_is_linear, linears))
+        and getattr(attn, "gate", None) is None
         and all(type(norm) in NORMS and _is_affine(norm) for norm in (block.norm1, block.norm2))
         and all(type(getattr(block, name, None)) in (nn.Identity, LayerScale, type(None)) for name in ("ls1", "ls2"))
         and _is_plain_mlp(mlp)
@@ -206,7 +203,7 @@ def _is_plain(block: Any) -> bool:
 
 
 def _is_affine(norm: Any) -> bool:
-    return norm.weight is not None and norm.bias is not None
+    return norm.weight is not None and norm.bias is not None and norm.eps > 0
 
 
 def _is_plain_mlp(mlp: Any) -> bool:

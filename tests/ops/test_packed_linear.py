@@ -172,7 +172,7 @@ def selection_of(*rows: int) -> sk.Selection:
 
 
 # (attention channels, channels, hidden channels)
-WIDTHS = ((70, 33, 130), (64, 64, 1536))
+WIDTHS = ((70, 33, 130), (64, 64, 1536), (96, 384, 768))  # the last by columns
 
 
 def block(rows: int, total: int, widths: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
