@@ -47,6 +47,9 @@ class Figure:
     def tokens(self) -> float:
         return self.rows[-1].left
 
+    def computed(self, vit: Any) -> list[roofline.Rows]:
+        return roofline.rows_for_head(vit, self.rows) if self.made.for_head else self.rows
+
 
 def block_of(depth: int) -> int:
     """The block that prunes: a quarter of the way, 3 of 12 and 6 of 24."""
@@ -103,7 +106,7 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
     rows = []
     for figure in figures:
         peer = PEERS[figure.name]
-        needed = roofline.parts(setting.vit, figure.rows, len(setting.images), dtype.itemsize)
+        needed = roofline.parts(setting.vit, figure.computed(setting.vit), len(setting.images), dtype.itemsize)
         floor = roofline.floor(needed, roofs)
         row = {
             "name": "model",
@@ -127,7 +130,7 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
         }
         if peer.dense in by_name:
             twin = by_name[peer.dense]
-            promised = setting.gmac(twin.rows) / setting.gmac(figure.rows)
+            promised = setting.gmac(twin.computed(setting.vit)) / setting.gmac(figure.computed(setting.vit))
             row["flop_share"] = round(twin.seconds / figure.seconds / promised, 3)
         rows.append(row | costs.of_forward(partial(figure.made.forward, setting.images), figure.made.counted))
     for name, reason in failed.items():

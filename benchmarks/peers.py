@@ -196,6 +196,7 @@ class Made(NamedTuple):
     plan: str
     rows: list[Rows] | None  # None: the images decide
     counted: bool = True  # torch's allocator hands out its memory as it runs; not that of another engine or of a graph
+    for_head: bool = False  # the last block computes only the rows that the head reads
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ def _compiled(make: Callable[[Setting], Made]) -> Callable[[Setting], Made]:
 def _optimized(make: Callable[[Setting], Made]) -> Callable[[Setting], Made]:
     def made(setting: Setting) -> Made:
         plain = make(setting)
-        return plain._replace(forward=sait.optimize(plain.forward))
+        return plain._replace(forward=sait.optimize(plain.forward), for_head=True)
 
     return made
 

@@ -77,6 +77,12 @@ def plan_rows(model: Any, plan: Plan, kept: Sequence[float] | None = None) -> li
     return rows
 
 
+def rows_for_head(model: Any, rows: Sequence[Rows]) -> list[Rows]:
+    """Those of a sparse model under sait.optimize whose head reads prefix tokens only, as its last block does then."""
+    prefix = model.num_prefix_tokens
+    return [*rows[:-1], rows[-1]._replace(queries=prefix, projected=prefix, left=prefix)]
+
+
 def parts(model: Any, rows: Sequence[Rows], batch: int, itemsize: int) -> list[Part]:
     """The stages of a timm ViT whose patches are embedded by one convolution and whose head reads one row.
 

@@ -34,22 +34,29 @@ class Tokens(NamedTuple):
 
 
 def run_block(
-    block: Any, tokens: Tokens, stage: Stage | None, score: str, num_prefix: int, wants_scores: bool = False
+    block: Any,
+    tokens: Tokens,
+    stage: Stage | None,
+    score: str,
+    num_prefix: int,
+    wants_scores: bool = False,
+    prefix_is_enough: bool = False,
 ) -> tuple[Tokens, Selection | None, Tensor | None]:
     """What the block makes of its tokens; with a stage, of those that stay, and which these are.
 
     All that follows the softmax is row-wise, so the dropped rows are dropped before their attention is computed.
     With ``wants_scores`` the scores of the stage are the third result, (T,), differentiable, of tokens kept or not.
+    With ``prefix_is_enough`` an optimized block that drops nothing else may leave prefix tokens only.
     """
     layers = optimized_layers(block, tokens.x)
     if layers is not None and not wants_scores:
+        if prefix_is_enough and (stage is None or stage.keeps_all):
+            return _run_for_prefix(block.attn, layers, tokens, num_prefix), None, None
         return *_run_optimized(block.attn, layers, tokens, stage, score, num_prefix), None
 
     attn = block.attn
     normed = block.norm1(tokens.x)
-    qkv = packed(linear(attn.qkv, normed))
-    q, k, v = qkv.unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)  # (T, H, D) each
-    q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k, v = _heads(attn, packed(linear(attn.qkv, normed)))
     scores = None
     if wants_scores and stage is not None:
         values = v if score == "cls_value" else None
@@ -86,8 +93,7 @@ def _run_optimized(
     attn: Any, layers: Layers, tokens: Tokens, stage: Stage | None, score: str, num_prefix: int
 ) -> tuple[Tokens, Selection | None]:
     x, selection, kept = packed(tokens.x), None, tokens
-    q, k, v = layers.qkv(x).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
-    q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k, v = _heads(attn, layers.qkv(x))
     shape = tuple(tokens.x.shape[:2])
     if stage is None or stage.keeps_all:
         out = sk.compact_attention(q, k, v, tokens.cu_seqlens, tokens.max_seqlen)
@@ -98,6 +104,25 @@ def _run_optimized(
         kept = Tokens(out, selection.cu_seqlens, selection.max_seqlen, ragged)
     x = layers.finish(attn.norm(out), x, selection)
     return kept._replace(x=x.view(*shape, x.shape[1])), selection
+
+
+def _run_for_prefix(attn: Any, layers: Layers, tokens: Tokens, num_prefix: int) -> Tokens:
+    """For a head that reads nothing else, the same result: the others are keys and values, and no more."""
+    x = packed(tokens.x)
+    starts = tokens.cu_seqlens[:-1, None]
+    rows = starts + torch.arange(num_prefix, dtype=starts.dtype, device=starts.device)
+    cu_seqlens = sk.uniform_cu_seqlens(tokens.images, num_prefix, x.device)
+    prefix = Selection(rows.flatten(), cu_seqlens, num_prefix)
+    q, k, v = _heads(attn, layers.qkv(x))
+    out = sk.compact_attention(q, k, v, tokens.cu_seqlens, tokens.max_seqlen, selection=prefix)
+    x = layers.finish(attn.norm(out), x, prefix)
+    return Tokens(x.view(tokens.images, num_prefix, x.shape[1]), cu_seqlens, num_prefix, ragged=False)
+
+
+def _heads(attn: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, 3 A) -> q, k, v, (T, H, D) each."""
+    q, k, v = qkv.unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+    return attn.q_norm(q), attn.k_norm(k), v
 
 
 def _prune(

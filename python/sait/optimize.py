@@ -41,6 +41,9 @@ def optimize(model: Any) -> Any:
       float16. Under torch.compile, too: who calls optimize asks for these kernels; compiled code saves the host's time
       between them.
 
+    Where a timm model's head reads prefix tokens only (class token pooling, distilled heads), its last block computes
+    these alone: for them the others are keys and values. ``forward_features`` returns them all.
+
     This serves blocks of LayerNorm and erf-GELU in plain inference: eval mode, no gradient, no autocast, no
     torch.export. Blocks with gates, hooks or changed modules run their modules, and so does a dense model (set_density
     without arguments), which is the unpatched one bit for bit; keep=1.0 keeps all tokens in fused products.

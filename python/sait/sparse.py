@@ -113,7 +113,7 @@ class SparseModel(VisionTransformer):
         plan = self._sait.active
         if plan is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        tokens = _forward_tokens(self, plan, x, attn_mask, is_causal)
+        tokens = _forward_tokens(self, plan, x, attn_mask, is_causal, for_head=prefix_is_enough(self))
         if tokens.ragged:
             return ragged_head(self, tokens, super().forward_head)
         return super().forward_head(tokens.x)
@@ -165,8 +165,13 @@ def _new(original: type) -> Any:
     return cls.__new__(cls)
 
 
-def _forward_tokens(model: Any, plan: Plan, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tokens:
-    """forward_features of a VisionTransformer, with the plan's stages, in whatever layout they leave."""
+def _forward_tokens(
+    model: Any, plan: Plan, x: Tensor, attn_mask: Tensor | None, is_causal: bool, for_head: bool = False
+) -> Tokens:
+    """forward_features of a VisionTransformer, with the plan's stages, in whatever layout they leave.
+
+    Where it is for a head that reads prefix tokens only, there may be no others.
+    """
     if attn_mask is not None or is_causal:
         raise ValueError(
             f"forward: attn_mask and is_causal are for the full set of tokens, and some are dropped. {DENSE}"
@@ -182,7 +187,8 @@ def _forward_tokens(model: Any, plan: Plan, x: Tensor, attn_mask: Tensor | None,
     recorded = model._sait.recorded
     for i, block in enumerate(model.blocks):
         stage = plan.stage_at(i)
-        arguments = (block, tokens, stage, plan.score, model.num_prefix_tokens, recorded is not None)
+        enough = for_head and i == len(model.blocks) - 1
+        arguments = (block, tokens, stage, plan.score, model.num_prefix_tokens, recorded is not None, enough)
         if model.grad_checkpointing:
             tokens, selection, scores = checkpoint(run_block, *arguments, use_reentrant=False)
         else:

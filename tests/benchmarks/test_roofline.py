@@ -42,6 +42,18 @@ def test_with_mass_the_counts_are_given() -> None:
     assert sum(part.flop for part in roofline.parts(vit, rows, 1, 4)) == 2 * sait.macs(model)
 
 
+def test_rows_that_the_head_reads() -> None:
+    """26 tokens, one of them a prefix: what follows the attention of the last block is for that one."""
+    vit = small_vit()
+    rows = roofline.plan_rows(vit, PLANS["all"])
+    for_head = roofline.rows_for_head(vit, rows)
+    assert for_head[:-1] == rows[:-1]
+    left_out = 25 * (64 * 64 + 2 * 64 * 256 + 2 * 26 * 64)
+    assert roofline.gmac(roofline.parts(vit, rows, 3, 4), 3) - roofline.gmac(
+        roofline.parts(vit, for_head, 3, 4), 3
+    ) == pytest.approx(left_out / 1e9)
+
+
 def test_bytes_by_hand() -> None:
     """25 patches of 3 * 16 * 16 values, 26 tokens, C = 64, two images, bf16; block 1 keeps 12 patches, 13 rows."""
     vit = small_vit()

@@ -156,6 +156,45 @@ def test_16_bits_on_triton(dtype: torch.dtype, on_triton: None, calls: list[str]
     assert_same_results(model, x, calls, FUSED)
 
 
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of rows that each attention leaves."""
+    rows: list[int] = []
+
+    def note(out: Any) -> Any:
+        rows.append(len(out[0] if isinstance(out, tuple) else out))
+        return out
+
+    attend, prune = sk.compact_attention, sk.prune_attention
+    monkeypatch.setattr(sk, "compact_attention", lambda *args, **kwargs: note(attend(*args, **kwargs)))
+    monkeypatch.setattr(sk, "prune_attention", lambda *args, **kwargs: note(prune(*args, **kwargs)))
+    return rows
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("vit", 1), ("distilled", 2), ("registers", 5), ("gap", None)])
+@pytest.mark.parametrize("density", [*DENSITIES, STATIC], ids=str)
+@torch.no_grad()
+def test_the_last_block_is_for_the_head(
+    name: str, prefix: int | None, density: dict[str, Any], attended: list[int]
+) -> None:
+    """It leaves the rows that the head reads, to the bit as if all were there; features have all of them."""
+    model, x = sait.optimize(sparse(name, **density)), zoo.images(name)
+    got = model(x)
+    *_, before, last = attended
+    assert last == (before if prefix is None else 3 * prefix)
+    features = model.forward_features(x)
+    assert attended[-1] == attended[-2] == before
+    if "mass" not in density:
+        assert_same_bits("logits", got, model.forward_head(features))
+
+
+@torch.no_grad()
+def test_a_last_block_that_drops_some(attended: list[int]) -> None:
+    model = sait.sparsify(zoo.build("vit"), block=3, keep=0.4)
+    sait.optimize(model)(zoo.images("vit"))
+    assert attended == [78, 78, 78, 33]  # of three images: 25 patches, of which 10 stay, and the class token
+
+
 @torch.no_grad()
 def test_dense_stays_the_unpatched_model(calls: list[str]) -> None:
     x, want = zoo.images("vit"), zoo.build("vit")(zoo.images("vit"))
