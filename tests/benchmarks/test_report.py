@@ -54,6 +54,15 @@ def test_tables() -> None:
     assert {line.count("|") for line in tables} == {8}
 
 
+def test_a_baseline_that_was_not_counted() -> None:
+    """What it is compared with may keep other tokens: a row without figures of its own shows none."""
+    rows = [model_row("keep 0.45, optimized", "bf16", baseline="ours, not optimized")]
+    lines = report.markdown(document(rows=rows)).split("\n")
+    assert "**some_vit, batch 10**; × is against ours, not optimized:" in lines
+    assert "| ours, not optimized |  |  | 10.0 | 1.00 |" in lines
+    assert "| keep 0.45, optimized | 90 | 2.74 | 20.0 | 2.00 |" in lines
+
+
 def test_without_commit_none_is_named() -> None:
     assert "commit" not in report.markdown(document())
 
