@@ -29,6 +29,7 @@ def macs(
     one layer makes q, k and v), 2 * m * n * A for attention, and the MLP on m tokens. A score of the class row costs
     n * A more, one of the columns n * n * A. Attention pooling counts the tokens that are left, not their padding. In a
     static plan the linear layers compute all the rows that there is room for, and attention those that are kept.
+    Counted is the method: under sait.optimize the last block may compute less.
     DeiT-S at 224: 4.60 G dense, 2.74 G at block=3, keep=0.45.
 
     Args:
