@@ -45,18 +45,15 @@ template <typename T>
 struct Packed {
   using Weight = T;
 
-  T *keys, *values, *room;  // room: for queries that cannot be read where they are
-  const T* queries = nullptr;
-  int64_t D, ld, query_stride;
-  int64_t used;  // columns of P that the second product reads
+  T *keys, *values, *queries;
+  int64_t D, ld, used;  // used: columns of P that the second product reads
 
   Packed(int64_t head_dim, int64_t n, int64_t padded)
       : keys(scratch<T, 0>(head_dim * padded)),
         values(scratch<T, 1>(padded * head_dim)),
-        room(scratch<T, 2>(kMaxBlock * head_dim)),
+        queries(scratch<T, 2>(kMaxBlock * head_dim)),
         D(head_dim),
         ld(padded),
-        query_stride(head_dim),
         used(round_up(n, 8)) {}
 };
 
@@ -78,10 +75,9 @@ struct FloatProducts : Packed<float> {
   }
   void pack_queries(const typename E::type* q, int64_t stride, const int32_t* indices, int64_t offset, int64_t count,
                     bool negate) {
-    pack_rows_f32<E>(q, stride, indices, offset, count, count, D, negate ? -1.f : 1.f, room);
-    queries = room;
+    pack_rows_f32<E>(q, stride, indices, offset, count, count, D, negate ? -1.f : 1.f, queries);
   }
-  void logits(int64_t rows, float* S) const { gemm<F32>(rows, ld, D, queries, query_stride, keys, ld, S, ld, false); }
+  void logits(int64_t rows, float* S) const { gemm<F32>(rows, ld, D, queries, D, keys, ld, S, ld, false); }
   void output(int64_t rows, const float* P, float* O) const { gemm<F32>(rows, D, used, P, ld, values, D, O, D, false); }
 };
 
@@ -90,6 +86,9 @@ struct FloatProducts : Packed<float> {
 struct BFloat16Products : Packed<uint16_t> {
   static constexpr bool kBFloat16Weights = true;
   using Packed<uint16_t>::Packed;
+
+  const uint16_t* read = nullptr;  // the block's queries
+  int64_t read_stride = 0;
 
   void pack_keys_values(const uint16_t* k, int64_t k_stride, const uint16_t* v, int64_t v_stride, int64_t n) {
     // A pair of neighbouring d of one key is one dword, so K^T in VNNI order is a transpose of dwords.
@@ -120,21 +119,20 @@ struct BFloat16Products : Packed<uint16_t> {
   }
   void pack_queries(const uint16_t* q, int64_t stride, const int32_t* indices, int64_t offset, int64_t count,
                     bool negate) {
-    queries = indices == nullptr && !negate ? q : room;
-    query_stride = queries == q ? stride : D;
-    if (queries == q) return;
+    const bool in_place = indices == nullptr && !negate;
+    read = in_place ? q : queries;
+    read_stride = in_place ? stride : D;
+    if (in_place) return;
     const __m256i sign = _mm256_set1_epi16(negate ? static_cast<int16_t>(0x8000) : 0);
     for (int64_t i = 0; i < count; ++i) {
       const uint16_t* row = q + (indices ? indices[i] - offset : i) * stride;
       for (int64_t d = 0; d < D; d += 16) {
         const int m = lanes_at(d, D);
-        store_half(room + i * D + d, _mm256_xor_si256(load_half(row + d, m), sign), m);
+        store_half(queries + i * D + d, _mm256_xor_si256(load_half(row + d, m), sign), m);
       }
     }
   }
-  void logits(int64_t rows, float* S) const {
-    gemm<BF16>(rows, ld, D, queries, query_stride, keys, 2 * ld, S, ld, false);
-  }
+  void logits(int64_t rows, float* S) const { gemm<BF16>(rows, ld, D, read, read_stride, keys, 2 * ld, S, ld, false); }
   void output(int64_t rows, const uint16_t* P, float* O) const {
     gemm<BF16>(rows, D, used, P, ld, values, 2 * D, O, D, false);
   }

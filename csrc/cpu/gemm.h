@@ -1,8 +1,8 @@
 // Matrix products and packing for the CPU kernels. Included once per instruction set, after vec.h.
 //
 // A product is cut into tiles that stay in registers: 6 rows by 4 vectors are 24 sums, enough to hide the latency of a
-// multiply-add, and each step of theirs loads 10 operands for 24 multiply-adds. On Zen 4 that is 98 % of what the
-// machine can multiply, where oneDNN's kernels reach 88 %; and nothing is compiled at run time, whatever the sizes.
+// multiply-add, and each step of theirs loads 10 operands for 24 multiply-adds. Nothing is compiled at run time,
+// whatever the sizes.
 namespace sait::cpu::SAIT_ISA {
 
 #if defined(SAIT_VEC_AVX512)
@@ -54,7 +54,7 @@ struct Step<BF16> {
 };
 #endif
 
-// C (R, V vectors) = A B in `steps` steps, += when accumulate; of the last vector `tail` lanes, if not 0. What is added
+// C (R, V vectors) = A B in `steps` steps, += when accumulate; with kTail `tail` lanes of the last vector. What is added
 // to C is summed first, so that a long sum in parts is the more exact one.
 template <typename P, int R, int V, bool kTail>
 [[gnu::noinline]] void tile_product(int64_t steps, const typename P::type* A, int64_t lda, const typename P::type* B,

@@ -109,10 +109,8 @@ def _run_optimized(
 def _run_for_prefix(attn: Any, layers: Layers, tokens: Tokens, num_prefix: int) -> Tokens:
     """For a head that reads nothing else, the same result: the others are keys and values, and no more."""
     x = packed(tokens.x)
-    starts = tokens.cu_seqlens[:-1, None]
-    rows = starts + torch.arange(num_prefix, dtype=starts.dtype, device=starts.device)
     cu_seqlens = sk.uniform_cu_seqlens(tokens.images, num_prefix, x.device)
-    prefix = Selection(rows.flatten(), cu_seqlens, num_prefix)
+    prefix = Selection(prefix_rows(tokens, num_prefix).flatten(), cu_seqlens, num_prefix)
     q, k, v = _heads(attn, layers.qkv(x))
     out = sk.compact_attention(q, k, v, tokens.cu_seqlens, tokens.max_seqlen, selection=prefix)
     x = layers.finish(attn.norm(out), x, prefix)
@@ -142,6 +140,12 @@ def _prune(
     select = sk.select_topk if stage.mass is None else sk.select_mass
     selection = select(scores.detach(), *lengths, **stage.rule, num_prefix=num_prefix)
     return sk.compact_attention(q, k, v, *lengths, selection=selection), selection
+
+
+def prefix_rows(tokens: Tokens, num_prefix: int) -> Tensor:
+    """(B, P) int32: the packed rows of each image's prefix tokens."""
+    starts = tokens.cu_seqlens[:-1, None]
+    return starts + torch.arange(num_prefix, dtype=starts.dtype, device=starts.device)
 
 
 def packed(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sait_kernels as sk
-from sait.blocks import Tokens, image_of_rows, packed
+from sait.blocks import Tokens, image_of_rows, packed, prefix_rows
 from sait_kernels import Selection
 
 
@@ -42,9 +42,7 @@ def ragged_head(model: Any, tokens: Tokens, forward_head: Callable[[Tensor], Any
         forward_head: the original one, for (B, P, C) prefix tokens.
     """
     if prefix_is_enough(model):
-        starts = tokens.cu_seqlens[:-1, None]
-        prefix = starts + torch.arange(model.num_prefix_tokens, dtype=starts.dtype, device=starts.device)
-        return forward_head(tokens.x[0][prefix])
+        return forward_head(tokens.x[0][prefix_rows(tokens, model.num_prefix_tokens)])
     check_ragged_head(model)
     pooled = _attention_pool(model, tokens) if model.attn_pool is not None else _pool(model, tokens)
     return model.head(model.head_drop(model.fc_norm(pooled)))

@@ -18,17 +18,17 @@ from sait.watch import HOOKS
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x)."""
-    return _fused(module, x, "none") if serves(module, x) else module(x)
+    return _fused(module, x, "none") if _serves(module, x) else module(x)
 
 
 def mlp(module: nn.Module, x: Tensor) -> Tensor:
     """module(x)."""
-    if not (_is_plain_mlp(module) and serves(module.fc1, x) and serves(module.fc2, x)):
+    if not (_is_plain_mlp(module) and _serves(module.fc1, x) and _serves(module.fc2, x)):
         return module(x)
     return _fused(module.fc2, _fused(module.fc1, x, "gelu"), "none")
 
 
-def serves(module: Any, x: Tensor) -> bool:
+def _serves(module: Any, x: Tensor) -> bool:
     """Plain inference on a CPU, one dtype, nobody listening. Compiled code fuses for itself.
 
     A forward of the instance's own, or a weight of another class (quantised), means that the product is not what it

@@ -95,12 +95,10 @@ class PackedLayers:
     def __init__(self, block: Any) -> None:
         attn, mlp = block.attn, block.mlp
         self._qkv, self._qkv_features = _packed(attn.qkv), attn.qkv.weight.shape[0]
-        self._norm1, self._norm2 = (
-            (norm.weight.detach().float(), norm.bias.detach().float(), norm.eps) for norm in (block.norm1, block.norm2)
-        )
+        self._norm1 = _norm_in_float(block.norm1)
         self._layers = {
             "proj": _packed(attn.proj),
-            "norm": self._norm2,
+            "norm": _norm_in_float(block.norm2),
             "fc1": _packed(mlp.fc1),
             "fc2": _packed(mlp.fc2),
             "hidden_features": mlp.fc1.weight.shape[0],
@@ -241,6 +239,10 @@ def _gamma(block: Any, name: str) -> Tensor | None:
 
 def _packed(module: nn.Linear) -> sk.PackedLayer:
     return sk.PackedLayer(sk.pack_linear(module.weight.detach()), _float(module.bias))
+
+
+def _norm_in_float(module: Any) -> tuple[Tensor, Tensor, float]:
+    return module.weight.detach().float(), module.bias.detach().float(), module.eps
 
 
 def _float(vector: Tensor | None) -> Tensor | None:

@@ -112,8 +112,8 @@ def packed_block(
     """What follows the attention of a transformer block: x' + gamma2 fc2(GELU(fc1(LayerNorm(x')))).
 
     x' = x[indices] + gamma1 proj(y) is the residual stream of the rows that stay. These are three packed_linear, bit
-    for bit, but a thread takes all three steps for some rows before it turns to others: the hidden layer never leaves
-    its cache.
+    for bit, in one call. Of many rows a thread takes some through all three steps before it turns to others, and the
+    hidden layer does not leave its cache; few rows are shared out by columns, and a weight goes to one thread only.
 
     Args:
         y: (S, A) float32, bfloat16 or float16, rows contiguous: the attention of the rows that stay.

@@ -44,8 +44,8 @@ struct PackedLinearParams {
 // x' + gamma2 fc2(GELU(fc1(LayerNorm(x')))). Each is a packed_linear, rounded as if it were called alone.
 struct PackedBlockParams {
   PackedLinearParams proj;  // with the residual stream
-  PackedLinearParams fc1;   // x and out are left to the kernel: rows of this block only, never in memory
-  PackedLinearParams fc2;   // x and residual are; out is that of proj
+  PackedLinearParams fc1;   // x is what proj gives; out is scratch of the kernel's
+  PackedLinearParams fc2;   // x is that scratch, residual and out are those of proj's result
 };
 
 namespace cpu {
