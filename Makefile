@@ -1,6 +1,8 @@
 # make demo     set up, build; accuracy, tokens and speed of the trained checkpoint, pictures, throughput of DeiT-S: demo/
 # make install  set up and build
-# make test     the test suite                    make check   lint, format, types
+# make test     the test suite's fast tier        make check   lint, format, types
+# make test-full    all of it                     make oldest  the oldest supported versions, in a venv of their own
+# make test-blas, make test-isa    the tests as other CPUs would run them
 # make paper    train every variant on canvas (hours), and write docs/accuracy.md
 # make aot      every Triton kernel, compiled without a GPU: registers, spills, instructions
 # make sass     every CUDA kernel as it was compiled: registers, spills, instructions
@@ -12,15 +14,17 @@
 # make clean    remove what was built (not .venv)
 #
 # PYTHON and VENV may be set: `make demo PYTHON=python3.12 VENV=/somewhere/venv`.
+# WORKERS, by default as many as there are cores, run the tests.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= $(shell nproc)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RESULTS := benchmarks/results
 GPU_RESULTS ?= $(RESULTS)
 
-.PHONY: demo install test check aot sass emulate gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-bench \
+.PHONY: demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-bench \
 	gpu-end-to-end gpu-end-to-end-models gpu-end-to-end-autotuned bench end-to-end end-to-end-models report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
@@ -46,8 +50,17 @@ demo: install
 	$(BIN)/sait show --model checkpoints/sait-canvas.safetensors --keep 0.45 --mass 0.9 --mass 0.7 --out demo
 	$(BIN)/sait bench --json demo/bench.json
 
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 test: install $(VENV)/.requirements-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-full: install $(VENV)/.requirements-dev
+	$(PYTEST) --full
+
+# Each setting of tests/cpus.py in turn.
+test-blas test-isa: install $(VENV)/.requirements-dev
+	$(BIN)/python tests/cpus.py $(@:test-%=%) -n $(WORKERS) --dist loadfile
 
 check: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .

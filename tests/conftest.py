@@ -10,9 +10,9 @@ import pytest
 import torch
 from helpers import BACKENDS, INTERPRETED, ISAS, KERNEL_BACKENDS, ON_GPU, instruction_set
 from hypothesis import settings
+from tiers import fast, reason_to_skip
 
 import sait_kernels as sk
-from sait_kernels import library
 
 if INTERPRETED:
     import interpreter  # noqa: F401
@@ -22,10 +22,20 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="whole grids, as make test-full runs them; see tests/tiers.py")
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.keywords and not ON_GPU:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU: make gpu"))
+        reason = "needs a GPU: make gpu" if "gpu" in item.keywords and not ON_GPU else reason_to_skip(item)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+    if not config.getoption("--full"):
+        chosen = fast(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+        items[:] = chosen
 
 
 @pytest.hookimpl(wrapper=True)
@@ -56,10 +66,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set of this CPU, on the cpu backend."""
-    assert library.module is not None, library.problem
-    if ISAS.index(request.param) > ISAS.index(library.module.best_isa()):
-        pytest.skip(f"this CPU has no {request.param}")
+    """Each instruction set of this CPU, on the cpu backend; tests/tiers.py leaves the others out."""
     with sk.backend("cpu"), instruction_set(request.param):
         yield request.param
 

@@ -32,6 +32,10 @@ from sait_kernels.registration import EMULATED, INTERPRETED  # noqa: E402
 KERNEL_BACKENDS = ("triton", "cuda") if ON_GPU else ("cuda",) if EMULATED else ("cpu", "triton")
 BACKENDS = ("reference", *KERNEL_BACKENDS)
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+# `make test-isa` runs the suite as CPUs without the later ones would.
+if ISA := os.environ.get("SAIT_TEST_ISA"):
+    assert library.module is not None, library.problem
+    library.module.set_isa(ISA)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("packed", "offset", "rows", "heads", "apart")
 
@@ -189,6 +193,12 @@ def assert_same_selection(got: sk.Selection, want: sk.Selection) -> None:
     assert got.indices.tolist() == want.indices.tolist()
     longest = int(got.cu_seqlens.diff().max()) if len(got.cu_seqlens) > 1 else 0
     assert got.max_seqlen >= longest, "max_seqlen is a bound on the kept rows of an image"
+
+
+def missing_isa(name: str) -> str | None:
+    """Why the CPU kernels cannot run with an instruction set here, or None."""
+    best = library.module.isa() if library.module is not None else "portable"
+    return f"this CPU has no {name}" if ISAS.index(name) > ISAS.index(best) else None
 
 
 @contextlib.contextmanager

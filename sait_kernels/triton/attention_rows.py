@@ -114,7 +114,7 @@ def no_sums(M: tl.constexpr, PARTS: tl.constexpr):
     """Where weighted_sums starts."""
     parts = ()
     for i in tl.static_range(len(PARTS)):
-        parts += (tl.zeros([M, PARTS[i][1]], tl.float32),)
+        parts += (tl.full([M, PARTS[i][1]], 0.0, tl.float32),)  # tl.zeros takes no number of a tuple in Triton 3.6
     return parts
 
 

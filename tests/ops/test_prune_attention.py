@@ -26,6 +26,7 @@ from helpers import (
     max_error,
     slow_here,
 )
+from tiers import left_out
 from torch import Tensor
 from torch.library import opcheck
 
@@ -94,13 +95,18 @@ def check(case: Case, dtype: torch.dtype, kind: str, rule: dict) -> None:
         assert_as_exact_as_torch(name, *group)
 
 
+def one_type_per_case(backend: str, case: Case, dtype: torch.dtype) -> str | None:
+    taken = (CASES.index(case) + DTYPES.index(dtype)) % 3 == 0 and case.T <= 500
+    reason = "each case with one type; the parts meet the largest in tests of their own"
+    return reason if slow_here(backend) and not taken else None
+
+
+@left_out(one_type_per_case)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients(backend: str, case: Case, dtype: torch.dtype) -> None:
     """Kinds and rules take turns over the cases."""
     turn = CASES.index(case) + DTYPES.index(dtype)
-    if slow_here(backend) and (turn % 3 or case.T > 500):
-        pytest.skip("each case with one type; the parts meet the largest in tests of their own")
     check(with_patches(case), dtype, ("cls", "column", "cls_value")[turn % 3], RULES[turn % 4])
     check(with_patches(case), dtype, "cls", RULES[(turn + 1) % 4])
 
@@ -112,13 +118,17 @@ def test_instruction_sets(isa: str, case: Case, dtype: torch.dtype) -> None:
     check(with_patches(case), dtype, "column", {"mass": 0.7})
 
 
+def one_type_per_rule(backend: str, dtype: torch.dtype, kind: str, rule: dict) -> str | None:
+    turn = DTYPES.index(dtype) + THREE_OPS_RULES.index(rule)
+    return "each rule with one type" if slow_here(backend) and turn % 3 else None
+
+
+@left_out(one_type_per_rule)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["cls", "column", "cls_value"])
 @pytest.mark.parametrize("rule", THREE_OPS_RULES, ids=str)
 def test_is_the_three_ops_one_after_the_other(backend: str, dtype: torch.dtype, kind: str, rule: dict) -> None:
     """The same backend makes the same scores, hence the same choice and the same rows."""
-    if slow_here(backend) and (DTYPES.index(dtype) + THREE_OPS_RULES.index(rule)) % 3:
-        pytest.skip("each rule with one type")
     lengths = (65, 0, 7, 99)
     (q, k, v), cu = make_qkv(Case(lengths, H=3, D=64), dtype), cu_of(lengths)
     out, selection = sk.prune_attention(q, k, v, cu, 99, kind=kind, **rule)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_compiles_once, assert_same_bits, assert_same_selection, cu_of, kernel_ops, randn, slow_here
+from tiers import left_out
 from torch import Tensor
 from torch.library import opcheck
 
@@ -177,11 +178,15 @@ def test_rate_to_count(backend: str, rate: float, patches: int, count: int) -> N
     assert len(selection.indices) == count + 1
 
 
+def not_interpreted(backend: str) -> str | None:
+    reason = "the interpreter would run 2412 programs; test_offsets_of_shares has these numbers"
+    return reason if slow_here(backend) else None
+
+
+@left_out(not_interpreted)
 def test_every_share_in_percent(backend: str) -> None:
     """Whole percents of every length up to 200 are exact fractions: the count is ceil(percent * patches / 100)."""
     lengths = tuple(range(1, 202))
-    if slow_here(backend):
-        pytest.skip("the interpreter would run 2412 programs; test_offsets_of_shares has these numbers")
     scores = randn(sum(lengths), seed=3)
     for percent in (1, 7, 14, 28, 29, 45, 55, 56, 57, 58, 70, 99):
         kept = sk.select_topk(scores, cu_of(lengths), 201, keep=percent / 100).cu_seqlens.diff() - 1
