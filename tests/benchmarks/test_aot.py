@@ -81,6 +81,8 @@ def test_compiles_reads_and_compares(tmp_path: Path) -> None:
     done = run_aot(tmp_path, "--only", "good")
     assert done.returncode == 1, done.stdout
     assert "1 not as in the baseline" in done.stdout
+    assert run_aot(tmp_path, "--only", "good", "--limits-only").returncode == 0
+    assert run_aot(tmp_path, "--only", "scalar", "--limits-only").returncode == 1
 
 
 FACTS = aot.Facts(registers=100, shared=1024, stack=0, spills=0, matrix={"HMMA.16816.F32.BF16": 8}, load=128)
@@ -107,6 +109,8 @@ def test_faults() -> None:
     assert aot.faults(replace(FACTS, matrix={}), dots=False) == []
     assert "no matrix instruction" in aot.faults(replace(FACTS, matrix={}), dots=True)[0]
     assert "spills 4 bytes" in aot.faults(replace(FACTS, spills=4), dots=True)[0]
+    assert aot.faults(replace(FACTS, spills=60, stack=24), dots=True, allowed_spills=60) == []
+    assert "spills 64 bytes" in aot.faults(replace(FACTS, spills=64), dots=True, allowed_spills=60)[0]
 
 
 def test_drift() -> None:

@@ -8,13 +8,19 @@ import pytest
 import sait
 import torch
 import zoo
-from helpers import assert_as_exact_as_torch, assert_same_bits
+from helpers import assert_as_exact_as_torch, assert_same_bits, slow_here
+from tiers import full_only
 from torch import Tensor
 
 import sait_kernels as sk
 
 # A choice this clear is the same in float32 and float64: scores of a few dozen tokens carry errors below 1e-5.
 CLEAR = 1e-4
+
+
+def many_interpreted(name: str, backend: str) -> bool:
+    """Triton's kernels meet norms of heads and scales, no class token, and a gate: others ask them nothing new."""
+    return slow_here(backend) and name not in ("layerscale_qknorm", "siglip", "gated")
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
@@ -42,6 +48,7 @@ def test_dense_takes_masks_and_intermediates_as_before():
         assert_same_bits("intermediates", a, b)
 
 
+@full_only(many_interpreted)
 @pytest.mark.parametrize("name", zoo.ZOO)
 @torch.no_grad()
 def test_keeping_everything_is_dense(name, backend):
@@ -55,6 +62,7 @@ def test_keeping_everything_is_dense(name, backend):
         )
 
 
+@full_only(many_interpreted)
 @pytest.mark.parametrize("name", zoo.ZOO)
 @torch.no_grad()
 def test_pruned_is_the_oracle(name, backend):
@@ -115,6 +123,7 @@ def test_autocast_is_as_exact_as_torch(name):
         assert_as_exact_as_torch(str(plan), got, zoo.oracle(wide, x.double(), plan, kept).logits, in_torch)
 
 
+@full_only(many_interpreted)
 @pytest.mark.parametrize("name", zoo.ZOO)
 @torch.no_grad()
 def test_an_image_does_not_see_its_batch(name, backend):
