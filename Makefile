@@ -5,7 +5,8 @@
 # make aot      every Triton kernel, compiled without a GPU: registers, spills, instructions
 # make sass     every CUDA kernel as it was compiled: registers, spills, instructions
 # make emulate  the CUDA kernels on the host, thread for thread, under sanitizers: their tests without a GPU
-# make gpu      on a machine with a GPU: build, test and measure there, with its own Python
+# make gpu      on a machine with a GPU: build, test and measure there, with its own Python, in half an hour
+# make gpu-library   a library for such a machine, to take along: built without a GPU, on the oldest stack
 # make bench    every op and model against torch  make report  tables and plots from the newest results
 # make end-to-end   DeiT-S against every peer: compiled, OpenVINO, the same pruning in plain torch, EViT, ToMe
 # make end-to-end-models   other sizes and resolutions against some of them
@@ -14,14 +15,15 @@
 # PYTHON and VENV may be set: `make demo PYTHON=python3.12 VENV=/somewhere/venv`.
 PYTHON ?= python3
 VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RESULTS := benchmarks/results
-GPU_RESULTS ?= $(RESULTS)
 
-.PHONY: demo install test check aot sass emulate gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-bench \
-	gpu-end-to-end gpu-end-to-end-models gpu-end-to-end-autotuned bench end-to-end end-to-end-models report paper clean
+.PHONY: demo install test check aot sass emulate gpu gpu-start gpu-ops gpu-end-to-end gpu-test-triton gpu-costs \
+	gpu-batches gpu-sanitizer gpu-summary gpu-library gpu-end-to-end-models gpu-end-to-end-autotuned bench end-to-end \
+	end-to-end-models report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -77,44 +79,44 @@ emulate: $(EMULATED) $(VENV)/.requirements-dev
 	SAIT_EMULATED=1 LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:python \
 		$(BIN)/python -m pytest tests/emulation tests/ops tests/test_properties.py -k "cuda or emul" -p no:cacheprovider
 
-# On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed. In
-# parts, each of a few minutes; with pytest-xdist PYTEST_FLAGS="-n 8" compiles Triton's kernels side by side.
-gpu: gpu-build gpu-test gpu-bench gpu-end-to-end
+# On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed. The parts of
+# benchmarks/gpu.py, each with a folder and a time of its own; all of them in half an hour, or some by their names:
+# `make gpu-ops`, `make gpu GPU_PARTS="start ops" GPU_MINUTES=9.5 GPU_RESULTS=/somewhere`. benchmarks/README.md has more.
+GPU_PARTS ?= start ops end-to-end test-triton costs batches sanitizer
+GPU_MINUTES ?= 28
+GPU_RESULTS ?= $(RESULTS)
+GPU = PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS) --minutes $(GPU_MINUTES)
 
-gpu-build:
-	FORCE_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+gpu:
+	$(GPU) $(GPU_PARTS)
 
-gpu-test: gpu-test-cuda gpu-test-triton
+gpu-start gpu-ops gpu-end-to-end gpu-test-triton gpu-costs gpu-batches gpu-sanitizer gpu-end-to-end-models \
+gpu-end-to-end-autotuned:
+	$(GPU) $(@:gpu-%=%) $(ARGUMENTS)
 
-GPU_PYTEST = PYTHONPATH=.:python SAIT_TEST_DEVICE=cuda $(PYTHON) -m pytest -p no:cacheprovider $(PYTEST_FLAGS)
+gpu-summary:
+	PYTHONPATH=.:python $(PYTHON) benchmarks/gpu_summary.py $(GPU_RESULTS)
 
-gpu-test-cuda:
-	$(GPU_PYTEST) tests/test_gpu.py tests/ops tests/test_properties.py tests/benchmarks/test_costs.py -k "cuda or gpu"
+# A library for one GPU, built without one on the oldest stack, which machines with a GPU have: to take along, and to be
+# found there by SAIT_LIBRARY=<folder>. Without what only a debugger reads.
+GPU_ARCH ?= 9.0
+GPU_LIBRARY ?= build/gpu-library
+BUILT := build/gpu-library-unstripped
 
-gpu-test-triton:
-	$(GPU_PYTEST) tests/ops tests/test_properties.py -k triton
+gpu-library:
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) $(VENV_OLDEST)/bin/python setup.py build_ext \
+		--build-lib $(BUILT) --build-temp build/gpu-library-objects
+	mkdir -p $(GPU_LIBRARY)
+	rm -f $(GPU_LIBRARY)/_C*.so
+	cp $(BUILT)/sait_kernels/_build_info.py $(GPU_LIBRARY)
+	for built in $(BUILT)/sait_kernels/_C*.so; do \
+		strip --strip-unneeded -o $(GPU_LIBRARY)/$$(basename $$built) $$built || exit; done
+	SAIT_LIBRARY=$(GPU_LIBRARY) PYTHONPATH=. $(VENV_OLDEST)/bin/python -c \
+		"from sait_kernels import info, library; info.main(); raise SystemExit(library.problem or None)"
+	du -h $(GPU_LIBRARY)
 
-gpu-bench:
-	PYTHONPATH=.:python $(PYTHON) -m pytest benchmarks -p no:cacheprovider --save-results $(GPU_RESULTS)
-	PYTHONPATH=.:python $(PYTHON) benchmarks/overhead.py
-	-PYTHONPATH=.:python $(PYTHON) benchmarks/traffic.py
-
-GPU_END_TO_END = PYTHONPATH=.:python $(PYTHON) benchmarks/end_to_end.py --save-results $(GPU_RESULTS)
 OTHER_MODELS := --model deit_tiny_patch16_224 --model deit_base_patch16_224 --model vit_large_patch16_224
 OURS := --peer ours-dense --peer ours --peer ours-optimized-dense --peer ours-optimized
-
-gpu-end-to-end:
-	$(GPU_END_TO_END) $(ARGUMENTS)
-
-# Commands of their own, with fewer peers and batches: torch.compile and its autotuning start anew with each of them.
-gpu-end-to-end-models:
-	$(GPU_END_TO_END) --part models --quick $(OTHER_MODELS) --model deit_base_patch16_384 --batch 1 --batch 64 \
-		--peer timm-compiled --peer plain --peer evit --peer tome $(OURS) --peer ours-mass --peer ours-graphed-dense \
-		--peer ours-graphed $(ARGUMENTS)
-
-gpu-end-to-end-autotuned:
-	$(GPU_END_TO_END) --part autotuned --max-autotune --batch 1 --batch 256 --peer timm-compiled $(OURS) \
-		--peer ours-compiled --peer ours-graphed-dense --peer ours-graphed $(ARGUMENTS)
 
 bench: install $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest benchmarks --save-results $(RESULTS)
