@@ -239,6 +239,7 @@ def main(
             harness.save(document, save / measure.file_name(document))
 
     keep()
+    whole = True
     with options.progress() as bar:
         task = bar.add_task(KIND, total=len(settings) * (len(chosen) + measure.samples_in(len(chosen), samples)))
         for at, (model, dtype, batch) in enumerate(settings):
@@ -252,8 +253,13 @@ def main(
             bar.update(task, description=f"{model}, {dtype}, batch {batch}")
             common = about[at] | ({"weights": "random"} if described.startswith("random") else {})
             with torch.inference_mode():
-                figures, failed = compare(setting, chosen, samples, partial(bar.advance, task), until)
-                rows[at] = rows_of(setting, figures, failed, common)
+                try:
+                    figures, failed = compare(setting, chosen, samples, partial(bar.advance, task), until)
+                    rows[at] = rows_of(setting, figures, failed, common)
+                except Exception as error:  # without its baseline a setting is nothing, but others may have theirs
+                    figures, failed = [], dict.fromkeys(chosen, throughput.reason(error))
+                    rows[at] = [failed_row(name, reason, common) for name, reason in failed.items()]
+                    whole = False
                 keep()
                 add_costs(rows[at], setting, figures)
                 keep()
@@ -265,6 +271,8 @@ def main(
     console.print(f"{document['device']}, {document['threads']} threads; {versions}; roofs {document['roofs']}")
     if save is not None:
         console.print(f"written: {save / measure.file_name(document)}")
+    if not whole:
+        raise typer.Exit(1)
 
 
 def roofs_of(dtypes: Sequence[DType]) -> dict[str, float]:

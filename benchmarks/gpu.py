@@ -280,6 +280,8 @@ def library(arch: str) -> Callable[[Run], bool]:
         {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": arch},
     )
     found: list[bool] = []
+    if os.environ.get("SAIT_LIBRARY"):
+        os.environ["SAIT_LIBRARY"] = str(Path(os.environ["SAIT_LIBRARY"]).resolve())
 
     def usable(run: Run) -> bool:
         if not found:

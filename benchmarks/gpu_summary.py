@@ -36,7 +36,7 @@ class PartRun:
     name: str
     date: str
     steps: list[Row]  # of each promised step, and of those that prepared them
-    tests: dict[str, Row]  # the last line of each test
+    tests: dict[str, Row]  # the line of each test that counts
     documents: list[Document]
     device: str  # as in the folder's name
 
@@ -64,7 +64,11 @@ def read(folder: Path) -> PartRun:
     promised = next((line["promised"] for line in lines if "promised" in line), [])
     never = {"outcome": "cut", "reason": "the run ended before it, or within it"}
     steps = [*done.values(), *({"step": name, **never} for name in promised if name not in done)]
-    tests = {line["test"]: line for line in json_lines(folder / "tests.jsonl")}
+    tests: dict[str, Row] = {}
+    for line in json_lines(folder / "tests.jsonl"):
+        before = tests.get(line["test"])
+        if before is None or before["outcome"] != "failed":  # of one whose worker ended with it the first reason counts
+            tests[line["test"]] = line
     documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     device = re.sub(r"^\d{4}-\d\d-\d\d-", "", folder.parent.name)
     return PartRun(folder, head["part"], head["date"], steps, tests, documents, device)

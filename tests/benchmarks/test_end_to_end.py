@@ -197,6 +197,28 @@ def test_a_run_that_is_cut_has_what_it_measured_and_names_the_rest(
     assert found == [(1, "timm", None), (1, "ours", None), (2, "timm", reason), (2, "ours", reason)]
 
 
+def test_a_setting_without_its_baseline_leaves_the_others_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = PEERS["timm"].make
+
+    def too_large(setting: Setting) -> Made:
+        if len(setting.images) == 2:
+            raise RuntimeError("out of memory")
+        return make(setting)
+
+    monkeypatch.setitem(PEERS, "timm", Peer("timm eager", "dense", too_large))
+    app = typer.Typer()
+    app.command()(end_to_end.main)
+    words = ["--model", "test_vit", "--batch", "2", "--batch", "1", "--dtype", "fp32", "--peer", "ours"]
+    done = CliRunner().invoke(app, [*words, "--repeats", "1", "--save-results", str(tmp_path)])
+    assert done.exit_code == 1
+    document = json.loads(next(tmp_path.iterdir()).read_text())
+    check_results(document)
+    reasons = [row.get("error") for row in document["rows"]]
+    assert reasons == 2 * ["RuntimeError: out of memory"] + 2 * [None]
+
+
 def test_models_of_several_sizes(tmp_path: Path) -> None:
     """In a file of their own, and in a report that tells them apart."""
     models = [word for name in ("test_vit", "vit_tiny_patch16_384") for word in ("--model", name)]
