@@ -37,6 +37,10 @@ class Log:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.outcome == "failed":
+            self.write(test=report.nodeid, outcome="failed", reason=first_line(report))
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.write(test=nodeid, outcome="started")
 
@@ -47,13 +51,16 @@ class Log:
         self.write(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2), **reason)
 
 
-def first_line(report: pytest.TestReport) -> str:
+def first_line(report: pytest.TestReport | pytest.CollectReport) -> str:
     """What was raised, or why a test was left out."""
     text = report.longrepr
     if isinstance(text, tuple):  # file, line, reason
         return str(text[2])
     crash = getattr(text, "reprcrash", None)
-    return (str(crash.message) if crash else str(text)).strip().partition("\n")[0][:300]
+    if crash is not None:
+        return str(crash.message).strip().partition("\n")[0][:300]
+    raised = [line for line in str(text).splitlines() if line.startswith("E ")]  # of a module that is not imported
+    return (raised[-1].removeprefix("E ").strip() if raised else str(text).strip().partition("\n")[0])[:300]
 
 
 class Lost:

@@ -100,11 +100,12 @@ def main() -> None:
     ops = [op for op in OPS if op in asked and backend in ("reference", *KERNELS[op])]
     if arguments.each is None:
         return run(backend, ops)
+    failed = False
     with ThreadPoolExecutor(arguments.workers) as pool:
-        problems = list(pool.map(lambda op: alone(backend, op, arguments.each), ops))
-    for op, problem in zip(ops, problems, strict=True):
-        print(f"{op}: {problem or 'passed'}", flush=True)
-    raise SystemExit(1 if any(problems) else 0)
+        for op, problem in zip(ops, pool.map(lambda op: alone(backend, op, arguments.each), ops), strict=True):
+            print(f"{op}: {problem or 'passed'}", flush=True)
+            failed |= bool(problem)
+    raise SystemExit(1 if failed else 0)
 
 
 if __name__ == "__main__":

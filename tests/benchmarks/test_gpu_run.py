@@ -287,12 +287,13 @@ def test_left_out(): pass
 def test_outcomes_of_tests_are_lines(tmp_path: Path, lost: bool) -> None:
     """Without workers, a run that has lost its GPU ends: what follows would fail with it."""
     (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "test_wrong.py").write_text("raise RuntimeError('no driver\\nfound')")
     (tmp_path / "conftest.py").write_text(f"import gpu_tests\ngpu_tests.gpu_is_lost = lambda: {lost}\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_tests"]
     log = tmp_path / "tests.jsonl"
     done = subprocess.run(
-        [*words, "--test-log", log, "test_some.py"],
+        [*words, "--continue-on-collection-errors", "--test-log", log],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -300,7 +301,8 @@ def test_outcomes_of_tests_are_lines(tmp_path: Path, lost: bool) -> None:
         check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    lines = gpu_summary.json_lines(log)
+    broken, *lines = gpu_summary.json_lines(log)
+    assert broken == {"test": "test_wrong.py", "outcome": "failed", "reason": "RuntimeError: no driver"}
     assert lines[0] == {"test": "test_some.py::test_fine", "outcome": "started"}
     found = {line["test"].partition("::")[2]: (line["outcome"], line.get("reason", "")) for line in lines}
     assert found.pop("test_fine") == ("passed", "")
