@@ -7,7 +7,8 @@
 # make aot      every Triton kernel, compiled without a GPU: registers, spills, instructions
 # make sass     every CUDA kernel as it was compiled: registers, spills, instructions
 # make emulate  the CUDA kernels on the host, thread for thread, under sanitizers: their tests without a GPU
-# make gpu      on a machine with a GPU: build, test and measure there, with its own Python
+# make gpu      on a machine with a GPU: build, test and measure there, with its own Python, in half an hour
+# make gpu-library   a library for such a machine, to take along: built without a GPU, on the oldest stack
 # make bench    every op and model against torch  make report  tables and plots from the newest results
 # make end-to-end   DeiT-S against every peer: compiled, OpenVINO, the same pruning in plain torch, EViT, ToMe
 # make end-to-end-models   other sizes and resolutions against some of them
@@ -17,15 +18,16 @@
 # WORKERS, by default as many as there are cores, run the tests.
 PYTHON ?= python3
 VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
 WORKERS ?= $(shell nproc)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RESULTS := benchmarks/results
-GPU_RESULTS ?= $(RESULTS)
 
-.PHONY: demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-bench \
-	gpu-end-to-end gpu-end-to-end-models gpu-end-to-end-autotuned bench end-to-end end-to-end-models report paper clean
+.PHONY: demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-start gpu-ops \
+	gpu-end-to-end gpu-test-triton gpu-costs gpu-batches gpu-sanitizer gpu-summary gpu-library gpu-end-to-end-models \
+	gpu-end-to-end-autotuned bench end-to-end end-to-end-models report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -90,44 +92,63 @@ emulate: $(EMULATED) $(VENV)/.requirements-dev
 	SAIT_EMULATED=1 LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:python \
 		$(BIN)/python -m pytest tests/emulation tests/ops tests/test_properties.py -k "cuda or emul" -p no:cacheprovider
 
-# On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed. In
-# parts, each of a few minutes; with pytest-xdist PYTEST_FLAGS="-n 8" compiles Triton's kernels side by side.
-gpu: gpu-build gpu-test gpu-bench gpu-end-to-end
+# On a machine with a GPU, whose own Python has torch, timm and what the tests need: nothing is installed. The parts of
+# benchmarks/gpu.py, each with a folder and a time of its own; all of them in half an hour, or some by their names:
+# `make gpu-ops`, `make gpu GPU_PARTS="start ops" GPU_MINUTES=9.5 GPU_RESULTS=/somewhere`. benchmarks/README.md has more.
+GPU_PARTS ?= start ops end-to-end test-triton costs batches sanitizer
+GPU_MINUTES ?= 28
+GPU_RESULTS ?= $(RESULTS)
+GPU = PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS) --minutes $(GPU_MINUTES)
 
-gpu-build:
-	FORCE_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+gpu:
+	$(GPU) $(GPU_PARTS)
 
-gpu-test: gpu-test-cuda gpu-test-triton
+gpu-start gpu-ops gpu-end-to-end gpu-test-triton gpu-costs gpu-batches gpu-sanitizer gpu-end-to-end-models \
+gpu-end-to-end-autotuned:
+	$(GPU) $(@:gpu-%=%) $(ARGUMENTS)
 
-GPU_PYTEST = PYTHONPATH=.:python SAIT_TEST_DEVICE=cuda $(PYTHON) -m pytest -p no:cacheprovider $(PYTEST_FLAGS)
+gpu-summary:
+	PYTHONPATH=.:python $(PYTHON) benchmarks/gpu_summary.py $(GPU_RESULTS)
 
-gpu-test-cuda:
-	$(GPU_PYTEST) tests/test_gpu.py tests/ops tests/test_properties.py tests/benchmarks/test_costs.py -k "cuda or gpu"
+# The oldest supported versions, in a venv of their own, by Python 3.12 where there is one.
+PYTHON_OLDEST ?= $(shell for python in python3.12 $$(ls -d $$(pyenv root 2>/dev/null)/versions/3.12.*/bin/python 2>/dev/null) \
+	$(PYTHON); do $$python -c "" 2>/dev/null && echo $$python && break; done)
+OLDEST := $(VENV_OLDEST)/bin/python
 
-gpu-test-triton:
-	$(GPU_PYTEST) tests/ops tests/test_properties.py -k triton
+$(VENV_OLDEST)/.requirements: requirements-oldest.txt
+	@$(PYTHON_OLDEST) -c "import sys; v = sys.version_info; v[:2] == (3, 12) or print('no Python 3.12: this is 3.%d' % v[1])"
+	test -x $(OLDEST) || $(PYTHON_OLDEST) -m venv $(VENV_OLDEST)
+	$(OLDEST) -m pip --disable-pip-version-check install -r requirements-oldest.txt
+	touch $@
 
-gpu-bench:
-	PYTHONPATH=.:python $(PYTHON) -m pytest benchmarks -p no:cacheprovider --save-results $(GPU_RESULTS)
-	PYTHONPATH=.:python $(PYTHON) benchmarks/overhead.py
-	-PYTHONPATH=.:python $(PYTHON) benchmarks/traffic.py
+# A library for one GPU, built without one on the oldest stack, which machines with a GPU have: to take along, and to be
+# found there by SAIT_LIBRARY=<folder>. Without what only a debugger reads.
+GPU_ARCH ?= 9.0
+GPU_LIBRARY ?= build/gpu-library
+BUILT := build/gpu-library-unstripped
 
-GPU_END_TO_END = PYTHONPATH=.:python $(PYTHON) benchmarks/end_to_end.py --save-results $(GPU_RESULTS)
+$(GPU_LIBRARY)/_build_info.py: setup.py $(CSRC) $(VENV_OLDEST)/.requirements
+	TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) $(OLDEST) setup.py build_ext --build-lib $(BUILT) --build-temp build/gpu-library-objects
+	mkdir -p $(GPU_LIBRARY)
+	rm -f $(GPU_LIBRARY)/_C*.so
+	for built in $(BUILT)/sait_kernels/_C*.so; do \
+		strip --strip-unneeded -o $(GPU_LIBRARY)/$$(basename $$built) $$built || exit; done
+	cp $(BUILT)/sait_kernels/_build_info.py $@
+
+gpu-library: $(GPU_LIBRARY)/_build_info.py
+	SAIT_LIBRARY=$(GPU_LIBRARY) PYTHONPATH=. $(OLDEST) -c \
+		"from sait_kernels import info, library; info.main(); raise SystemExit(library.problem or None)"
+	grep -q "CUDA kernels for" $<  # else there was no nvcc
+	du -h $(GPU_LIBRARY)
+
+# Every Triton kernel compiled by the oldest Triton, and the tests that a version of Python, torch or timm can break.
+oldest: $(GPU_LIBRARY)/_build_info.py
+	PYTHONPATH=.:python SAIT_LIBRARY=$(GPU_LIBRARY) TRITON_INTERPRET=0 $(OLDEST) benchmarks/aot.py --limits-only
+	PYTHONPATH=.:python SAIT_LIBRARY=$(GPU_LIBRARY) $(OLDEST) -m pytest -n $(WORKERS) --dist loadfile \
+		tests/ops tests/models tests/test_backend.py
+
 OTHER_MODELS := --model deit_tiny_patch16_224 --model deit_base_patch16_224 --model vit_large_patch16_224
 OURS := --peer ours-dense --peer ours --peer ours-optimized-dense --peer ours-optimized
-
-gpu-end-to-end:
-	$(GPU_END_TO_END) $(ARGUMENTS)
-
-# Commands of their own, with fewer peers and batches: torch.compile and its autotuning start anew with each of them.
-gpu-end-to-end-models:
-	$(GPU_END_TO_END) --part models --quick $(OTHER_MODELS) --model deit_base_patch16_384 --batch 1 --batch 64 \
-		--peer timm-compiled --peer plain --peer evit --peer tome $(OURS) --peer ours-mass --peer ours-graphed-dense \
-		--peer ours-graphed $(ARGUMENTS)
-
-gpu-end-to-end-autotuned:
-	$(GPU_END_TO_END) --part autotuned --max-autotune --batch 1 --batch 256 --peer timm-compiled $(OURS) \
-		--peer ours-compiled --peer ours-graphed-dense --peer ours-graphed $(ARGUMENTS)
 
 bench: install $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest benchmarks --save-results $(RESULTS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -66,6 +67,11 @@ def max_jobs() -> int:
     return max(1, min(os.cpu_count() or 1, int(memory / GIB_PER_JOB)))
 
 
+# Not imported: that would load the library that is yet to be built.
+supported = runpy.run_path(str(ROOT / "sait_kernels" / "supported.py"))
+too_old = supported["problem"](supported["running"](torch.__version__))
+if too_old:
+    raise SystemExit(too_old)
 emulate = flag("SAIT_EMULATE")
 cuda_home, reason = (None, "the CUDA kernels run on the host") if emulate else cuda_decision()
 if cuda_home is None and flag("FORCE_CUDA"):

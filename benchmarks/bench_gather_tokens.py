@@ -20,7 +20,10 @@ def bench_gather_tokens(case: Case, record: Recorder) -> None:
         return partial(sk.gather_tokens, x, selection), {AGAINST: partial(torch.index_select, x, 0, rows)}
 
     ours, baselines = sides(case)
-    out = ours()
-    assert torch.equal(out, baselines[AGAINST]()), "gather_tokens: not the rows of index_select: no figure"
-    rows = compare("gather_tokens", case, sides, moved=2 * out.numel() * out.itemsize)  # read once, written once
+    expected = baselines[AGAINST]()
+
+    def check(out: torch.Tensor) -> None:
+        assert torch.equal(out, expected), "gather_tokens: not the rows of index_select: no figure"
+
+    rows = compare("gather_tokens", case, sides, check=check, moved=2 * expected.nbytes)  # read once, written once
     record(torch.inference_mode()(ours), rows)

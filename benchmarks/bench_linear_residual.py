@@ -52,7 +52,8 @@ def bench_linear_residual(case: Case, layer: str, record: Recorder) -> None:
     ours, baselines = sides(case)
     y, weight, bias, x = (t.double() for t in inputs(case))
     exact = sk.reference.linear_residual(y, weight, bias, x, selection=selection)
-    check_error("linear_residual", ours(), baselines[AGAINST](), exact)
-    moved = (y.numel() + weight.numel() + 2 * exact.numel()) * ours().itemsize
-    rows = compare("linear_residual", case, sides, moved=moved, flop=2 * exact.numel() * depth)
+    in_torch = baselines[AGAINST]()
+    check = partial(check_error, "linear_residual", baseline=in_torch, exact=exact)
+    moved = (y.numel() + weight.numel() + 2 * exact.numel()) * in_torch.itemsize
+    rows = compare("linear_residual", case, sides, check=check, moved=moved, flop=2 * exact.numel() * depth)
     record(torch.inference_mode()(ours), [row | {"case": f"{layer}, {case.label}"} for row in rows])

@@ -49,7 +49,8 @@ def bench_norm_linear(case: Case, layer: str, record: Recorder) -> None:
     ours, baselines = sides(case)
     x, norm_weight, norm_bias, weight, bias = (t.double() for t in inputs(case))
     exact = sk.reference.norm_linear(x, norm_weight, norm_bias, EPS, weight, bias, gelu=gelu)
-    check_error("norm_linear", ours(), baselines[AGAINST](), exact)
-    moved = (x.numel() + weight.numel() + exact.numel()) * ours().itemsize
-    rows = compare("norm_linear", case, sides, moved=moved, flop=2 * exact.numel() * CHANNELS)
+    in_torch = baselines[AGAINST]()
+    check = partial(check_error, "norm_linear", baseline=in_torch, exact=exact)
+    moved = (x.numel() + weight.numel() + exact.numel()) * in_torch.itemsize
+    rows = compare("norm_linear", case, sides, check=check, moved=moved, flop=2 * exact.numel() * CHANNELS)
     record(torch.inference_mode()(ours), [row | {"case": f"{layer}, {case.label}"} for row in rows])

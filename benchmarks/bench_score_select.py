@@ -40,7 +40,11 @@ def bench_score_select(case: Case, record: Recorder) -> None:
 
     ours, baselines = sides(case)
     q, k, _ = case.qkv()
-    check_selection(NAME, rows_per_image(ours(), case.N), q, k, patches)
+
+    def check(selection: sk.Selection) -> None:
+        check_selection(NAME, rows_per_image(selection, case.N), q, k, patches)
+
     check_selection("torch chain", baselines[AGAINST](), q, k, patches)
-    rows = compare(NAME, case, sides, goals=GOALS, moved=k.numel() * k.itemsize)  # all of K, little else
+    moved = k.numel() * k.itemsize  # all of K, little else
+    rows = compare(NAME, case, sides, check=check, goals=GOALS, moved=moved)
     record(torch.inference_mode()(ours), rows)

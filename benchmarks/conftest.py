@@ -1,58 +1,126 @@
-"""Collects the rows of a session, prints them beside their goals, and writes the results file with --save-results."""
+"""Collects the rows of a session, prints them beside their goals, and keeps the results file with --save-results.
+
+The file is written anew with every benchmark that ends. One that was not reached yet, in a run that was cut say, has a
+row that says so, and one that fails, because its result is wrong or for another reason, has a row with the reason: none
+of them has a figure.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import DEVICE, ON_GPU, Recorder, measured_roofs
+from harness import DEVICE, NOT_REACHED, ON_GPU, Recorder, measured_roofs, save
 from rich.console import Console
 from rich.table import Table
-from sait import measure
+from sait import measure, throughput
 
-ROWS = pytest.StashKey[list[dict[str, Any]]]()
 ROUNDS = 5  # of pytest-benchmark's own statistics, beside the interleaved medians that count
+
+
+class Results:
+    """The rows of each benchmark, by its node id, and the file they are kept in."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.before: list[dict[str, Any]] = []
+        self.document: dict[str, Any] | None = None
+        self.path: Path | None = None
+
+    def promise(self, items: list[pytest.Item]) -> None:
+        self.rows = {item.nodeid: [failed_row(item, NOT_REACHED)] for item in items}
+
+    def open(self, folder: Path, part: str | None, append: bool) -> None:
+        self.document = measure.results([], DEVICE, **({"part": part} if part else {}), roofs=measured_roofs())
+        self.path = folder / measure.file_name(self.document)
+        if append and self.path.exists():
+            self.document = json.loads(self.path.read_text(encoding="utf-8"))
+            self.before = self.document["rows"]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save()
+
+    def save(self) -> None:
+        if self.document is not None and self.path is not None:
+            save(self.document | {"rows": self.before + self.all()}, self.path)
+
+    def all(self) -> list[dict[str, Any]]:
+        return [row for rows in self.rows.values() for row in rows]
+
+
+RESULTS = pytest.StashKey[Results]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--save-results", type=Path, metavar="FOLDER", help="write <date>-<device>.json into this folder")
+    parser.addoption("--part", help="name of a run that stands beside others of the device: a file of its own")
+    parser.addoption("--append", action="store_true", help="keep the rows that the file already has")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[RESULTS] = Results()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not ON_GPU:
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    config, results = session.config, session.config.stash[RESULTS]
+    results.promise([item for item in session.items if ON_GPU or "gpu" not in item.keywords])
+    folder = config.getoption("save_results")
+    if folder is not None and session.items and not config.option.collectonly:
+        results.open(folder, config.getoption("part"), config.getoption("append"))
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark: Any) -> Recorder:
-    """record(ours, rows): adds rows to the results; ours and the first row go to pytest-benchmark, too."""
+    """record(ours, rows): the rows of this benchmark; ours and the first row go to pytest-benchmark, too."""
 
     def add(ours: Callable[[], object], rows: list[dict[str, Any]]) -> None:
-        request.config.stash[ROWS].extend(rows)
-        benchmark.extra_info.update(rows[0])
+        request.config.stash[RESULTS].rows[request.node.nodeid] = rows
+        benchmark.extra_info.update(next((row for row in rows if "error" not in row), {}))
         benchmark.pedantic(ours, rounds=ROUNDS, warmup_rounds=1)
 
     return add
 
 
-def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    rows, folder = config.stash[ROWS], config.getoption("save_results")
-    if not rows:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    results = item.config.stash[RESULTS]
+    if call.excinfo is not None and item.nodeid in results.rows:
+        results.rows[item.nodeid] = [failed_row(item, throughput.reason(call.excinfo.value))]
+    if call.when == "teardown":
+        results.save()
+    return report
+
+
+def failed_row(item: pytest.Item, reason: str) -> dict[str, Any]:
+    """Named as pytest does: what its figures would be called is not known before it has run."""
+    name, _, case = item.name.removeprefix("bench_").partition("[")
+    return {"name": name, "case": case.removesuffix("]"), "error": reason}
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    results = config.stash[RESULTS]
+    rows = results.all()
+    if not rows or config.option.collectonly:
         return
-    document = measure.results(rows, DEVICE, roofs=measured_roofs())
+    head = results.document or measure.environment(DEVICE)
     console = Console(highlight=False, width=110)
-    console.print(summary(rows))
-    console.print(f"{document['device']}, {document['threads']} threads, torch {document['versions']['torch']}")
-    if folder is None:
-        return
-    if exitstatus:
-        console.print("not saved: a benchmark failed, and there are no figures of wrong results")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / measure.file_name(document)
-    measure.save(document, path)
-    console.print(f"written: {path}")
+    console.print(summary([row for row in rows if "error" not in row]))
+    for row in rows:
+        if "error" in row:
+            against = f" against {row['baseline']}" if "baseline" in row else ""
+            console.print(f"{row['name']}, {row['case']}{against}: no figures: {row['error']}")
+    console.print(f"{head['device']}, {head['threads']} threads, torch {head['versions']['torch']}")
+    if results.path is not None:
+        console.print(f"written: {results.path}")
 
 
 def summary(rows: list[dict[str, Any]]) -> Table:
@@ -67,9 +135,3 @@ def summary(rows: list[dict[str, Any]]) -> Table:
         figures = (f"{row['ours_us']:.0f}", f"{row['baseline_us']:.0f}", f"{row['ratio']:.2f}")
         table.add_row(row["name"], row["case"], row["dtype"], row["baseline"], *figures, goal)
     return table
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "gpu" in item.keywords and not ON_GPU:
-            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))

@@ -26,7 +26,8 @@ def of_forward(forward: Callable[[], object], counted: bool) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"peak_mib": peak_mib(forward)} if counted else {}
     if ON_GPU:
-        found["launches"] = launches(forward)
+        count = launches(forward)
+        found |= {"launches": count} if count else {}  # none were counted: the profiler sees no GPU here
         if not synchronises(forward):
             found["host_us"] = host_us(forward)
     return found

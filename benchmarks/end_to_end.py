@@ -1,10 +1,13 @@
 """`make end-to-end`: whole models against every peer, interleaved in one process; see benchmarks/README.md.
 
-A peer that fails, or gives wrong logits, has a row with the reason in place of its figures.
+A peer that fails, gives wrong logits, or is not reached has a row with the reason in place of its figures. The file is
+written before the first setting and after each.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +20,7 @@ import roofline
 import sait
 import torch
 import typer
-from harness import DEVICE, ON_GPU
+from harness import DEVICE, NOT_REACHED, ON_GPU
 from peers import AUTOTUNED, BASELINE, PEERS, Made, Setting
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +34,8 @@ MODELS = ["deit_small_patch16_224"]
 BATCHES = [1, 8, 64, 256] if ON_GPU else [1, 4, 16]
 DTYPES = [DType.bf16] if ON_GPU else [DType.bf16, DType.fp32]
 REPEATS, QUICK_REPEATS = (50, 10) if ON_GPU else (7, 3)
+OUT_OF_TIME = "left out: it would have started too late"
+MAKING = 0.7  # of the time of a setting: peers that would start later are left out, the rest is for taking figures
 Row = dict[str, Any]
 
 
@@ -57,21 +62,30 @@ def block_of(depth: int) -> int:
 
 
 def compare(
-    setting: Setting, names: Iterable[str], repeats: int, advance: Callable[[], object] = lambda: None
+    setting: Setting,
+    names: Iterable[str],
+    repeats: int,
+    advance: Callable[[], object] = lambda: None,
+    until: float = math.inf,
 ) -> tuple[list[Figure], dict[str, str]]:
     """Times the peers in turn.
 
     Args:
-        names: keys of PEERS, the baseline first.
+        names: keys of PEERS, the baseline first. Those that compile are made last: they take longest by far.
         advance: called once for each peer, and for each of its samples; a progress bar's.
+        until: by time.monotonic(); a peer that has not been started by then is left out.
 
     Returns:
-        Figures of those that ran, and why the others did not.
+        Figures of those that ran, in the order of names, and why the others did not.
     """
     torch._dynamo.reset()  # a code object is compiled for so many models only
+    names = list(names)
     figures, failed = [], {}
     check = throughput.logits_check(setting.vit, setting.images)
-    for name in names:
+    for name in sorted(names, key=compiles):
+        if name != BASELINE and time.monotonic() > until:
+            failed[name] = OUT_OF_TIME
+            continue
         try:
             made = PEERS[name].make(setting)
             check(made.forward(setting.images), PEERS[name].dense is None)
@@ -81,11 +95,16 @@ def compare(
                 raise
             failed[name] = throughput.reason(error)
         advance()
+    figures.sort(key=lambda figure: names.index(figure.name))
     calls = [partial(figure.made.forward, setting.images) for figure in figures]
     taken = measure.interleave(calls, repeats, device=DEVICE, advance=advance)
     for figure, seconds in zip(figures, taken, strict=True):
         figure.seconds = seconds
     return figures, failed
+
+
+def compiles(name: str) -> bool:
+    return name == AUTOTUNED or name.endswith("-compiled")
 
 
 def seen_rows(setting: Setting, made: Made) -> list[roofline.Rows]:
@@ -132,11 +151,25 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
             twin = by_name[peer.dense]
             promised = setting.gmac(twin.computed(setting.vit)) / setting.gmac(figure.computed(setting.vit))
             row["flop_share"] = round(twin.seconds / figure.seconds / promised, 3)
-        rows.append(row | costs.of_forward(partial(figure.made.forward, setting.images), figure.made.counted))
-    for name, reason in failed.items():
-        peer = PEERS[name]
-        rows.append({"name": "model", "group": peer.group, "peer": name, "case": peer.label, **common, "error": reason})
-    return rows
+        rows.append(row)
+    return [*rows, *(failed_row(name, reason, common) for name, reason in failed.items())]
+
+
+def failed_row(name: str, reason: str, common: Row) -> Row:
+    peer = PEERS[name]
+    return {"name": "model", "group": peer.group, "peer": name, "case": peer.label, **common, "error": reason}
+
+
+def add_costs(rows: Sequence[Row], setting: Setting, figures: Sequence[Figure]) -> None:
+    """What a forward takes beside its time; where a machine does not let it be counted, the fields are absent."""
+    by_name = {row["peer"]: row for row in rows}
+    for figure in figures:
+        try:
+            found = costs.of_forward(partial(figure.made.forward, setting.images), figure.made.counted)
+        except Exception as error:  # of a profiler: the times are there all the same
+            print(f"{PEERS[figure.name].label}: costs not counted: {throughput.reason(error)}")
+            continue
+        by_name[figure.name].update(found)
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
@@ -179,47 +212,67 @@ def main(
     repeats: Annotated[int | None, typer.Option(help=f"Samples of each; {REPEATS} by default.", min=1)] = None,
     quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_REPEATS} samples of each.")] = False,
     save: Annotated[Path | None, typer.Option("--save-results", help="Folder for the results file.")] = None,
+    minutes: Annotated[
+        float, typer.Option(help="Peers that would start too late for this time are left out, and named.", min=0)
+    ] = math.inf,
     part: Annotated[
         str | None, typer.Option(help="Name of a run that stands beside others of the device: a file of its own.")
     ] = None,
 ) -> None:
     """Whole models against every peer: timm eager is the baseline, and always measured."""
+    end = time.monotonic() + 60 * minutes
     if save is not None:
         options.make_folder(save, "--save-results")
     chosen = list(dict.fromkeys([BASELINE, *(names or default_peers()), *([AUTOTUNED] if max_autotune else [])]))
     samples = repeats or (QUICK_REPEATS if quick else REPEATS)
     console = Console(highlight=False, width=None if Console().is_terminal else 140)
     settings = [(model, dtype, batch) for model in models for dtype in dtypes for batch in batches]
-    rows: list[Row] = []
+    about = [{"model": model, "batch": batch, "dtype": dtype.value} for model, dtype, batch in settings]
+    rows = [[failed_row(name, NOT_REACHED, common) for name in chosen] for common in about]
     head: dict[str, Any] = {"kind": KIND} | ({"part": part} if part else {})
-    document = measure.results(rows, DEVICE, **head, roofs=roofs_of(dtypes))  # before its own file changes the tree
+    document = measure.results([], DEVICE, **head, roofs=roofs_of(dtypes))  # before its own file changes the tree
+
+    def keep() -> None:
+        """What is measured stays if the rest runs out of time."""
+        if save is not None:
+            document["rows"] = [row for found in rows for row in found]
+            harness.save(document, save / measure.file_name(document))
+
+    keep()
+    whole = True
     with options.progress() as bar:
         task = bar.add_task(KIND, total=len(settings) * (len(chosen) + measure.samples_in(len(chosen), samples)))
         for at, (model, dtype, batch) in enumerate(settings):
+            now = time.monotonic()
+            until = now + MAKING * (end - now) / (len(settings) - at)
             loaded, described = options.load_model(model, weights)
             images, _ = options.load_images(loaded, batch)
             vit = loaded.to(DEVICE, dtype.as_torch())  # outside of inference mode: sait.optimize wants such weights
             block = block_of(len(vit.blocks))
             setting = Setting(vit, images.to(DEVICE, dtype.as_torch()), block, KEEP, MASS)
             bar.update(task, description=f"{model}, {dtype}, batch {batch}")
-            common = {"model": model, "batch": batch, "dtype": dtype.value}
-            common |= {"weights": "random"} if described.startswith("random") else {}
+            common = about[at] | ({"weights": "random"} if described.startswith("random") else {})
             with torch.inference_mode():
-                figures, failed = compare(setting, chosen, samples, partial(bar.advance, task))
-                found = rows_of(setting, figures, failed, common)
+                try:
+                    figures, failed = compare(setting, chosen, samples, partial(bar.advance, task), until)
+                    rows[at] = rows_of(setting, figures, failed, common)
+                except Exception as error:  # without its baseline a setting is nothing, but others may have theirs
+                    figures, failed = [], dict.fromkeys(chosen, throughput.reason(error))
+                    rows[at] = [failed_row(name, reason, common) for name, reason in failed.items()]
+                    whole = False
+                keep()
+                add_costs(rows[at], setting, figures)
+                keep()
             bar.update(task, completed=(at + 1) * bar.tasks[0].total / len(settings))  # a peer that failed has none
-            console.print(table(found, f"{model}, {dtype}, batch {batch}, {described}"))
+            console.print(table(rows[at], f"{model}, {dtype}, batch {batch}, {described}"))
             for name, reason in failed.items():
                 console.print(f"{PEERS[name].label}: no figures: {reason}")
-            rows += found
-            document["rows"] = rows
-            if save is not None:  # after each setting: what is measured stays if a later one runs out of time
-                path = save / measure.file_name(document)
-                measure.save(document, path)
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     console.print(f"{document['device']}, {document['threads']} threads; {versions}; roofs {document['roofs']}")
     if save is not None:
-        console.print(f"written: {path}")
+        console.print(f"written: {save / measure.file_name(document)}")
+    if not whole:
+        raise typer.Exit(1)
 
 
 def roofs_of(dtypes: Sequence[DType]) -> dict[str, float]:

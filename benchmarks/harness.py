@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sait.measure import interleave
+from sait import measure, throughput
 from torch import Tensor
 
 import sait_kernels as sk
@@ -30,7 +32,11 @@ CHANNELS = HEADS * HEAD_DIM
 REPEATS = 50 if ON_GPU else 20
 DTYPES = {"bf16": torch.bfloat16} if ON_GPU else {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENS = (99, 197, 577, 1025) if ON_GPU else (99, 197, 577)
+WARMUP_SECONDS = 0.2  # before a roof: clocks rise with load
 COLD_BYTES = 200 * 2**20  # of all copies of the inputs together: four times the 50 MiB of an H200's L2 cache
+
+TRITON = "sait_kernels, Triton"
+NOT_REACHED = "not reached: the run ended before"  # stands in place of figures until there are some
 
 # record(ours, rows) of conftest.py
 Recorder = Callable[[Callable[[], object], list[dict[str, Any]]], None]
@@ -143,38 +149,59 @@ def compare(
     case: Case,
     sides: Callable[[Case], Sides],
     *,
+    check: Callable[[Any], None],
     goals: Mapping[str, float] | None = None,
+    floor_goal: float | None = None,
     moved: int = 0,
     flop: int = 0,
 ) -> list[dict[str, Any]]:
     """Rows of the results file, one for each baseline: all sides timed in turn.
 
+    A baseline that fails has a row with the reason; where ours does there is nothing to compare, and it raises.
+
     Args:
         sides: what to time, on the inputs of a copy of the case.
+        check: takes what ours returned for the case itself, and raises if it is wrong; our Triton kernels as a baseline
+            are checked by it, too.
         goals: for the ratio to a baseline, by its name.
+        floor_goal: for the share of the floor.
         moved, flop: bytes that ours must read or write at least, and its floating-point operations: what the measured
             roofs make of them is the floor.
     """
     copies = case.copies()
     made = [with_triton(*sides(copy)) for copy in copies]
-    names = list(made[0][1])
-    calls = [[ours for ours, _ in made], *([baselines[which] for _, baselines in made] for which in names)]
+    check(made[0][0]())
+    running, failed = {}, {}
     with torch.inference_mode():
-        seconds = interleave([one_after_the_other(call) for call in calls], REPEATS, device=DEVICE)
-    ours, *baselines = (taken / len(copies) for taken in seconds)
+        ours = one_after_the_other([ours for ours, _ in made])
+        for which, first in made[0][1].items():
+            try:
+                if which == TRITON:
+                    check(first())
+                running[which] = one_after_the_other([baselines[which] for _, baselines in made])
+            except Exception as error:  # whatever torch lacks here, the others are to be measured all the same
+                failed[which] = throughput.reason(error)
+        seconds = measure.interleave([ours, *running.values()], REPEATS, device=DEVICE)
+    ours_taken, *baselines_taken = (taken / len(copies) for taken in seconds)
+    taken_by = dict(zip(running, baselines_taken, strict=True))
     common: dict[str, Any] = {"name": name, "case": case.label, "batch": BATCH, "dtype": case.dtype}
+    of_floor: dict[str, float] = {}
     if case.dtype == "bf16" and (moved or flop):  # the roof of products is that of bf16
         roofs = measured_roofs()
         floor = max(moved / (roofs["copy_tbps"] * 1e12), flop / (roofs["matmul_tflops"] * 1e12))
-        common["of_floor"] = round(floor / ours, 3)
+        of_floor = {"of_floor": round(floor / ours_taken, 3)}
+        of_floor |= {"goal_of_floor": floor_goal} if floor_goal is not None else {}
     rows = []
-    for against, taken in zip(names, baselines, strict=True):
-        row = {
-            **common,
-            "baseline": against,
-            "ours_us": round(ours * 1e6, 1),
-            "baseline_us": round(taken * 1e6, 1),
-            "ratio": round(taken / ours, 3),
+    for against in made[0][1]:
+        row = common | {"baseline": against}
+        if against in failed:
+            rows.append(row | {"error": failed[against]})
+            continue
+        row |= {
+            **of_floor,
+            "ours_us": round(ours_taken * 1e6, 1),
+            "baseline_us": round(taken_by[against] * 1e6, 1),
+            "ratio": round(taken_by[against] / ours_taken, 3),
         }
         rows.append(row | {"goal": goals[against]} if goals and against in goals else row)
     return rows
@@ -189,24 +216,42 @@ def with_triton(ours: Callable[[], object], baselines: Mapping[str, Callable[[],
         with sk.backend("triton"):
             return ours()
 
-    return ours, {**baselines, "sait_kernels, Triton": triton}
+    return ours, {**baselines, TRITON: triton}
+
+
+def first_that_runs(baselines: Mapping[str, Callable[[], Any]]) -> Any:
+    """The result of the first baseline that this torch runs: how exact torch is. RuntimeError if none does."""
+    reasons = []
+    for name, baseline in baselines.items():
+        try:
+            return baseline()
+        except Exception as error:  # its row will say so
+            reasons.append(f"{name}: {throughput.reason(error)}")
+    raise RuntimeError(f"no baseline runs here: {'; '.join(reasons)}")
 
 
 def one_after_the_other(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """All of them in one call; on a GPU as a CUDA graph."""
+    """All of them in one call, which has run once; on a GPU as a CUDA graph."""
 
     def run() -> None:
         for call in calls:
             call()
 
+    run()  # compiles whatever there is to compile
     if not ON_GPU:
         return run if len(calls) > 1 else calls[0]
-    run()  # compiles whatever there is to compile
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def save(document: Mapping[str, Any], path: Path) -> None:
+    """The old file or the new one is there, whenever the process ends: never half of one."""
+    unfinished = path.with_suffix(".unfinished")
+    measure.save(document, unfinished)
+    os.replace(unfinished, path)
 
 
 @functools.cache
@@ -234,13 +279,16 @@ def matmul_tflops(dtype: torch.dtype) -> float:
 
 
 def _best(call: Callable[[], object]) -> float:
-    """A roof is the shortest time seen, not the median."""
+    """A roof is the shortest time seen, not the median; seen after a warm-up."""
     wait = torch.cuda.synchronize if ON_GPU else lambda: None
     seconds = []
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARMUP_SECONDS:
+        call()
+        wait()
     for _ in range(5):
         start = time.perf_counter()
         call()
         wait()
         seconds.append(time.perf_counter() - start)
-        wait()
     return min(seconds)

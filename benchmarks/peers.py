@@ -321,4 +321,14 @@ PEERS = {
     "ours-compiled": Peer("ours compiled", "ours", _compiled(_ours), "timm-compiled"),
     "ours-graphed-dense": Peer("ours graphed, all tokens", "ours", _graphed(_ours_dense), device="cuda"),
     "ours-graphed": Peer("ours graphed", "ours", _graphed(_ours), "ours-graphed-dense", device="cuda"),
+    "ours-optimized-graphed-dense": Peer(
+        "ours optimized, graphed, all tokens", "ours", _graphed(_optimized(_ours_dense)), device="cuda"
+    ),
+    "ours-optimized-graphed": Peer(
+        "ours optimized, graphed",
+        "ours",
+        _graphed(_optimized(_ours)),
+        "ours-optimized-graphed-dense",
+        device="cuda",
+    ),
 }

@@ -22,7 +22,13 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "launches": lambda row: number(row["launches"], 0) if "launches" in row else "",
     "host µs": lambda row: number(row["host_us"], 0) if "host_us" in row else "",
 }
-CONTENDERS = ("ours", "ours-optimized")  # the better of them is held against the best dense peer
+# Of a GPU those in a graph, too.
+CONTENDERS = (
+    "ours",
+    "ours-optimized",
+    "ours-graphed",
+    "ours-optimized-graphed",
+)  # the best of them is held against the best dense peer
 HEADLINE_COLUMNS = ("img/s", "× timm eager", "× best dense")
 PEERS_SHOWN = ("timm", "openvino", "ours-dense", "ours")  # of the peers: whose floor is shown by stages
 
@@ -54,13 +60,13 @@ def settings(document: Document) -> list[list[Row]]:
 
 
 def best_of_ours(rows: Sequence[Row]) -> list[Row]:
-    """The faster of CONTENDERS in one setting; none where neither ran."""
+    """The fastest of CONTENDERS in one setting; none where neither ran."""
     ran = [row for row in rows if row["peer"] in CONTENDERS and "error" not in row]
     return sorted(ran, key=lambda row: row["ours_us"])[:1]
 
 
 def overview(document: Document) -> list[str]:
-    """One table of the best dense peer and the faster of CONTENDERS in each setting, or none where neither ran."""
+    """One table of the best dense peer and the fastest of CONTENDERS in each setting, or none where neither ran."""
     lines = []
     for rows in settings(document):
         for ours in best_of_ours(rows):
@@ -73,7 +79,7 @@ def overview(document: Document) -> list[str]:
 
 
 def losses(document: Document) -> str:
-    """The settings in which the faster of CONTENDERS is slower than the best dense peer."""
+    """The settings in which the fastest of CONTENDERS is slower than the best dense peer."""
     measured = [row for rows in settings(document) for row in best_of_ours(rows)]
     lost = [row for row in measured if row["vs_best_dense"] < 1]
     counted = f"Slower than the best dense peer: {len(lost) or 'none'} of {len(measured)} settings."
@@ -143,10 +149,14 @@ def picture(document: Document) -> str:
     return f"performance-{'floor' if document.get('kind') == KIND else 'density'}-{device}.png"
 
 
+def density_rows(document: Document) -> list[Row]:
+    rows = [row for row in document["rows"] if row["name"] == "model" and "error" not in row]
+    return [row for row in rows if row["case"].startswith("keep") and "compiled" not in row["case"]]
+
+
 def plot_density(document: Document, out: Path) -> None:
     """Throughput against the share of tokens that are kept, a line for each dtype and batch."""
-    rows = [row for row in document["rows"] if row["name"] == "model" and row["case"].startswith("keep")]
-    rows = [row for row in rows if "compiled" not in row["case"]]
+    rows = density_rows(document)
     figure, axes = new_figure()
     for model, batch, dtype in unique((row["model"], row["batch"], row["dtype"]) for row in rows):
         line = [row for row in rows if (row["model"], row["batch"], row["dtype"]) == (model, batch, dtype)]

@@ -28,7 +28,7 @@ def newest(folder: Path, kind: str | None = None) -> list[Document]:
     ValueError for a schema that is not this script's.
     """
     latest: dict[tuple[str, str], Document] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):  # runs on a GPU have folders of their own
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise ValueError(f"results of schema {document['schema']}; this script knows schema {SCHEMA}")
@@ -52,8 +52,9 @@ def sections(documents: Sequence[Document], written: Callable[[Document], str]) 
 
 def markdown(document: Document) -> str:
     """The tables of models and ops, and where they were measured."""
-    models = [row for row in document["rows"] if row["name"] == "model"]
-    ops = [row for row in document["rows"] if row["name"] != "model"]
+    measured = [row for row in document["rows"] if "error" not in row]
+    models = [row for row in measured if row["name"] == "model"]
+    ops = [row for row in measured if row["name"] != "model"]
     parts = [provenance(document)]
     for name, batch, baseline in unique((row["model"], row["batch"], row["baseline"]) for row in models):
         rows = [row for row in models if (row["model"], row["batch"], row["baseline"]) == (name, batch, baseline)]
@@ -61,7 +62,18 @@ def markdown(document: Document) -> str:
         parts += [f"**{name}, batch {batch}**{weights(rows)}; × is against {baseline}{mode}:", model_table(rows)]
     if ops:
         parts += ["**Ops**, median µs, and × against the torch expression:", op_table(ops)]
+    parts += [no_figures(row) for row in document["rows"] if "error" in row]
     return "\n\n".join(parts)
+
+
+def no_figures(row: Row) -> str:
+    against = f" against {row['baseline']}" if "baseline" in row else ""
+    return f"`{row['name']}`, {row['case']}{against}: no figures: {row['error']}"
+
+
+def with_models(documents: Sequence[Document]) -> list[Document]:
+    """Those that have models at several densities: a run on a GPU may have ops alone."""
+    return [document for document in documents if performance_report.density_rows(document)]
 
 
 def model_table(rows: Sequence[Row]) -> str:
@@ -128,7 +140,7 @@ def updated(readme: str, results: Path, accuracy: Path) -> str:
 def updated_performance(page: str, results: Path) -> str:
     """docs/performance.md with the newest results of a folder."""
     peers = newest(results, performance_report.KIND)
-    page = insert(page, "density", sections(newest(results), performance_report.density))
+    page = insert(page, "density", sections(with_models(newest(results)), performance_report.density))
     page = insert(page, "end-to-end", sections(peers, performance_report.everything))
     page = insert(page, "losses", sections(peers, performance_report.losses))
     return insert(page, "floor", sections(whole(peers), performance_report.floor))
@@ -145,7 +157,7 @@ def main() -> None:
     arguments.readme.write_text(updated(readme, arguments.results, arguments.accuracy), encoding="utf-8")
     arguments.performance.write_text(updated_performance(page, arguments.results), encoding="utf-8")
     folder = arguments.performance.parent
-    for document in newest(arguments.results):
+    for document in with_models(newest(arguments.results)):
         performance_report.plot_density(document, folder)
     for document in whole(newest(arguments.results, performance_report.KIND)):
         performance_report.plot_floor(document, folder)

@@ -1,6 +1,7 @@
 """DRAM bytes of each op's kernels against the fewest that it must move: ``python benchmarks/traffic.py`` on a GPU.
 
 Runs itself under Nsight Compute (``ncu``), which empties the caches and reads the hardware counters. The goal is 1.15.
+``--save-results FOLDER`` adds a line to traffic.jsonl for each op.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,25 +67,40 @@ def measured_bytes(ncu: str, name: str, op: str) -> float:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
     if done.returncode or not lines:
-        raise SystemExit(f"ncu could not read {METRIC}: {done.stdout[-800:]}{done.stderr[-800:]}")
+        raise RuntimeError(f"ncu could not read {METRIC}: {done.stdout[-800:]}{done.stderr[-800:]}")
     return sum(float(row["Metric Value"].replace(",", "")) for row in csv.DictReader(io.StringIO("\n".join(lines))))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs=2, metavar=("BACKEND", "OP"), help=argparse.SUPPRESS)
+    parser.add_argument("--save-results", type=Path, metavar="FOLDER", help="for traffic.jsonl")
     arguments = parser.parse_args()
     if arguments.run:
         return run(*arguments.run)
     ncu = shutil.which("ncu")
     if not torch.cuda.is_available() or ncu is None:
         raise SystemExit("traffic: needs a GPU, and ncu (Nsight Compute) on the path")
+    failed = False
     print(f"| op | backend | MB at least | MB moved | ratio (goal {GOAL}) |\n|---|---|---:|---:|---:|")
-    for op, (_, least) in calls().items():
-        for name in ("triton", "cuda"):
-            if name in KERNELS[op]:
+    least_bytes = {op: least for op, (_, least) in calls().items()}
+    for name in ("cuda", "triton"):
+        for op, least in least_bytes.items():
+            if name not in KERNELS[op]:
+                continue
+            row: dict[str, Any] = {"op": op, "backend": name, "least_bytes": least}
+            try:
                 moved = measured_bytes(ncu, name, op)
+            except (RuntimeError, KeyError, ValueError) as error:  # one op that fails leaves the others their figures
+                failed, row["error"] = True, " ".join(str(error).split())
+                print(f"| `{op}` | {name} | {least / 1e6:.1f} | no figure: {row['error']} |  |", flush=True)
+            else:
+                row |= {"moved_bytes": moved, "ratio": round(moved / least, 3), "goal_at_most": GOAL}
                 print(f"| `{op}` | {name} | {least / 1e6:.1f} | {moved / 1e6:.1f} | {moved / least:.2f} |", flush=True)
+            if arguments.save_results is not None:
+                with (arguments.save_results / "traffic.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    raise SystemExit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ def describe() -> list[tuple[str, str]]:
         facts.append(("library", library.problem))
     else:
         built = library.module
+        if library.FOLDER is not None:
+            facts.append(("SAIT_LIBRARY", library.FOLDER))
         cuda = f"CUDA {built.cuda_version} for {built.cuda_archs}" if built.cuda_version else "no CUDA"
         facts.append(("library", f"built for torch {built.torch_version}, {cuda}, compiler {built.compiler}"))
         facts.append(("cpu", built.isa()))

@@ -11,7 +11,9 @@ HEAD = {"schema", "date", "device", "threads", "versions", "rows"}
 OPTIONAL_HEAD = {"commit", "dirty", "roofs", "kind", "part"}
 ROW = {"name", "case", "batch", "dtype", "baseline", "ours_us", "baseline_us", "ratio"}
 MODEL_ROW = ROW | {"model", "plan", "images_per_s", "tokens", "gmac"}
-OPTIONAL_ROW = {"goal", "weights", "of_floor"}
+OPTIONAL_ROW = {"goal", "goal_of_floor", "weights", "of_floor"}
+FAILED_BENCHMARK = {"name", "case", "error"}
+OPTIONAL_FAILED_BENCHMARK = {"batch", "dtype", "baseline"}
 FAILED_ROW = {"name", "case", "batch", "dtype", "model", "group", "peer", "error"}
 PEER_ROW = MODEL_ROW | {"group", "peer", "best_dense", "vs_best_dense", "floor_us", "floor_parts_us"}
 OPTIONAL_PEER_ROW = OPTIONAL_ROW | {"flop_share", "peak_mib", "launches", "host_us"}
@@ -24,6 +26,9 @@ def check_results(document: dict[str, Any]) -> None:
     assert set(document["versions"]) == {"python", "torch", "timm", "sait_kernels"}
     assert ("commit" in document) == ("dirty" in document)
     for row in document["rows"]:
+        if "error" in row and "peer" not in row:
+            assert set(row) - OPTIONAL_FAILED_BENCHMARK == FAILED_BENCHMARK
+            continue
         if "error" in row:
             assert set(row) - OPTIONAL_ROW == FAILED_ROW
             continue

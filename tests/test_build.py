@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from helpers import ISAS, randn, run_python
 from torch.profiler import ProfilerActivity, profile
 
 import sait_kernels as sk
-from sait_kernels import library
+from sait_kernels import library, supported
 
 PACKAGE = Path(sk.__file__).parent
+ROOT = Path(__file__).parents[1]
 TORCH = torch.__version__
 
 
@@ -82,21 +84,24 @@ try:
     sk.gather_tokens(x, selection)
 except RuntimeError as error:
     print("error:", error)
+from sait_kernels import info
+info.main()
 """
 
 
-def check_unusable(folder: Path, *words: str) -> None:
+REBUILD, BRING = "pip install --no-build-isolation .", "make gpu-library"
+
+
+def check_unusable(folder: Path, *words: str, cure: str = REBUILD) -> None:
     """A warning at import, the same problem from can_run, from a call and from info; the reference works."""
     done = run_python("-c", REFERENCE_WORKS, root=folder)
     assert done.returncode == 0, done.stderr
-    info = run_python("-m", "sait_kernels.info", root=folder)
-    assert info.returncode == 0, info.stderr
     warning = next(line for line in done.stderr.splitlines() if "UserWarning" in line)
-    answer, error = done.stdout.splitlines()
+    answer, error, *info = done.stdout.splitlines()
     assert answer.startswith("can: (False")
     assert error.startswith("error: gather_tokens")
-    for message in (warning, answer, error, info.stdout):
-        for word in (*words, TORCH, "pip install --no-build-isolation ."):
+    for message in (warning, answer, error, "\n".join(info)):
+        for word in (*words, TORCH, cure):
             assert word in message
     assert 'backend("reference")' in warning
     assert 'backend("reference")' in error
@@ -123,6 +128,100 @@ def test_library_gone_but_its_facts_left(copy: Path) -> None:
     for file in (copy / "sait_kernels").glob("_C*"):
         file.unlink()
     check_unusable(copy, f"was built for torch {TORCH}", "does not load")
+
+
+@pytest.fixture
+def brought(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The library alone, in a folder that SAIT_LIBRARY names; the package has none."""
+    folder = copy / "brought"
+    folder.mkdir()
+    for file in (*(copy / "sait_kernels").glob("_C*"), copy / "sait_kernels/_build_info.py"):
+        shutil.move(file, folder)
+    monkeypatch.setenv("SAIT_LIBRARY", str(folder))
+    return folder
+
+
+def test_library_of_another_folder(copy: Path, brought: Path) -> None:
+    program = """
+import torch, sait_kernels as sk
+x, selection = torch.randn(4, 3), sk.Selection(torch.tensor([0, 2]).int(), torch.tensor([0, 2]).int(), 2)
+with sk.backend("cpu"):
+    assert torch.equal(sk.gather_tokens(x, selection), x[[0, 2]])
+"""
+    done = run_python("-c", program, root=copy)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    info = run_python("-m", "sait_kernels.info", root=copy)
+    assert f"built for torch {TORCH.split('+')[0]}" in info.stdout
+    assert str(brought) in info.stdout
+
+
+def test_library_of_a_folder_that_is_not_there(copy: Path, brought: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = copy / "missing"
+    monkeypatch.setenv("SAIT_LIBRARY", str(missing))
+    check_unusable(copy, f"SAIT_LIBRARY={missing} is no folder", cure=BRING)
+
+
+def test_folder_without_a_library(copy: Path, brought: Path) -> None:
+    """Although the package has one: which of two runs is never a guess."""
+    for file in brought.iterdir():
+        shutil.move(file, copy / "sait_kernels")
+    check_unusable(copy, f"SAIT_LIBRARY={brought} has no compiled library", cure=BRING)
+
+
+def test_library_of_another_folder_for_another_torch(copy: Path, brought: Path) -> None:
+    (brought / "_build_info.py").write_text('TORCH = "1.13.1+cu117"\nCUDA = "11.7"\nBUILT = ""\n')
+    words = "the library in SAIT_LIBRARY=", "was built for torch 1.13.1+cu117 (CUDA 11.7)"
+    check_unusable(copy, *words, cure=BRING)
+
+
+def test_library_of_another_folder_for_another_python(copy: Path, brought: Path) -> None:
+    for file in brought.glob("_C*"):
+        file.rename(brought / "_C.cpython-26-x86_64-linux-gnu.so")
+    check_unusable(copy, "SAIT_LIBRARY=", "does not load (no _C for Python 3.", cure=BRING)
+
+
+# What a process with another version runs before the package, or setup.py, looks.
+PRETEND = {
+    "python": "import platform; platform.python_version = lambda: '3.10.4'",
+    "torch": "import torch; torch.__version__ = '2.10.1+cu128'",
+    "triton": "from importlib import metadata; metadata.version = lambda name: '3.5.1'",
+}
+PRETENDED = {"python": "3.10.4", "torch": "2.10.1+cu128", "triton": "3.5.1"}
+SETUP = "import runpy, sys; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py')"
+
+
+@pytest.mark.parametrize(("name", "starts"), [*((name, "import sait_kernels") for name in PRETEND), ("torch", SETUP)])
+def test_a_stack_older_than_supported(name: str, starts: str) -> None:
+    """One line with both versions and the cure."""
+    done = run_python("-c", f"{PRETEND[name]}\n{starts}", root=ROOT)
+    assert done.returncode == 1
+    said = done.stderr.strip().splitlines()[-1].removeprefix("ImportError: ")
+    expected = f"sait_kernels needs {name} {supported.OLDEST[name]} or newer, but {name} {PRETENDED[name]} is running."
+    assert said == f"{expected} Cure: {supported.CURES[name]}."
+
+
+def test_oldest_versions_are_those_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["requires-python"] == f">={supported.OLDEST['python']}"
+    bound = f"torch>={supported.OLDEST['torch']}"
+    assert bound in project["project"]["dependencies"]
+    assert bound in project["build-system"]["requires"]
+
+
+@pytest.mark.parametrize(
+    ("found", "too_old"),
+    [
+        ({"python": "3.11.0", "torch": "2.11.0+cu130", "triton": "3.6.0"}, None),
+        ({"python": "3.11.0rc1", "torch": "2.12.0a0+gitabcdef1"}, None),
+        ({"python": "4.0.0", "torch": "3.0"}, None),
+        ({"python": "3.9.18", "torch": "2.11.0"}, "python 3.9.18"),
+        ({"python": "3.12.1", "torch": "2.9.1"}, "torch 2.9.1"),
+    ],
+)
+def test_versions_are_compared_as_numbers(found: dict[str, str], too_old: str | None) -> None:
+    said = supported.problem(found)
+    assert said is None if too_old is None else too_old in str(said)
 
 
 def test_poisoned_memory_reaches_the_ops() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import costs
 import end_to_end
 import harness
 import peers
@@ -91,7 +93,6 @@ def test_rows(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(rows["ours"]["floor_parts_us"].values()) == pytest.approx(floor, abs=0.5)
     assert rows["ours"]["of_floor"] == pytest.approx(floor / 1e6, abs=1e-3)
     assert rows["timm"]["floor_us"] > floor
-    assert rows["timm"]["peak_mib"] > 0
 
 
 def test_memory_that_torch_does_not_hand_out_has_no_figure(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +103,44 @@ def test_memory_that_torch_does_not_hand_out_has_no_figure(setting: Setting, mon
     with torch.inference_mode():
         figures, failed = end_to_end.compare(setting, ["timm", "elsewhere"], 1)
         rows = end_to_end.rows_of(setting, figures, failed, {"model": "m", "batch": 2, "dtype": "fp32"})
+        end_to_end.add_costs(rows, setting, figures)
     assert [row["peer"] for row in rows if "peak_mib" in row] == ["timm"]
+    assert rows[0]["peak_mib"] > 0
+
+
+def test_costs_that_cannot_be_counted_are_absent(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_profiler(*arguments: Any) -> dict[str, Any]:
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setattr(costs, "of_forward", no_profiler)
+    made = PEERS["timm"].make(setting)
+    rows = [{"peer": "timm", "ours_us": 1.0}]
+    end_to_end.add_costs(rows, setting, [Figure("timm", made, made.rows, 1.0)])
+    assert rows == [{"peer": "timm", "ours_us": 1.0}]
+    assert "timm eager: costs not counted: RuntimeError: no profiler" in capsys.readouterr().out
+
+
+@torch.inference_mode()
+def test_what_compiles_is_made_last_and_left_out_when_time_is_over(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def noted(name: str, setting: Setting) -> Made:
+        order.append(name)
+        return PEERS["timm"].make(setting)
+
+    names = ["timm", "x-compiled", "x", "y"]
+    for name in names[1:]:
+        monkeypatch.setitem(PEERS, name, Peer(name, "dense", partial(noted, name)))
+    figures, failed = end_to_end.compare(setting, names, 1)
+    assert ([figure.name for figure in figures], failed) == (names, {})
+    assert order == ["x", "y", "x-compiled"]
+    figures, failed = end_to_end.compare(setting, names, 1, until=time.monotonic())
+    assert [figure.name for figure in figures] == ["timm"]
+    assert failed == dict.fromkeys(["x", "y", "x-compiled"], end_to_end.OUT_OF_TIME)
 
 
 @pytest.mark.parametrize(("depth", "block"), [(12, 3), (24, 6)])
@@ -135,6 +173,52 @@ def test_a_run_writes_a_results_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert words in printed
 
 
+def test_a_run_that_is_cut_has_what_it_measured_and_names_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = end_to_end.compare
+
+    def cut(setting: Setting, *arguments: Any) -> object:
+        if len(setting.images) == 2:
+            raise KeyboardInterrupt
+        return original(setting, *arguments)
+
+    monkeypatch.setattr(end_to_end, "compare", cut)
+    app = typer.Typer()
+    app.command()(end_to_end.main)
+    words = ["--model", "test_vit", "--batch", "1", "--batch", "2", "--dtype", "fp32", "--peer", "ours"]
+    done = CliRunner().invoke(app, [*words, "--repeats", "1", "--save-results", str(tmp_path)])
+    assert done.exit_code
+    (path,) = tmp_path.iterdir()
+    document = json.loads(path.read_text())
+    check_results(document)
+    found = [(row["batch"], row["peer"], row.get("error")) for row in document["rows"]]
+    reason = harness.NOT_REACHED
+    assert found == [(1, "timm", None), (1, "ours", None), (2, "timm", reason), (2, "ours", reason)]
+
+
+def test_a_setting_without_its_baseline_leaves_the_others_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = PEERS["timm"].make
+
+    def too_large(setting: Setting) -> Made:
+        if len(setting.images) == 2:
+            raise RuntimeError("out of memory")
+        return make(setting)
+
+    monkeypatch.setitem(PEERS, "timm", Peer("timm eager", "dense", too_large))
+    app = typer.Typer()
+    app.command()(end_to_end.main)
+    words = ["--model", "test_vit", "--batch", "2", "--batch", "1", "--dtype", "fp32", "--peer", "ours"]
+    done = CliRunner().invoke(app, [*words, "--repeats", "1", "--save-results", str(tmp_path)])
+    assert done.exit_code == 1
+    document = json.loads(next(tmp_path.iterdir()).read_text())
+    check_results(document)
+    reasons = [row.get("error") for row in document["rows"]]
+    assert reasons == 2 * ["RuntimeError: out of memory"] + 2 * [None]
+
+
 def test_models_of_several_sizes(tmp_path: Path) -> None:
     """In a file of their own, and in a report that tells them apart."""
     models = [word for name in ("test_vit", "vit_tiny_patch16_384") for word in ("--model", name)]
@@ -165,7 +249,8 @@ def test_weights_are_those_that_optimize_takes(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_left_out_of_the_default_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphed = {"ours-graphed", "ours-graphed-dense"}
+    graphed = {name for name in PEERS if "graphed" in name}
+    assert len(graphed) == 4
     for device, missing in {"cpu": graphed, "cuda": {"openvino"}}.items():
         monkeypatch.setattr(end_to_end, "DEVICE", device)
         assert set(PEERS) - set(end_to_end.default_peers()) == {"timm-autotuned"} | missing

@@ -54,6 +54,17 @@ def test_tables() -> None:
     assert {line.count("|") for line in tables} == {8}
 
 
+def test_what_has_no_figures_is_named() -> None:
+    failed = [
+        {"name": "prune_attention", "case": "bf16-99", "error": "AssertionError: off by 3"},
+        {"name": "op", "case": "N=99", "batch": 10, "dtype": "bf16", "baseline": "varlen", "error": "no such thing"},
+    ]
+    written = report.markdown(document(rows=[op_row("gather_tokens", "N=99", "bf16"), *failed]))
+    assert "`prune_attention`, bf16-99: no figures: AssertionError: off by 3" in written
+    assert "`op`, N=99 against varlen: no figures: no such thing" in written
+    assert written.count("| `") == 1
+
+
 def test_a_baseline_that_was_not_counted() -> None:
     """What it is compared with may keep other tokens: a row without figures of its own shows none."""
     rows = [model_row("keep 0.45, optimized", "bf16", baseline="ours, not optimized")]
@@ -100,6 +111,27 @@ def test_a_part_stands_beside_the_main_run(tmp_path: Path) -> None:
     assert report.whole(found) == found[:1]
     page = report.updated_performance(PAGE, tmp_path)
     assert (page.count("2 threads"), page.count("4 threads")) == (3, 2)
+
+
+def test_runs_on_gpus_have_folders_and_each_gpu_its_own_figures(tmp_path: Path) -> None:
+    """A part of ops alone has no plot of models."""
+    for device, part, rows in (
+        ("H100", "ops", [op_row("op", "N=99", "bf16")]),
+        ("H100", "models", None),
+        ("H200", "ops", []),
+    ):
+        folder = tmp_path / f"2026-01-02-nvidia-{device}" / f"101112-{part}"
+        folder.mkdir(parents=True)
+        changes = {} if rows is None else {"rows": rows}
+        write(folder, "some", device=f"NVIDIA {device}", part=part, **changes)
+        (folder / "steps.jsonl").write_text("{}")
+    found = report.newest(tmp_path)
+    assert [(document["device"], document["part"]) for document in found] == [
+        ("NVIDIA H100", "models"),
+        ("NVIDIA H100", "ops"),
+        ("NVIDIA H200", "ops"),
+    ]
+    assert report.with_models(found) == found[:1]
 
 
 def test_sections_are_cpus_then_gpus() -> None:

@@ -25,9 +25,10 @@ def test_fields_are_those_described() -> None:
     assert head == schema.HEAD | schema.OPTIONAL_HEAD
     assert row == schema.MODEL_ROW | schema.OPTIONAL_ROW
     assert row | peer == row | schema.PEER_ROW | schema.OPTIONAL_PEER_ROW | schema.FAILED_ROW
+    assert row | peer >= schema.FAILED_BENCHMARK | schema.OPTIONAL_FAILED_BENCHMARK
 
 
-@pytest.mark.parametrize("path", sorted((FOLDER / "results").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((FOLDER / "results").rglob("*.json")), ids=lambda path: path.stem)
 def test_files_kept_here_are_valid(path: Path) -> None:
     schema.check_results(json.loads(path.read_text(encoding="utf-8")))
 
