@@ -30,6 +30,7 @@ SAIT_DEVICE unsigned char* shared_memory() {
 // Barriers ------------------------------------------------------------------------------------------------------------
 SAIT_DEVICE void sync_block() { __syncthreads(); }
 SAIT_DEVICE void sync_warp() { __syncwarp(); }
+SAIT_DEVICE void trap() { __trap(); }  // ends the launch with an error
 
 // All 32 lanes take part, always.
 SAIT_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(kFullWarp, value, mask); }
@@ -140,6 +141,8 @@ SAIT_DEVICE T* in_block(T* shared, int rank) {
   return reinterpret_cast<T*>(address);
 }
 SAIT_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// The same, without making this thread's writes visible to the others, which costs a fence for all memory.
+SAIT_DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 SAIT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 #endif
 

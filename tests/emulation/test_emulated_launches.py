@@ -1,0 +1,99 @@
+"""What csrc/cuda/launch.cuh asks the driver, what it leaves behind, and what runs where a GPU cannot do it all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import EMULATED
+
+HERE = Path(__file__).parent
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which compiles the emulated kernels")
+needs_library = pytest.mark.skipif(not EMULATED, reason="needs the emulated library: make emulate")
+
+
+@pytest.fixture(scope="session")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("emulation") / "launches"
+    options = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-DSAIT_EMULATE", f"-I{HERE}", *SANITIZERS]
+    subprocess.run(["g++", "-x", "c++", *options, HERE / "launches.cu", "-o", program], check=True)
+    return program
+
+
+def run(launches: Path, check: str, **environment: str) -> str:
+    variables = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"} | environment
+    variables.pop("LD_PRELOAD", None)
+    done = subprocess.run([launches, check], capture_output=True, text=True, env=variables, check=False)
+    return done.stdout.strip() or done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "check", ["limits", "threads", "questions", "large_clusters", "own_errors", "errors_of_others", "no_code"]
+)
+def test_launch(launches: Path, check: str) -> None:
+    environment = {"SAIT_EMULATE_PTX": "100"} if check == "no_code" else {}
+    assert run(launches, check, **environment) == "right"
+
+
+# A GPU without clusters; one that runs code made from PTX for such a GPU; one with no place for a cluster, as a part of
+# one under MIG may be; one whose blocks get 48 KB.
+WITHOUT_CLUSTERS = ({"CAPABILITY": "80"}, {"PTX": "80"}, {"ACTIVE_CLUSTERS": "0"}, {"SHARED_BYTES": "49152"})
+
+
+@needs_compiler
+@pytest.mark.parametrize("gpu", [{}, {"CAPABILITY": "100"}, {"CAPABILITY": "120"}, *WITHOUT_CLUSTERS], ids=str)
+def test_asks_whether_clusters_run(launches: Path, gpu: dict[str, str]) -> None:
+    got = run(launches, "clusters", **{f"SAIT_EMULATE_{name}": value for name, value in gpu.items()})
+    assert got == ("no clusters" if gpu in WITHOUT_CLUSTERS else "clusters")
+
+
+PRUNE = """
+import sys
+import torch
+import sait_kernels as sk
+
+heads, tokens = map(int, sys.argv[2:])
+qkv = torch.randn(2 * tokens, 3, heads, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+with sk.backend("cuda"):
+    out, kept = sk.prune_attention(*qkv.unbind(1), sk.uniform_cu_seqlens(2, tokens), tokens, keep=0.45)
+torch.save([out, kept.indices, kept.cu_seqlens], sys.argv[1])
+"""
+
+
+def prune(folder: Path, heads: int, tokens: int, **gpu: str) -> tuple[list[torch.Tensor], list[int]]:
+    """(results of prune_attention, the size of the clusters of each launch), in a process of its own."""
+    for file in (folder / "out.pt", folder / "log"):
+        file.unlink(missing_ok=True)
+    variables = os.environ | {f"SAIT_EMULATE_{name}": value for name, value in gpu.items()}
+    variables["SAIT_EMULATE_LOG"] = str(folder / "log")
+    words = [sys.executable, "-c", PRUNE, str(folder / "out.pt"), str(heads), str(tokens)]
+    subprocess.run(words, env=variables, check=True)
+    clusters = [int(line.split()[-1]) for line in (folder / "log").read_text().splitlines()]
+    return torch.load(folder / "out.pt"), clusters
+
+
+# At 352 tokens a block has 104 KB: more than the 99 KB of an RTX GPU, which has clusters.
+@needs_library
+@pytest.mark.parametrize(
+    ("gpu", "heads", "tokens"),
+    [
+        ({"CAPABILITY": "80"}, 3, 65),
+        ({"PTX": "80"}, 3, 65),
+        ({"ACTIVE_CLUSTERS": "0"}, 3, 65),
+        ({"CAPABILITY": "120", "SHARED_BYTES": "101376"}, 2, 352),
+        ({"CAPABILITY": "120"}, 12, 17),
+    ],
+    ids=str,
+)
+def test_two_launches_where_one_cannot_be(tmp_path: Path, gpu: dict[str, str], heads: int, tokens: int) -> None:
+    want, one = prune(tmp_path, heads, tokens)
+    got, two = prune(tmp_path, heads, tokens, **gpu)
+    assert (one, two) == ([heads], [1, 1])
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
