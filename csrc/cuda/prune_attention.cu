@@ -86,7 +86,10 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocks) prune(const PruneAt
     for (int h = 0; h < heads; ++h) sum += in_block(logits, h)[j];
     scores[j] = sum * (1.f / static_cast<float>(heads));
   }
-  cluster_arrive();  // this block has what it needs of the others; it waits for the same of them at its end
+  // This block has what it needs of the others, which is all that they wait for at their end, since they may not leave
+  // before. Nothing that it wrote has to be seen by then, and so no fence stands here; and what it read has arrived: each
+  // sum was written to shared memory before, and a thread's instructions are issued in order.
+  cluster_arrive_relaxed();
   sync_block();
 
   const int num_prefix = static_cast<int>(min(p.num_prefix, int64_t{tokens}));
