@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kResidentThreads, Traits::kBlocks) attend_resi
                                        head.out, head.out_stride, p.scale);
 }
 
-// Block (image and head, 128 kept rows): eight warps of 16 rows; the next keys and values come while these are used.
+// Block (image and head, 128 kept rows): eight warps of 16 rows; the next keys and values come while these are used. Full
+// chunks have no code of their own here: at D = 64 it spills in the 128 registers that 16 warps on an SM leave.
 constexpr int kStreamingThreads = 256;
 constexpr int kStreamingRows = kStreamingThreads / 2;
 
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kStreamingThreads, Traits::kHeadDim <= 64 ? 2 
     copies_wait<0>();
     sync_block();  // the copy is there for all, and all are done with what the next one overwrites
     if (left > Traits::kKeys) copy(next, min(left - Traits::kKeys, Traits::kKeys));
-    if (first < head.kept) attend(rows, current, current + kBuffer, min(left, Traits::kKeys), factor);
+    if (first < head.kept) attend<false>(rows, current, current + kBuffer, min(left, Traits::kKeys), factor);
     auto* const used = current;
     current = next;
     next = used;
@@ -103,21 +104,23 @@ __global__ void __launch_bounds__(kStreamingThreads, Traits::kHeadDim <= 64 ? 2 
 
 int compact_attention(const CompactAttentionParams& params, void* stream) {
   if (params.kept.rows == 0) return cudaSuccess;
-  return with_attention_traits(params.dtype, params.head_dim, [&](auto traits) {
+  const int64_t longest = std::min(params.batch.max_seqlen, params.total), blocks = params.batch.images * params.heads;
+  return with_attention_traits(params.dtype, params.head_dim, longest, [&](auto traits) {
     using Traits = decltype(traits);
-    const int64_t longest = std::min(params.batch.max_seqlen, params.total),
-                  blocks = params.batch.images * params.heads;
     const int64_t bytes = 2 * ((longest + 15) / 16 * 16) * Traits::kRowBytes;
-    if (bytes <= kResidentBytes) {
-      const Grid grid{.x = blocks, .threads = kResidentThreads, .shared_bytes = static_cast<int>(bytes)};
-      return launch(attend_resident<Traits>, grid, stream, params);
+    static_assert(Traits::kFullChunks || 2 * kFewTokens * Traits::kRowBytes <= kResidentBytes);
+    if constexpr (Traits::kFullChunks) {
+      if (bytes > kResidentBytes) {
+        const int64_t most = std::min(longest, params.kept.rows);
+        const Grid grid{.x = blocks,
+                        .y = (most + kStreamingRows - 1) / kStreamingRows,
+                        .threads = kStreamingThreads,
+                        .shared_bytes = 4 * Traits::kKeys * Traits::kRowBytes};
+        return launch(attend_streaming<Traits>, grid, stream, params);
+      }
     }
-    const int64_t most = std::min(longest, params.kept.rows);
-    const Grid grid{.x = blocks,
-                    .y = (most + kStreamingRows - 1) / kStreamingRows,
-                    .threads = kStreamingThreads,
-                    .shared_bytes = 4 * Traits::kKeys * Traits::kRowBytes};
-    return launch(attend_streaming<Traits>, grid, stream, params);
+    const Grid grid{.x = blocks, .threads = kResidentThreads, .shared_bytes = static_cast<int>(bytes)};
+    return launch(attend_resident<Traits>, grid, stream, params);
   });
 }
 

@@ -120,6 +120,7 @@ SAIT_DEVICE float2 unpack(uint32_t pair, __half) { return __half22float2(reinter
 SAIT_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 // a b rounded on its own, where the compiler might fuse it with an addition and round once.
 SAIT_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+SAIT_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 SAIT_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 SAIT_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 

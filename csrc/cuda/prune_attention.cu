@@ -133,7 +133,7 @@ Grid grid_of(const PruneAttentionParams& params) {
 
 bool prunes_in_one_launch(const PruneAttentionParams& params) {
   if (params.rule.mass > 0 || params.batch.max_seqlen < 1 || params.heads > kMostHeads) return false;
-  return with_attention_traits(params.dtype, params.head_dim, [&](auto traits) {
+  return with_attention_traits(params.dtype, params.head_dim, params.batch.max_seqlen, [&](auto traits) {
            using Traits = decltype(traits);
            // Compared before the layout is made of it, whose numbers are ints.
            if (params.batch.max_seqlen > kMostSharedBytes / (2 * Traits::kRowBytes)) return 1;
@@ -143,7 +143,7 @@ bool prunes_in_one_launch(const PruneAttentionParams& params) {
 }
 
 int prune_attention(const PruneAttentionParams& params, void* stream) {
-  return with_attention_traits(params.dtype, params.head_dim, [&](auto traits) {
+  return with_attention_traits(params.dtype, params.head_dim, params.batch.max_seqlen, [&](auto traits) {
     using Traits = decltype(traits);
     return launch(prune<Traits>, grid_of<Traits>(params), stream, params);
   });

@@ -292,6 +292,10 @@ inline double rounded_product(double a, double b) {
   volatile double product = a * b;  // keeps the host's compiler from fusing it, too
   return product;
 }
+inline float rounded_product(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
 inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float float_of_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 
