@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EMULATED
+from helpers import DTYPES, EMULATED, assert_same_bits, randn, some_rows
+
+import sait_kernels as sk
 
 HERE = Path(__file__).parent
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover")
@@ -97,3 +99,32 @@ def test_two_launches_where_one_cannot_be(tmp_path: Path, gpu: dict[str, str], h
     got, two = prune(tmp_path, heads, tokens, **gpu)
     assert (one, two) == ([heads], [1, 1])
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("C", [192, 770, 1600])
+@pytest.mark.parametrize("rows", DTYPES, ids=str)
+@pytest.mark.parametrize("vectors", DTYPES, ids=str)
+def test_gather_add_norm_reads_vectors_as_they_are(
+    rows: torch.dtype, vectors: torch.dtype, C: int, scaled: bool
+) -> None:
+    """A conversion is a launch of its own on a GPU; 16 bits become 32 without a rounding, whoever does it."""
+    selection = some_rows((65, 0, 31))
+    x, y = randn(96, C, dtype=rows), randn(len(selection.indices), C, dtype=rows, seed=1)
+    weight, bias, gamma = (randn(C, dtype=vectors, seed=seed) for seed in (2, 3, 4))
+
+    def call(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias, gamma = given
+        with sk.backend("cuda"):
+            return sk.gather_add_norm(x, y, selection, weight, bias, 1e-6, gamma=gamma if scaled else None)
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        got = call(weight, bias, gamma)
+    conversions = [event for event in profile.events() if event.name == "aten::_to_copy"]
+    assert len(conversions) == (0 if vectors in (rows, torch.float32) else 2 + scaled)
+    for name, g, w in zip(("residual", "normed"), got, call(*(t.float() for t in (weight, bias, gamma))), strict=True):
+        assert_same_bits(name, g, w)
+    if vectors != torch.float32:  # two types among the vectors
+        for g, w in zip(call(weight, bias.float(), gamma), got, strict=True):
+            assert_same_bits("mixed", g, w)
