@@ -6,12 +6,14 @@
 //   SAIT_EMULATE_SHARED_BYTES=...   one with less shared memory for a block
 //   SAIT_EMULATE_ACTIVE_CLUSTERS=0  one that has no place for a cluster
 //   SAIT_EMULATE_LOG=file           every launch leaves its blocks, threads, shared bytes and cluster there, in a line
+// It may change between two launches: what was known of one GPU does not hold for another, which has a number of its own.
 #pragma once
 
 #include <map>
 #include <mutex>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <utility>
 
 #include "machine.h"
@@ -43,10 +45,13 @@ struct cudaLaunchConfig_t {
 
 namespace sait::emulation {
 
-constexpr int kDevices = 2;
+constexpr int kDevices = 2;  // of each kind
 
 inline thread_local cudaError_t last_error = cudaSuccess;
 inline thread_local int current_device = 0;
+
+inline int most_shared_bytes() { return std::min<int>(kMostSharedBytes, asked("SHARED_BYTES", kMostSharedBytes)); }
+inline int active_clusters() { return asked("ACTIVE_CLUSTERS", 1); }
 
 struct Limits {
   int shared_bytes = 48 << 10;
@@ -64,22 +69,28 @@ class Driver {
     const std::lock_guard<std::mutex> one_at_a_time(mutex_);
     return calls_;
   }
+  // The number of the current device: those of the environment's GPU follow those of the GPUs that were there before.
+  int device() {
+    const std::lock_guard<std::mutex> one_at_a_time(mutex_);
+    const auto gpu = std::tuple(capability(), compiled_for(), most_shared_bytes(), active_clusters());
+    return kDevices * gpus_.emplace(gpu, static_cast<int>(gpus_.size())).first->second + current_device;
+  }
   template <typename Change>
   Limits limits(const void* kernel, Change change) {
+    const int on = device();
     const std::lock_guard<std::mutex> one_at_a_time(mutex_);
-    Limits& found = limits_[{kernel, current_device}];
+    Limits& found = limits_[{kernel, on}];
     change(found);
     return found;
   }
 
  private:
   std::mutex mutex_;
+  std::map<std::tuple<int, int, int, int>, int> gpus_;
   std::map<std::string, int> calls_;
   std::map<std::pair<const void*, int>, Limits> limits_;
 };
 inline Driver driver;
-
-inline int most_shared_bytes() { return std::min<int>(kMostSharedBytes, asked("SHARED_BYTES", kMostSharedBytes)); }
 
 inline cudaError_t failed(cudaError_t error) { return last_error = error; }
 
@@ -121,7 +132,7 @@ inline cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = sait::emulation::current_device;
+  *device = sait::emulation::driver.device();
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -158,7 +169,7 @@ inline cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* kernel
   driver.count("cudaOccupancyMaxActiveClusters");
   const cudaError_t fault = fault_of(kernel, *config);
   if (fault != cudaSuccess) return failed(fault);
-  *count = asked("ACTIVE_CLUSTERS", 1);
+  *count = active_clusters();
   return cudaSuccess;
 }
 
