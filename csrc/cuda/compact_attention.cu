@@ -59,8 +59,7 @@ __global__ void __launch_bounds__(kResidentThreads, Traits::kBlocks) attend_resi
                                        head.out, head.out_stride, p.scale);
 }
 
-// Block (image and head, 128 kept rows): eight warps of 16 rows; the next keys and values come while these are used. Full
-// chunks have no code of their own here: at D = 64 it spills in the 128 registers that 16 warps on an SM leave.
+// Block (image and head, 128 kept rows): eight warps of 16 rows; the next keys and values come while these are used.
 constexpr int kStreamingThreads = 256;
 constexpr int kStreamingRows = kStreamingThreads / 2;
 
@@ -87,17 +86,25 @@ __global__ void __launch_bounds__(kStreamingThreads, Traits::kHeadDim <= 64 ? 2 
   const int first = start + 16 * (threadIdx.x / kWarpSize);
   RowBlock<Traits> rows;
   load_queries(rows, head.q, p.q.row_stride, head.kept_rows, first, head.kept, p.scale);
+  int left = head.tokens;
 #pragma unroll 1
-  for (int left = head.tokens; left > 0; left -= Traits::kKeys) {
+  for (; left >= Traits::kKeys; left -= Traits::kKeys) {
     copies_wait<0>();
     sync_block();  // the copy is there for all, and all are done with what the next one overwrites
     if (left > Traits::kKeys) copy(next, min(left - Traits::kKeys, Traits::kKeys));
-    if (first < head.kept) attend<false>(rows, current, current + kBuffer, min(left, Traits::kKeys), factor);
+    if (first < head.kept) attend<true>(rows, current, current + kBuffer, Traits::kKeys, factor);
     auto* const used = current;
     current = next;
     next = used;
   }
-  if (first < head.kept) store_rows(rows, head.out, head.out_stride, first, head.kept);
+  if (left > 0) {
+    copies_wait<0>();
+    sync_block();
+    if (first < head.kept) attend<false>(rows, current, current + kBuffer, left, factor);
+  }
+  // Worked out again: kept in registers through the loop it would spill in the 128 that 16 warps on an SM leave.
+  const Head<Traits> end(p, blockIdx.x);
+  if (first < end.kept) store_rows(rows, end.out, end.out_stride, first, end.kept);
 }
 
 }  // namespace
