@@ -1,7 +1,7 @@
 """`make sass`: the CUDA kernels of the built library: their registers, spills, and the instructions that count.
 
-A kernel that spills or has a stack fails; so does one that is no longer as in sass_baseline.json, which a lost matrix
-instruction or 128-bit access shows in.
+A kernel that spills or has a stack fails, and one whose loop over chunks of keys has grown beyond its limit; so does
+one that is no longer as in sass_baseline.json, which a lost matrix instruction or 128-bit access shows in.
 """
 
 from __future__ import annotations
@@ -23,14 +23,22 @@ from rich.table import Table
 from sait_kernels import library
 
 BASELINE = Path(__file__).with_name("sass_baseline.json")
-# Tensor cores, matrices from shared memory, and 128 bits a lane: from and to global memory, and past the registers.
+# Tensor cores, matrices from shared memory, and 128 bits a lane: from and to global memory, and past the registers. A
+# fence for all memory, of which a cluster needs one; and what stands where code must not run.
 WATCHED = {
     "HMMA": re.compile(r"HMMA\."),
     "LDSM": re.compile(r"LDSM\."),
     "LDG.128": re.compile(r"LDG\..*\b128\b"),
     "STG.128": re.compile(r"STG\..*\b128\b"),
     "LDGSTS.128": re.compile(r"LDGSTS\..*\b128\b"),
+    "MEMBAR": re.compile(r"MEMBAR\."),
+    "TRAP": re.compile(r"BPT\.TRAP"),
 }
+# The kernels whose chunks of 48 keys have code of their own, in a loop, and its instructions at most by head dimension.
+CHUNKED = re.compile(r"(?:attend_resident|prune)I\w*?AttentionTraitsI\w+?Li(\d+)ELb1E")
+MOST_INSTRUCTIONS = {64: 260}
+_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+([^;]+);", re.MULTILINE)
+_BRANCH = re.compile(r"(?:@\S+\s+)?BRA\b.*?\b(0x[0-9a-f]+)")
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Facts:
     stack: int  # bytes
     spills: int  # bytes that its instructions move to local memory and back
     instructions: dict[str, int]  # of WATCHED, those that it has -> how many
+    chunk: int = 0  # instructions of the loop over chunks of 48 keys, in CHUNKED
 
 
 def functions(dump: str) -> Iterator[tuple[str, str]]:
@@ -52,6 +61,36 @@ def functions(dump: str) -> Iterator[tuple[str, str]]:
             arch = found[1]
         elif found := re.match(r"\s*Function\s*:?\s*(\w+):?\n", part):
             yield f"{arch} {found[1]}", part
+
+
+def chunk_loop(sass: str, head_dim: int) -> int:
+    """How many instructions the loop over chunks of 48 keys has; 0 if there is none.
+
+    A loop is what lies between the target of a branch backwards and the branch. That over chunks is the shortest with
+    all matrix instructions of a chunk: 48 keys are 6 tiles of logits by head_dim / 16 steps, rounded up, and 3 steps by
+    head_dim / 8 tiles of the result. Code that was moved out of a loop branches back, too, over more than the loop.
+    """
+    products = 6 * -(-head_dim // 16) + 3 * head_dim // 8
+    lines = [(int(address, 16), instruction) for address, instruction in _LINE.findall(sass)]
+    found = []
+    for end, branch in lines:
+        if (target := _BRANCH.match(branch)) and (begin := int(target[1], 16)) <= end:
+            body = [instruction for address, instruction in lines if begin <= address <= end]
+            if sum("HMMA" in instruction for instruction in body) >= products:
+                found.append(len(body))
+    return min(found, default=0)
+
+
+def faults(name: str, facts: Facts) -> list[str]:
+    """Why a kernel, by its mangled name, must not be shipped as it is."""
+    found = aot.faults(facts, dots=False)
+    if (chunked := CHUNKED.search(name)) and "HMMA" in facts.instructions:
+        most = MOST_INSTRUCTIONS.get(int(chunked[1]))
+        if not facts.chunk:
+            found.append("no loop over chunks of keys")
+        elif most is not None and facts.chunk > most:
+            found.append(f"{facts.chunk} instructions for 48 keys, at most {most}")
+    return found
 
 
 def facts_of(usage: str, sass: str) -> dict[str, Facts]:
@@ -67,7 +106,9 @@ def facts_of(usage: str, sass: str) -> dict[str, Facts]:
             watched.update({label: count for label, pattern in WATCHED.items() if pattern.match(instruction)})
         registers, stack, shared = map(int, numbers.groups())
         there = {label: count for label, count in watched.items() if count}
-        found[name] = Facts(registers, shared, stack, aot.spilled_bytes(instructions), there)
+        chunked = CHUNKED.search(name)
+        chunk = chunk_loop(texts[name], int(chunked[1])) if chunked else 0
+        found[name] = Facts(registers, shared, stack, aot.spilled_bytes(instructions), there, chunk)
     return found
 
 
@@ -79,12 +120,13 @@ def readable(names: list[str]) -> list[str]:
 
 
 def kernels(binary: str) -> dict[str, Facts]:
+    """By architecture and mangled name."""
+
     def dump(what: str) -> str:
         command = [aot.TOOLS / "cuobjdump", what, binary]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    found = facts_of(dump("-res-usage"), dump("-sass"))
-    return dict(zip(readable(list(found)), found.values(), strict=True))
+    return facts_of(dump("-res-usage"), dump("-sass"))
 
 
 def main() -> int:
@@ -100,18 +142,20 @@ def main() -> int:
         return 0
     assert library.module.__file__ is not None
     baseline = json.loads(arguments.baseline.read_text()) if arguments.baseline.exists() else {}
-    results = kernels(library.module.__file__)
+    found = kernels(library.module.__file__)
+    names = dict(zip(readable(list(found)), found, strict=True))
+    results = {name: found[mangled] for name, mangled in names.items()}
 
-    table = Table("kernel", *("reg", "shared", "stack", "spill"), *WATCHED, "verdict")
+    table = Table("kernel", *("reg", "shared", "stack", "spill"), *WATCHED, "chunk", "verdict")
     broken = drifted = 0
     for name, facts in sorted(results.items()):
-        wrong, moved = aot.faults(facts, dots=False), aot.drift(facts, baseline.get(name))
+        wrong, moved = faults(names[name], facts), aot.drift(facts, baseline.get(name))
         broken += bool(wrong)
         drifted += bool(moved)
         numbers = (facts.registers, facts.shared, facts.stack, facts.spills)
         counts = (facts.instructions.get(label, 0) for label in WATCHED)
         reasons = wrong + ([] if arguments.update else moved)
-        table.add_row(name, *map(str, numbers), *map(str, counts), "; ".join(reasons) or "ok")
+        table.add_row(name, *map(str, (*numbers, *counts, facts.chunk)), "; ".join(reasons) or "ok")
     console.print(table)
     built_for = tuple({name.partition(" ")[0] + " " for name in results})
     gone = [name for name in baseline if name.startswith(built_for) and name not in results]

@@ -3,10 +3,13 @@
 //
 // Keys are taken 48 at a time, always from the image's first row on, with a running softmax. So the bits of a row depend
 // on its image alone, whether the keys lie in shared memory all at once or pass through it. A whole row of logits in
-// registers (197 keys: 104 of them) would save the running part, and leave room for 12 warps on an SM; 48 keys are 24
-// registers, and at D = 64 there are 16 warps, without a spill. The tensor cores are the limit: 8 keys take 8
-// multiply_adds, about 50 cycles of a quarter SM, in which the exponentials (32 cycles of a unit of their own) and some 30
-// other instructions find their place.
+// registers (197 keys: 104 of them) would save the running part, and leave room for fewer warps; 48 keys are 24
+// registers. The tensor cores are the limit: 8 keys take 8 multiply_adds, about 50 cycles of a quarter SM, in which the
+// exponentials (32 cycles of a unit of their own) and some 30 other instructions find their place.
+//
+// Full chunks have code of their own: six chains of products side by side and not a branch, 245 instructions at D = 64.
+// What is left of an image, and images of few tokens, go through the code for any number of keys, with 385. Both do the
+// same to each number in the same order, and leave no product that a compiler may fuse with a sum in one of them.
 //
 // wgmma would be faster by the product, but takes 64 rows at once, 256 for 197 and 128 for the 90 that stay; and at 197
 // tokens reading q, k, v and writing the result takes an H200 36 us for 256 images, these products about 34.
@@ -14,6 +17,7 @@
 
 #include <cfloat>
 #include <iterator>
+#include <type_traits>
 #include <utility>
 
 #include "head_view.cuh"
@@ -22,18 +26,22 @@
 
 namespace sait::cuda {
 
-template <typename Element_, int kHeadDim_>
+// An image of at most this many tokens has no more than two full chunks.
+constexpr int kFewTokens = 112;
+
+template <typename Element_, int kHeadDim_, bool kFullChunks_>
 struct AttentionTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kFullChunks = kFullChunks_;  // whether chunks of kKeys keys have code of their own
   static constexpr int kKeys = 48;  // of a chunk
   static constexpr int kSteps = (kHeadDim + 15) / 16;  // multiply_adds over the head dimension
   static constexpr int kTiles = kHeadDim / 8;  // multiply_adds over the columns of the output
   static constexpr int kColumns = 16 * kSteps;  // in shared memory, zeros behind the head dimension
   static constexpr int kStride = kColumns + 8;  // of a row there
   static constexpr int kRowBytes = 2 * kStride;
-  // Blocks of 128 threads on an SM: as many as leave registers enough for no spill.
-  static constexpr int kBlocks = kHeadDim <= 64 ? 4 : kHeadDim <= 96 ? 3 : 2;
+  // Blocks of 128 threads on an SM: as many as leave registers enough for no spill. At D = 64 full chunks take 139.
+  static constexpr int kBlocks = kHeadDim <= (kFullChunks ? 32 : 64) ? 4 : kHeadDim <= 96 ? 3 : 2;
   static_assert(sizeof(Element) == 2 && kHeadDim % 8 == 0);
   // Eight rows at an odd multiple of 16 bytes lie in eight different groups of banks: load_matrices takes them at once.
   static_assert(kRowBytes % 32 == 16);
@@ -118,34 +126,44 @@ SAIT_DEVICE void copy_rows(typename Traits::Element* shared, const typename Trai
   }
 }
 
-// Goes on over n <= kKeys keys and values: copy_rows has put them there, so that rows up to a multiple of 16 are finite.
-template <typename Traits>
+// Goes on over n keys and values: kKeys of them where kFull says so, else at most that. copy_rows has put them there, so
+// that rows up to a multiple of 16 are finite. Of a full chunk six tiles of logits grow side by side, each by a step of
+// the head dimension at a time: five products that it does not depend on stand between a product and the next of its tile.
+template <bool kFull, typename Traits>
 SAIT_DEVICE void attend(RowBlock<Traits>& rows, const typename Traits::Element* keys,
                         const typename Traits::Element* values, int n, float factor) {
   constexpr int kTiles = Traits::kKeys / 8;
   const typename Traits::Element tag{};
   const int lane = threadIdx.x % kWarpSize;
-  float logits[kTiles][4];
+  float logits[kTiles][4] = {};
+  // Matrices: 8 keys by 8 columns, the next 8 columns, then the same of the next 8 keys.
+  const auto* key = keys + (lane / 16 * 8 + lane % 8) * Traits::kStride + lane / 8 % 2 * 8;
+  const auto multiply = [&](int j, int step) {
+    uint32_t b[4];
+    load_matrices_4(b, key + 8 * j * Traits::kStride + 16 * step);
+    multiply_add(logits[j], rows.query[step], b[0], b[1], tag);
+    multiply_add(logits[j + 1], rows.query[step], b[2], b[3], tag);
+  };
+  if constexpr (kFull) {
+#pragma unroll
+    for (int step = 0; step < Traits::kSteps; ++step) {
+#pragma unroll
+      for (int j = 0; j < kTiles; j += 2) multiply(j, step);
+    }
+  }
   float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int j = 0; j < kTiles; j += 2) {
+    if (!kFull && 8 * j >= n) continue;
+    if constexpr (!kFull) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) logits[j][i] = logits[j + 1][i] = 0;
-    if (8 * j >= n) continue;
-    // Matrices: 8 keys by 8 columns, the next 8 columns, then the same of the next 8 keys.
-    const auto* key = keys + (8 * j + lane / 16 * 8 + lane % 8) * Traits::kStride + lane / 8 % 2 * 8;
-#pragma unroll
-    for (int step = 0; step < Traits::kSteps; ++step) {
-      uint32_t b[4];
-      load_matrices_4(b, key + 16 * step);
-      multiply_add(logits[j], rows.query[step], b[0], b[1], tag);
-      multiply_add(logits[j + 1], rows.query[step], b[2], b[3], tag);
+      for (int step = 0; step < Traits::kSteps; ++step) multiply(j, step);
     }
 #pragma unroll
     for (int tile = j; tile < j + 2; ++tile) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (8 * j + 16 > n && 8 * tile + 2 * (lane % 4) + i % 2 >= n) logits[tile][i] = -INFINITY;
+        if (!kFull && 8 * j + 16 > n && 8 * tile + 2 * (lane % 4) + i % 2 >= n) logits[tile][i] = -INFINITY;
         largest[i / 2] = fmaxf(largest[i / 2], logits[tile][i]);
       }
     }
@@ -158,7 +176,7 @@ SAIT_DEVICE void attend(RowBlock<Traits>& rows, const typename Traits::Element* 
     largest[half] = fmaxf(rows.largest[half], largest[half] * factor);
     const float shrunk = exp2_fast(rows.largest[half] - largest[half]);
     rows.largest[half] = largest[half];
-    rows.total[half] *= shrunk;
+    rows.total[half] = rounded_product(rows.total[half], shrunk);
 #pragma unroll
     for (int tile = 0; tile < Traits::kTiles; ++tile) {
       rows.sums[tile][2 * half] *= shrunk;
@@ -168,7 +186,7 @@ SAIT_DEVICE void attend(RowBlock<Traits>& rows, const typename Traits::Element* 
 
 #pragma unroll
   for (int j = 0; j < kTiles; j += 2) {
-    if (8 * j >= n) continue;
+    if (!kFull && 8 * j >= n) continue;
 #pragma unroll
     for (int tile = j; tile < j + 2; ++tile) {
 #pragma unroll
@@ -224,23 +242,37 @@ SAIT_DEVICE void store_rows(const RowBlock<Traits>& rows, typename Traits::Eleme
 
 // The kept rows of one head of an image, 16 at a time and warp, over keys and values that copy_rows has been asked for:
 // all `tokens` of them, behind a commit. `q` and kept_rows are as for load_queries; row i goes to out + i * out_stride.
+//
+// 197 rows are 13 times 16: one of the four warps has one more than the others, and with it the quarter of the SM that
+// this warp runs on. Which one changes from block to block, by the golden ratio: taken in their order, the blocks of an SM
+// (every 132nd, on an H100) would all have the same.
 template <typename Traits, int kThreads>
 SAIT_DEVICE void attend_all(const typename Traits::Element* keys, const typename Traits::Element* values, int tokens,
                             const typename Traits::Element* q, int64_t q_stride, const int32_t* kept_rows, int kept,
                             typename Traits::Element* out, int64_t out_stride, float scale) {
-  constexpr int kRows = kThreads / kWarpSize * 16;
+  constexpr int kWarps = kThreads / kWarpSize, kRows = 16 * kWarps;
+  static_assert(kWarps == 4);
   const float factor = weight_factor(scale);
-  int first = static_cast<int>(threadIdx.x) / kWarpSize * 16;
+  const unsigned turn = blockIdx.x * 0x9e3779b9u >> 30;
+  int first = static_cast<int>((threadIdx.x / kWarpSize + turn) % kWarps) * 16;
   RowBlock<Traits> rows;
   load_queries(rows, q, q_stride, kept_rows, first, kept, scale);  // these come while the keys do
   copies_wait<0>();
   sync_block();
 #pragma unroll 1
   while (first < kept) {
+    const auto attend_from = [&](int key, auto full) {
+      attend<full>(rows, keys + key * Traits::kStride, values + key * Traits::kStride, min(tokens - key, Traits::kKeys),
+                   factor);
+    };
+    int key = 0;
+    if constexpr (Traits::kFullChunks) {
 #pragma unroll 1
-    for (int key = 0; key < tokens; key += Traits::kKeys) {
-      attend(rows, keys + key * Traits::kStride, values + key * Traits::kStride, min(tokens - key, Traits::kKeys),
-             factor);
+      for (; key + Traits::kKeys <= tokens; key += Traits::kKeys) attend_from(key, std::true_type{});
+      if (key < tokens) attend_from(key, std::false_type{});
+    } else {
+#pragma unroll 1
+      for (; key < tokens; key += Traits::kKeys) attend_from(key, std::false_type{});
     }
     store_rows(rows, out, out_stride, first, kept);
     first += kRows;
@@ -248,24 +280,28 @@ SAIT_DEVICE void attend_all(const typename Traits::Element* keys, const typename
   }
 }
 
-// Calls run(AttentionTraits<Element, D>{}) for the dtype and head dimension; cudaErrorInvalidValue if none is built.
+// Calls run(AttentionTraits{}) for the dtype, the head dimension and the longest image; cudaErrorInvalidValue if no
+// kernel is built for them. Only at D = 64 full chunks take registers that a fourth block on an SM would have: images of
+// few tokens, which leave room for it in shared memory, do without.
 template <typename Element, size_t... i, typename Run>
-int with_head_dim(int64_t head_dim, std::index_sequence<i...>, Run run) {
+int with_head_dim(int64_t head_dim, int64_t longest, std::index_sequence<i...>, Run run) {
   int result = cudaErrorInvalidValue;
-  const auto found = [&](auto traits) {
-    result = run(traits);
+  const auto found = [&](auto few, auto many) {
+    result = longest <= kFewTokens ? run(few) : run(many);
     return true;
   };
-  (void)((head_dim == kHeadDims[i] && found(AttentionTraits<Element, kHeadDims[i]>{})) || ...);
+  (void)((head_dim == kHeadDims[i] && found(AttentionTraits<Element, kHeadDims[i], kHeadDims[i] != 64>{},
+                                            AttentionTraits<Element, kHeadDims[i], true>{})) ||
+         ...);
   return result;
 }
 
 template <typename Run>
-int with_attention_traits(DType dtype, int64_t head_dim, Run run) {
+int with_attention_traits(DType dtype, int64_t head_dim, int64_t longest, Run run) {
   constexpr auto dims = std::make_index_sequence<std::size(kHeadDims)>{};
   switch (dtype) {
-    case DType::kBFloat16: return with_head_dim<__nv_bfloat16>(head_dim, dims, run);
-    case DType::kFloat16: return with_head_dim<__half>(head_dim, dims, run);
+    case DType::kBFloat16: return with_head_dim<__nv_bfloat16>(head_dim, longest, dims, run);
+    case DType::kFloat16: return with_head_dim<__half>(head_dim, longest, dims, run);
     default: return cudaErrorInvalidValue;
   }
 }

@@ -86,38 +86,48 @@ __global__ void __launch_bounds__(kStreamingThreads, Traits::kHeadDim <= 64 ? 2 
   const int first = start + 16 * (threadIdx.x / kWarpSize);
   RowBlock<Traits> rows;
   load_queries(rows, head.q, p.q.row_stride, head.kept_rows, first, head.kept, p.scale);
+  int left = head.tokens;
 #pragma unroll 1
-  for (int left = head.tokens; left > 0; left -= Traits::kKeys) {
+  for (; left >= Traits::kKeys; left -= Traits::kKeys) {
     copies_wait<0>();
     sync_block();  // the copy is there for all, and all are done with what the next one overwrites
     if (left > Traits::kKeys) copy(next, min(left - Traits::kKeys, Traits::kKeys));
-    if (first < head.kept) attend(rows, current, current + kBuffer, min(left, Traits::kKeys), factor);
+    if (first < head.kept) attend<true>(rows, current, current + kBuffer, Traits::kKeys, factor);
     auto* const used = current;
     current = next;
     next = used;
   }
-  if (first < head.kept) store_rows(rows, head.out, head.out_stride, first, head.kept);
+  if (left > 0) {
+    copies_wait<0>();
+    sync_block();
+    if (first < head.kept) attend<false>(rows, current, current + kBuffer, left, factor);
+  }
+  // Worked out again: kept in registers through the loop it would spill in the 128 that 16 warps on an SM leave.
+  const Head<Traits> end(p, blockIdx.x);
+  if (first < end.kept) store_rows(rows, end.out, end.out_stride, first, end.kept);
 }
 
 }  // namespace
 
 int compact_attention(const CompactAttentionParams& params, void* stream) {
   if (params.kept.rows == 0) return cudaSuccess;
-  return with_attention_traits(params.dtype, params.head_dim, [&](auto traits) {
+  const int64_t longest = std::min(params.batch.max_seqlen, params.total), blocks = params.batch.images * params.heads;
+  return with_attention_traits(params.dtype, params.head_dim, longest, [&](auto traits) {
     using Traits = decltype(traits);
-    const int64_t longest = std::min(params.batch.max_seqlen, params.total),
-                  blocks = params.batch.images * params.heads;
     const int64_t bytes = 2 * ((longest + 15) / 16 * 16) * Traits::kRowBytes;
-    if (bytes <= kResidentBytes) {
-      const Grid grid{.x = blocks, .threads = kResidentThreads, .shared_bytes = static_cast<int>(bytes)};
-      return launch(attend_resident<Traits>, grid, stream, params);
+    static_assert(Traits::kFullChunks || 2 * kFewTokens * Traits::kRowBytes <= kResidentBytes);
+    if constexpr (Traits::kFullChunks) {
+      if (bytes > kResidentBytes) {
+        const int64_t most = std::min(longest, params.kept.rows);
+        const Grid grid{.x = blocks,
+                        .y = (most + kStreamingRows - 1) / kStreamingRows,
+                        .threads = kStreamingThreads,
+                        .shared_bytes = 4 * Traits::kKeys * Traits::kRowBytes};
+        return launch(attend_streaming<Traits>, grid, stream, params);
+      }
     }
-    const int64_t most = std::min(longest, params.kept.rows);
-    const Grid grid{.x = blocks,
-                    .y = (most + kStreamingRows - 1) / kStreamingRows,
-                    .threads = kStreamingThreads,
-                    .shared_bytes = 4 * Traits::kKeys * Traits::kRowBytes};
-    return launch(attend_streaming<Traits>, grid, stream, params);
+    const Grid grid{.x = blocks, .threads = kResidentThreads, .shared_bytes = static_cast<int>(bytes)};
+    return launch(attend_resident<Traits>, grid, stream, params);
   });
 }
 

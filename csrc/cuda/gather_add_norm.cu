@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kWarps = 8;  // of a block
 
+using Params = GatherAddNormParamsOf<void>;
+
 SAIT_DEVICE float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
 SAIT_DEVICE float widened(__half x) { return __half2float(x); }
 SAIT_DEVICE void round_to(__nv_bfloat16& result, float x) { result = __float2bfloat16_rn(x); }
@@ -77,9 +79,10 @@ SAIT_DEVICE float warp_sum(float value) {
   return value;
 }
 
-// A lane takes kWidth numbers at a time. kRounds of that hold a row in registers; 0: it is read back.
-template <typename T, int kWidth, int kRounds>
-__global__ void __launch_bounds__(kWarps* kWarpSize) add_norm(GatherAddNormParams p) {
+// A lane takes kWidth numbers at a time. kRounds of that hold a row in registers; 0: it is read back. The vectors are of
+// type V, and widened here: a conversion of each would be a launch of its own.
+template <typename T, typename V, int kWidth, int kRounds>
+__global__ void __launch_bounds__(kWarps* kWarpSize) add_norm(const Params p) {
   constexpr bool kHolds = kRounds > 0;
   constexpr int kStep = kWidth * kWarpSize;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
@@ -90,6 +93,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) add_norm(GatherAddNormParam
   const T* y = static_cast<const T*>(p.y.data) + row * p.y.row_stride;
   T* residual = static_cast<T*>(p.residual) + row * p.channels;
   T* normed = static_cast<T*>(p.normed) + row * p.channels;
+  const V *weights = static_cast<const V*>(p.weight), *biases = static_cast<const V*>(p.bias),
+          *gammas = static_cast<const V*>(p.gamma);
   const int64_t first = threadIdx.x % kWarpSize * kWidth;
 
   // body(i, held) for each piece of the row from channel i on; `held` are its registers, or room for it.
@@ -118,9 +123,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) add_norm(GatherAddNormParam
       for (int j = 0; j < kWidth; ++j) numbers[j] = 0;
     }
     load(branch, y + i);
-    if (p.gamma != nullptr) load(scale, p.gamma + i);
+    if (gammas != nullptr) load(scale, gammas + i);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) numbers[j] += p.gamma != nullptr ? scale[j] * branch[j] : branch[j];
+    for (int j = 0; j < kWidth; ++j) numbers[j] += gammas != nullptr ? scale[j] * branch[j] : branch[j];
     store(residual + i, numbers);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) sum += numbers[j];
@@ -139,44 +144,48 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) add_norm(GatherAddNormParam
   for_each_piece([&](int64_t i, float (&numbers)[kWidth]) {
     float weight[kWidth], bias[kWidth], result[kWidth];
     if constexpr (!kHolds) load(numbers, residual + i);
-    load(weight, p.weight + i);
-    load(bias, p.bias + i);
+    load(weight, weights + i);
+    load(bias, biases + i);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) result[j] = fmaf((numbers[j] - mean) * rstd, weight[j], bias[j]);
     store(normed + i, result);
   });
 }
 
-template <typename T, int kWidth>
-int launch_rows(const GatherAddNormParams& p, void* stream) {
+template <typename T, typename V, int kWidth>
+int launch_rows(const Params& p, void* stream) {
   constexpr int kStep = kWidth * kWarpSize;
   const Grid grid{.x = (p.rows + kWarps - 1) / kWarps, .threads = kWarps * kWarpSize};
-  const auto kernel = p.channels <= 512    ? add_norm<T, kWidth, 512 / kStep>
-                      : p.channels <= 1536 ? add_norm<T, kWidth, 1536 / kStep>
-                                           : add_norm<T, kWidth, 0>;
+  const auto kernel = p.channels <= 512    ? add_norm<T, V, kWidth, 512 / kStep>
+                      : p.channels <= 1536 ? add_norm<T, V, kWidth, 1536 / kStep>
+                                           : add_norm<T, V, kWidth, 0>;
   return launch(kernel, grid, stream, p);
 }
 
-template <typename T>
-int launch_type(const GatherAddNormParams& p, void* stream) {
+template <typename T, typename V>
+int launch_types(const Params& p, void* stream) {
   constexpr int kWidth = 16 / sizeof(T);
   uintptr_t bits = 0;  // of all addresses: those of rows, too
-  for (const void* address :
-       {p.x.data, p.y.data, static_cast<const void*>(p.weight), static_cast<const void*>(p.bias),
-        static_cast<const void*>(p.gamma), static_cast<const void*>(p.residual), static_cast<const void*>(p.normed)}) {
+  for (const void* address : {p.x.data, p.y.data, p.weight, p.bias, p.gamma, static_cast<const void*>(p.residual),
+                              static_cast<const void*>(p.normed)}) {
     bits |= reinterpret_cast<uintptr_t>(address);
   }
   for (const int64_t stride : {p.x.row_stride, p.y.row_stride, p.channels}) bits |= stride * sizeof(T);
-  return bits % 16 == 0 ? launch_rows<T, kWidth>(p, stream) : launch_rows<T, 1>(p, stream);
+  return bits % 16 == 0 ? launch_rows<T, V, kWidth>(p, stream) : launch_rows<T, V, 1>(p, stream);
+}
+
+template <typename T>
+int launch_type(const Params& p, DType vectors, void* stream) {
+  return vectors == p.dtype ? launch_types<T, T>(p, stream) : launch_types<T, float>(p, stream);
 }
 
 }  // namespace
 
-int gather_add_norm(const GatherAddNormParams& params, void* stream) {
+int gather_add_norm(const GatherAddNormParamsOf<void>& params, DType vectors, void* stream) {
   switch (params.dtype) {
-    case DType::kFloat32: return launch_type<float>(params, stream);
-    case DType::kBFloat16: return launch_type<__nv_bfloat16>(params, stream);
-    default: return launch_type<__half>(params, stream);
+    case DType::kFloat32: return launch_type<float>(params, vectors, stream);
+    case DType::kBFloat16: return launch_type<__nv_bfloat16>(params, vectors, stream);
+    default: return launch_type<__half>(params, vectors, stream);
   }
 }
 

@@ -30,6 +30,7 @@ SAIT_DEVICE unsigned char* shared_memory() {
 // Barriers ------------------------------------------------------------------------------------------------------------
 SAIT_DEVICE void sync_block() { __syncthreads(); }
 SAIT_DEVICE void sync_warp() { __syncwarp(); }
+SAIT_DEVICE void trap() { __trap(); }  // ends the launch with an error
 
 // All 32 lanes take part, always.
 SAIT_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(kFullWarp, value, mask); }
@@ -119,6 +120,7 @@ SAIT_DEVICE float2 unpack(uint32_t pair, __half) { return __half22float2(reinter
 SAIT_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 // a b rounded on its own, where the compiler might fuse it with an addition and round once.
 SAIT_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+SAIT_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 SAIT_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 SAIT_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 
@@ -140,6 +142,8 @@ SAIT_DEVICE T* in_block(T* shared, int rank) {
   return reinterpret_cast<T*>(address);
 }
 SAIT_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// The same, without making this thread's writes visible to the others, which costs a fence for all memory.
+SAIT_DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 SAIT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 #endif
 

@@ -7,8 +7,6 @@
 // D = 64 a block has 63 KB of shared memory, and three of them fit on an SM.
 #include "sait/prune_attention.h"
 
-#include <algorithm>
-
 #include "attention.cuh"
 #include "class_scores.cuh"
 #include "keep_rows.cuh"
@@ -19,8 +17,7 @@ namespace sait::cuda {
 namespace {
 
 constexpr int kThreads = kScoreThreads;
-constexpr int kPortableCluster = 8;
-constexpr int kLargestCluster = 16;  // where the device allows it
+constexpr int kMostHeads = 16;  // of a cluster, on a device that has them beyond 8
 // Two blocks of an SM. Beyond, one launch that scores and selects and one that attends have more warps at work.
 constexpr int kMostSharedBytes = 113 * 1024;
 
@@ -89,7 +86,10 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocks) prune(const PruneAt
     for (int h = 0; h < heads; ++h) sum += in_block(logits, h)[j];
     scores[j] = sum * (1.f / static_cast<float>(heads));
   }
-  cluster_arrive();  // this block has what it needs of the others; it waits for the same of them at its end
+  // This block has what it needs of the others, which is all that they wait for at their end, since they may not leave
+  // before. Nothing that it wrote has to be seen by then, and so no fence stands here; and what it read has arrived: each
+  // sum was written to shared memory before, and a thread's instructions are issued in order.
+  cluster_arrive_relaxed();
   sync_block();
 
   const int num_prefix = static_cast<int>(min(p.num_prefix, int64_t{tokens}));
@@ -116,33 +116,36 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocks) prune(const PruneAt
     if (blockIdx.x == 0) fill_with_no_row(p.indices, end, size, p.total);
   }
   cluster_wait();
+#else
+  trap();  // prunes_in_one_launch has this code never run
 #endif
+}
+
+template <typename Traits>
+Grid grid_of(const PruneAttentionParams& params) {
+  return {.x = params.batch.images * params.heads,
+          .threads = kThreads,
+          .shared_bytes = Layout<Traits>(static_cast<int>(params.batch.max_seqlen)).bytes,
+          .cluster = static_cast<int>(params.heads)};
 }
 
 }  // namespace
 
 bool prunes_in_one_launch(const PruneAttentionParams& params) {
-  if (params.rule.mass > 0 || params.batch.max_seqlen < 1) return false;
-  const int device = capability();
-  const int64_t largest = device == 90 || device == 100 ? kLargestCluster : kPortableCluster;
-  if (device < 90 || params.heads > largest) return false;
-  const int most = std::min(most_shared_bytes(), kMostSharedBytes);
-  return with_attention_traits(params.dtype, params.head_dim, [&](auto traits) {
+  if (params.rule.mass > 0 || params.batch.max_seqlen < 1 || params.heads > kMostHeads) return false;
+  return with_attention_traits(params.dtype, params.head_dim, params.batch.max_seqlen, [&](auto traits) {
            using Traits = decltype(traits);
            // Compared before the layout is made of it, whose numbers are ints.
-           if (params.batch.max_seqlen > most / (2 * Traits::kRowBytes)) return 1;
-           return Layout<Traits>(static_cast<int>(params.batch.max_seqlen)).bytes <= most ? 0 : 1;
+           if (params.batch.max_seqlen > kMostSharedBytes / (2 * Traits::kRowBytes)) return 1;
+           const Grid grid = grid_of<Traits>(params);
+           return grid.shared_bytes <= kMostSharedBytes && runs_clusters(prune<Traits>, grid) ? 0 : 1;
          }) == 0;
 }
 
 int prune_attention(const PruneAttentionParams& params, void* stream) {
-  return with_attention_traits(params.dtype, params.head_dim, [&](auto traits) {
+  return with_attention_traits(params.dtype, params.head_dim, params.batch.max_seqlen, [&](auto traits) {
     using Traits = decltype(traits);
-    const Grid grid{.x = params.batch.images * params.heads,
-                    .threads = kThreads,
-                    .shared_bytes = Layout<Traits>(static_cast<int>(params.batch.max_seqlen)).bytes,
-                    .cluster = static_cast<int>(params.heads)};
-    return launch(prune<Traits>, grid, stream, params);
+    return launch(prune<Traits>, grid_of<Traits>(params), stream, params);
   });
 }
 

@@ -28,33 +28,58 @@ void check_gather_add_norm(const at::Tensor& x, const at::Tensor& y, const at::T
   if (gamma) check_channels(op, "gamma", *gamma, x, x.size(1));
 }
 
+// weight, bias and, where it is defined, gamma, contiguous and in one dtype.
+struct Vectors {
+  at::Tensor weight, bias, gamma;
+};
+
+Vectors vectors_in(at::ScalarType dtype, const at::Tensor& weight, const at::Tensor& bias,
+                   const std::optional<at::Tensor>& gamma) {
+  const auto in_dtype = [dtype](const at::Tensor& t) { return t.to(dtype).contiguous(); };
+  return {in_dtype(weight), in_dtype(bias), gamma ? in_dtype(*gamma) : at::Tensor()};
+}
+
+template <typename Vector>
+GatherAddNormParamsOf<Vector> params_of(const at::Tensor& x, const at::Tensor& y, const at::Tensor& indices,
+                                        const Vectors& vectors, double eps, const at::Tensor& residual,
+                                        const at::Tensor& normed) {
+  const auto data = [](const at::Tensor& t) {
+    return t.defined() ? static_cast<const Vector*>(t.const_data_ptr()) : nullptr;
+  };
+  return {row_view(x),
+          row_view(y),
+          indices.const_data_ptr<int32_t>(),
+          data(vectors.weight),
+          data(vectors.bias),
+          data(vectors.gamma),
+          y.size(0),
+          x.size(0),
+          x.size(1),
+          static_cast<float>(eps),
+          dtype_of(x),
+          residual.mutable_data_ptr(),
+          normed.mutable_data_ptr()};
+}
+
 std::tuple<at::Tensor, at::Tensor> gather_add_norm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& indices,
                                                    const at::Tensor& weight, const at::Tensor& bias,
                                                    const std::optional<at::Tensor>& gamma, double eps) {
   check_gather_add_norm(x, y, indices, weight, bias, gamma, eps);
-  const at::Tensor weights = channel_vector(weight), biases = channel_vector(bias);
-  const at::Tensor gammas = gamma ? channel_vector(*gamma) : at::Tensor();
-  at::Tensor residual = at::empty(y.sizes(), y.options()), normed = at::empty(y.sizes(), y.options());
-  const GatherAddNormParams params{row_view(x),
-                                   row_view(y),
-                                   indices.const_data_ptr<int32_t>(),
-                                   weights.const_data_ptr<float>(),
-                                   biases.const_data_ptr<float>(),
-                                   gamma ? gammas.const_data_ptr<float>() : nullptr,
-                                   y.size(0),
-                                   x.size(0),
-                                   x.size(1),
-                                   static_cast<float>(eps),
-                                   dtype_of(x),
-                                   residual.mutable_data_ptr(),
-                                   normed.mutable_data_ptr()};
+  const at::Tensor residual = at::empty(y.sizes(), y.options()), normed = at::empty(y.sizes(), y.options());
 #ifdef SAIT_WITH_CUDA
   if (runs_on_cuda(x)) {
-    launch("gather_add_norm", x, [&](void* stream) { return cuda::gather_add_norm(params, stream); });
+    // In 16 bits all of them, as a model in 16 bits has them, or in float32: a conversion is a launch for each.
+    const auto as_rows = [&](const at::Tensor& t) { return t.scalar_type() == x.scalar_type(); };
+    const bool all = as_rows(weight) && as_rows(bias) && (!gamma || as_rows(*gamma));
+    const Vectors vectors = vectors_in(all ? x.scalar_type() : at::kFloat, weight, bias, gamma);
+    const auto params = params_of<void>(x, y, indices, vectors, eps, residual, normed);
+    const DType dtype = dtype_of(vectors.weight);
+    launch("gather_add_norm", x, [&](void* stream) { return cuda::gather_add_norm(params, dtype, stream); });
     return {residual, normed};
   }
 #endif
-  cpu::gather_add_norm(params);
+  const Vectors vectors = vectors_in(at::kFloat, weight, bias, gamma);
+  cpu::gather_add_norm(params_of<float>(x, y, indices, vectors, eps, residual, normed));
   return {residual, normed};
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import aot
@@ -84,12 +85,44 @@ def test_a_lost_instruction_is_drift() -> None:
     assert aot.drift(facts, sass.asdict(facts) | {"instructions": {"HMMA": 8, "LDSM": 2}})
 
 
+RESIDENT = "_ZN4sait4cuda12_GLOBAL__N_115attend_residentINS0_15AttentionTraitsI13__nv_bfloat16Li64ELb1EEEEEvNS_6ParamsE"
+
+
+def loops_of(*parts: tuple[int, int | None]) -> str:
+    """SASS of parts, each (matrix instructions, the part to which a branch at its end leads back, if any)."""
+    lines, starts = [], []
+    for products, back in parts:
+        starts.append(16 * len(lines))
+        lines += ["LDSM.16.M88.4 R4, [R1]", *["HMMA.16816.F32.BF16 R4, R8, R6, R4"] * products]
+        lines.append("@P0 BRA `(.L_x_1)" if back is None else f"@!P0 BRA {starts[back]:#x}")
+    return "\n".join(f"        /*{16 * i:04x}*/    {line} ;  /* 0x000 */" for i, line in enumerate(lines))
+
+
+def test_finds_the_loop_over_chunks() -> None:
+    """Rows of two chunks, one in a loop and one behind it, and code that was moved out of the second."""
+    assert sass.chunk_loop(loops_of((0, None), (48, 1), (48, 0), (24, 2)), 64) == 50
+    assert sass.chunk_loop(loops_of((57, 0)), 72) == 59
+    assert sass.chunk_loop(loops_of((48, None), (47, 1)), 64) == 0
+
+
+def test_a_loop_over_chunks_that_grew_is_a_fault() -> None:
+    facts = sass.Facts(139, 0, 0, 0, {"HMMA": 96}, chunk=260)
+    assert sass.faults(RESIDENT, facts) == []
+    assert sass.faults(RESIDENT, replace(facts, chunk=261)) == ["261 instructions for 48 keys, at most 260"]
+    assert sass.faults(RESIDENT, replace(facts, chunk=0)) == ["no loop over chunks of keys"]
+    assert sass.faults(RESIDENT.replace("Li64", "Li96"), replace(facts, chunk=298)) == []
+    assert sass.faults(RESIDENT.replace("Lb1", "Lb0"), replace(facts, chunk=0)) == []
+    assert sass.faults(RESIDENT, sass.Facts(8, 0, 0, 0, {"TRAP": 1})) == []
+
+
 def test_compares_with_the_baseline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if library.module is None or not library.module.cuda_version:
         pytest.skip("the library was built without CUDA")
-    baseline = tmp_path / "baseline.json"
+    assert library.module.__file__ is not None
+    baseline, found = tmp_path / "baseline.json", sass.kernels(library.module.__file__)  # takes long: read once
+    monkeypatch.setattr(sass, "kernels", lambda binary: found)
 
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["sass.py", "--baseline", str(baseline), *arguments])

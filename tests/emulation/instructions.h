@@ -160,6 +160,8 @@ inline void sync_warp(Where where = Where::current()) {
   host::collective("sync_warp", where, mine, [](Lane**) {});
 }
 
+[[noreturn]] inline void trap(Where where = Where::current()) { machine.fail(where, "trap"); }
+
 inline float shuffle_xor(float value, int mask, Where where = Where::current()) {
   return host::exchange_xor(where, value, mask);
 }
@@ -290,13 +292,17 @@ inline double rounded_product(double a, double b) {
   volatile double product = a * b;  // keeps the host's compiler from fusing it, too
   return product;
 }
+inline float rounded_product(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
 inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float float_of_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 
 // Clusters ------------------------------------------------------------------------------------------------------------
 namespace host {
 inline void check_clusters(const char* name, Where where) {
-  if (emulation::capability() < 90) machine.fail(where, "%s: clusters begin with sm_90", name);
+  if (emulation::compiled_for() < 90) machine.fail(where, "%s: clusters begin with sm_90", name);
 }
 }  // namespace host
 inline int cluster_rank(Where where = Where::current()) {
@@ -312,6 +318,10 @@ T* in_block(T* shared, int rank, Where where = Where::current()) {
 }
 inline void cluster_arrive(Where where = Where::current()) {
   host::check_clusters("cluster_arrive", where);
+  machine.cluster_arrive(where);
+}
+inline void cluster_arrive_relaxed(Where where = Where::current()) {
+  host::check_clusters("cluster_arrive_relaxed", where);
   machine.cluster_arrive(where);
 }
 inline void cluster_wait(Where where = Where::current()) {

@@ -81,11 +81,14 @@ struct Warp {
   void* lanes[kLanes];
 };
 
-// Of the GPU that is emulated: a Hopper, or what the environment says.
-inline int capability() {
-  const char* asked = std::getenv("SAIT_EMULATE_CAPABILITY");
-  return asked == nullptr ? 90 : std::atoi(asked);
+// The number that SAIT_EMULATE_<what> asks for.
+inline int asked(const std::string& what, int otherwise) {
+  const char* number = std::getenv(("SAIT_EMULATE_" + what).c_str());
+  return number == nullptr ? otherwise : std::atoi(number);
 }
+// Of the GPU that is emulated, and of the one that the kernels were compiled for.
+inline int capability() { return asked("CAPABILITY", 90); }
+inline int compiled_for() { return asked("PTX", capability()); }
 
 enum class Order { kAscending, kDescending, kRandom };
 

@@ -5,19 +5,22 @@
 
 namespace sait {
 
-struct GatherAddNormParams {
+// Vector: what weight, bias and gamma hold; void where that is said apart.
+template <typename Vector>
+struct GatherAddNormParamsOf {
   RowView x;  // (total, channels)
   RowView y;  // (rows, channels)
   const int32_t* indices;
-  const float* weight;  // (channels,)
-  const float* bias;    // (channels,)
-  const float* gamma;   // (channels,) or nullptr
+  const Vector* weight;  // (channels,)
+  const Vector* bias;    // (channels,)
+  const Vector* gamma;   // (channels,) or nullptr
   int64_t rows, total, channels;
   float eps;
   DType dtype;
   void* residual;  // (rows, channels), contiguous
   void* normed;    // (rows, channels), contiguous
 };
+using GatherAddNormParams = GatherAddNormParamsOf<float>;
 
 // The gradients of weight, bias and gamma are sums over rows: first over chunks of this many rows in float, then over
 // the chunks in their order in double, so that the result does not depend on the number of threads.
@@ -47,8 +50,9 @@ void gather_add_norm_backward(const GatherAddNormBackwardParams& params);
 }  // namespace cpu
 
 namespace cuda {
+// weight, bias and gamma are all of dtype `vectors`: float32, or that of the rows.
 // Launches on stream (a cudaStream_t); returns a cudaError_t as int.
-int gather_add_norm(const GatherAddNormParams& params, void* stream);
+int gather_add_norm(const GatherAddNormParamsOf<void>& params, DType vectors, void* stream);
 }  // namespace cuda
 
 }  // namespace sait
