@@ -16,6 +16,10 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 DISPATCH_KEY = {"cpu": "CPU", "cuda": "CUDA"}
+# Asked once: torch 2.11 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla"))
+)
 
 # op -> the backends that have a kernel for it; filled by register(), from what is really there.
 KERNELS: dict[str, tuple[str, ...]] = {}
@@ -59,14 +63,19 @@ def backend(name: str) -> Iterator[None]:
     global _forced_for_compiled
     if name not in BACKENDS:
         raise ValueError(f"backend: name: expected one of {', '.join(BACKENDS)}, got {name!r}.")
-    tracing = torch.compiler.is_compiling()  # Dynamo traces no context variable, and compiled code reads none
-    token, key = None if tracing else _forced.set(name), object()
+    if torch.compiler.is_compiling():  # Dynamo traces neither context variables nor keys; what it traces nests
+        before, _forced_for_compiled = _forced_for_compiled, name
+        try:
+            yield
+        finally:
+            _forced_for_compiled = before
+        return
+    token, key = _forced.set(name), object()
     _entered[key] = _forced_for_compiled = name
     try:
         yield
     finally:
-        if token is not None:
-            _forced.reset(token)
+        _forced.reset(token)
         del _entered[key]
         _forced_for_compiled = list(_entered.values())[-1] if _entered else None
 
@@ -160,7 +169,7 @@ def _fastest(op: str, first: Tensor) -> str:
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype that autocast asks of a matrix product; unchanged outside autocast."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.amp.is_autocast_available(first.device.type):
+    if not isinstance(first, Tensor) or first.device.type not in AUTOCAST_DEVICES:
         return tensors
     if not torch.is_autocast_enabled(first.device.type):
         return tensors
