@@ -249,6 +249,42 @@ def test_compiled_code_follows_the_forced_choice() -> None:
     assert "sait.gather_tokens" not in targets_of(forced, x, indices)
 
 
+def test_compiled_code_nests_forced_choices() -> None:
+    x, indices = randn(5, 4), torch.tensor([0, 3], dtype=torch.int32)
+
+    def nested(x: Tensor, indices: Tensor) -> Tensor:
+        with sk.backend("cpu"):
+            with sk.backend("reference"):
+                inner = gather_rows(x, indices)
+            return inner + gather_rows(x, indices)
+
+    torch._dynamo.reset()
+    for _ in range(2):
+        assert {"sait.gather_tokens", "index_select"} <= targets_of(nested, x, indices)
+        with sk.backend("reference"):  # the choice around it is that of the code after it again
+            assert "sait.gather_tokens" in targets_of(nested, x, indices)
+            assert "sait.gather_tokens" not in targets_of(gather_rows, x, indices)
+
+
+def test_compiled_code_asks_for_no_devices_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 cannot trace that question: here, no torch can."""
+    untraceable = torch.compiler.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    q = randn(5, 1, 8)
+
+    def attend(q: Tensor, cu: Tensor) -> Tensor:
+        return sk.compact_attention(q, q, q, cu, 5)
+
+    torch._dynamo.reset()
+    assert "sait.compact_attention" in targets_of(attend, q, sk.uniform_cu_seqlens(1, 5))
+
+
+def test_a_device_without_autocast() -> None:
+    q = torch.zeros(5, 1, 8, device="meta")
+    with pytest.raises(RuntimeError, match=r"compact_attention: .*'meta'.*backend\(\"reference\"\)"):
+        sk.compact_attention(q, q, q, sk.uniform_cu_seqlens(1, 5, "meta"), 5)
+
+
 def test_compiled_code_changes_with_the_forced_choice() -> None:
     """One compiled function, called under one backend after the other."""
     x, indices = randn(5, 4), torch.tensor([0, 3], dtype=torch.int32)

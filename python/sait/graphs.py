@@ -43,7 +43,8 @@ class Graphed:
             if len(self._graphs) > MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        graph.images.copy_(images)
+        with torch.inference_mode():  # as the memory was made: torch forbids writing to it elsewhere
+            graph.images.copy_(images)
         graph.replay()
         if isinstance(state, State):
             state.publish(graph.record)

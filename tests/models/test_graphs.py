@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,12 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], Tensor]]:
     def capture(run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], object]]:
         result = run()
         found.append(run)
-        return result, lambda: result.copy_(run())
+
+        @torch.inference_mode()  # a replay writes where it was captured to, whatever the mode
+        def replay() -> None:
+            result.copy_(run())
+
+        return result, replay
 
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "new_pool", lambda: None)
@@ -85,6 +91,42 @@ def test_adaptive_density(model: Any, captures: list[Any]) -> None:
         sait.graphed(model, images(1))
     sait.set_density(model, mass=0.5, max_keep=10, static=True)
     torch.testing.assert_close(sait.graphed(model, images(2))(images(2, 1)), model(images(2, 1)), rtol=0, atol=0)
+
+
+MODES: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+    "plain": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("called", MODES)
+@pytest.mark.parametrize("captured", MODES)
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_any_mode_at_any_call(model: Any, captures: list[Any], captured: str, called: str, needs_grad: bool) -> None:
+    """Captured in one mode and called in another, as the README's plain call and a server's inference mode are."""
+    with torch.inference_mode():
+        want = model(images(2, 1)), model(images(2, 2))
+    with MODES[captured]():
+        fast = sait.graphed(model, images(2).requires_grad_(needs_grad))
+    for seed, mode in ((1, called), (2, captured), (1, "plain")):
+        with MODES[mode]():
+            got = fast(images(2, seed).requires_grad_(needs_grad))
+        torch.testing.assert_close(got, want[seed - 1], rtol=0, atol=0)
+        assert not got.requires_grad
+        assert got.is_inference() == (mode == "inference_mode")
+        assert len(sait.selections(model)[0].indices) == 2 * (1 + 8)
+    assert len(captures) == 1
+
+
+def test_inputs_made_in_inference_mode(model: Any, captures: list[Any]) -> None:
+    with torch.inference_mode():
+        example, x = images(2), images(2, 1)
+        want = model(x)
+    fast = sait.graphed(model, example)
+    torch.testing.assert_close(fast(x), want, rtol=0, atol=0)
+    assert not torch.equal(fast(example), want)
+    assert len(captures) == 1
 
 
 def test_refusals(model: Any) -> None:
