@@ -1,14 +1,21 @@
-"""Host time of a call: what Python and torch's dispatcher take before a kernel is under way.
+"""Host time of a call and of a whole forward: what Python and torch's dispatcher take before a kernel is under way.
 
 ``python benchmarks/overhead.py --write docs/overhead.md``. Where torch sees a GPU, calls are enqueued there without
-waiting for them. Elsewhere the Triton kernels are replaced by the part of a launch that runs in Python: its arguments
-are bound, their types and alignments become the key of the compiled kernel, and that is looked up. What is then missing
-is the driver's own launch.
+waiting for them. Elsewhere the same code runs on tensors of the CPU, too small to take time, and nothing is launched:
+
+- Triton's own launch runs up to the driver: its arguments are bound, their types and alignments become the key of the
+  compiled kernel, that is looked up, and a function that does nothing is called in the place of the driver's.
+- An op in C++ checks its arguments, allocates its result, and runs its CPU kernel in the place of the driver's launch.
+- torch's own ops (linear, layer_norm, ...) are those of the CPU. A forward's are also run alone, as torch.ops.aten with
+  the arguments that they had, to tell how much of it they are.
+
+What is counted is the time of the calling thread on its core, which is not that of others on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import os
@@ -16,57 +23,113 @@ import pkgutil
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 ON_GPU = torch.cuda.is_available()
 os.environ.setdefault("TRITON_INTERPRET", "0" if ON_GPU else "1")  # read when a kernel is defined
 
+import sait  # noqa: E402
+import timm  # noqa: E402
 import triton  # noqa: E402
 from sait import measure  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import make_backend  # noqa: E402
-from triton.runtime.jit import JITFunction, KernelInterface, create_function_from_signature  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction, KernelInterface  # noqa: E402
 
 import sait_kernels as sk  # noqa: E402
 import sait_kernels.triton  # noqa: E402
-from sait_kernels.backend import KERNELS  # noqa: E402
+from sait_kernels import registration  # noqa: E402
+from sait_kernels.backend import DEVICE_OF, KERNELS  # noqa: E402
 
 B, N, H, D = 2, 5, 3, 64  # so small that no kernel takes longer than its launch
 CALLS, ROUNDS = 100, 30
+# Without a GPU nothing is waited for, and what the thread did not run was taken by others.
+clock = time.perf_counter if ON_GPU else time.thread_time
 
 
-class HostPart:
-    """In the place of a Triton kernel: what its launch does in Python."""
+class NoDriver:
+    """What Triton asks of a driver on the way to a launch."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class NoLaunch:
+    """In the place of a compiled kernel; the first rows are chosen, since checks on a CPU read what is chosen."""
+
+    function = packed_metadata = None
+
+    def __init__(self, arguments: list[str]) -> None:
+        chooses = {"p_scores", "p_indices", "p_kept"} <= set(arguments)
+        self.chosen = [arguments.index(name) for name in ("p_indices", "p_kept")] if chooses else []
+        self.first: tuple[torch.Tensor, torch.Tensor] | None = None  # of one shape: so are the calls below
+
+    def launch_metadata(self, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
+        return None
+
+    def run(self, *launch: Any) -> None:
+        HostPart.launches += 1
+        if self.chosen:
+            indices, kept = (launch[9 + i] for i in self.chosen)
+            if self.first is None:
+                images = len(kept) - 1
+                self.first = torch.arange(len(indices)).int(), sk.uniform_cu_seqlens(images, len(indices) // images)
+            indices.copy_(self.first[0])
+            kept.copy_(self.first[1])
+
+
+class HostPart(JITFunction):
+    """A Triton kernel whose launch ends where the driver's would begin."""
 
     launches = 0
 
     def __init__(self, kernel: Any) -> None:
         unspecialized = getattr(kernel, "do_not_specialize", None) or kernel.kwargs.get("do_not_specialize")
-        jit = JITFunction(kernel.fn, do_not_specialize=unspecialized)
-        self.bind = create_function_from_signature(jit.signature, jit.params, make_backend(GPUTarget("cuda", 90, 32)))
-        self.compiled: dict[str, object] = {}
+        super().__init__(kernel.fn, do_not_specialize=unspecialized)
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self.launch
-
-    def launch(self, *arguments: Any, **options: Any) -> None:
-        HostPart.launches += 1
-        _, specialization, rest = self.bind(*arguments, **options)
-        self.compiled.setdefault(f"{specialization} {rest}", object())
+    def _do_compile(self, key: str, signature: Any, device: int, *_: Any) -> NoLaunch:
+        return self.device_caches[device][0].setdefault(key, NoLaunch(self.arg_names))
 
 
 def replace_kernels() -> None:
     """Every Triton kernel of the package that is launched from Python, by its host part."""
-    made: dict[int, HostPart] = {}
+    driver.set_active(NoDriver())
+    made: dict[Any, HostPart] = {}  # the kernel itself is the key: the id of one that is gone may come again
     for found in pkgutil.iter_modules(sait_kernels.triton.__path__):
         module = importlib.import_module(f"sait_kernels.triton.{found.name}")
         for name, value in vars(module).copy().items():
-            if isinstance(value, KernelInterface):
-                setattr(module, name, made.setdefault(id(value), HostPart(value)))
+            if isinstance(value, KernelInterface) and not isinstance(value, HostPart):
+                setattr(module, name, made.setdefault(value, HostPart(value)))
+
+
+def _triton() -> str:
+    return "triton"  # so that sait.optimize does not see tensors of a CPU, whose weights it packs
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Tensors of the CPU go where those of a GPU would: to the op in C++ where it has a CUDA kernel, else to Triton."""
+    if ON_GPU:
+        yield
+        return
+    with mock.patch.dict(DEVICE_OF, cuda="cpu", triton="cpu", cpu="none"), mock.patch.dict(KERNELS):
+        for op, found in KERNELS.items():
+            cuda = ("cuda",) if registration.has_kernel(op, "CUDA") else ()
+            KERNELS[op] = cuda + tuple(name for name in found if name == "triton")
+        with mock.patch.object(importlib.import_module("sait.optimize"), "forced_backend", _triton):
+            yield
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -92,7 +155,37 @@ def calls() -> dict[str, Callable[[], object]]:
     }
 
 
-def microseconds(call: Callable[[], object]) -> float:
+# DeiT-S in structure, with hardly any arithmetic: one head of 32 channels, and 4 patches.
+WIDTH, HEADS, DEPTH, SIDE = 32, 1, 12, 32
+
+
+def model(optimized: bool) -> Any:
+    """DeiT-S in structure, at block 3 and keep 0.45; in float16, which no shortcut of a CPU serves."""
+    torch.manual_seed(0)
+    shape = {"embed_dim": WIDTH, "num_heads": HEADS, "depth": DEPTH, "img_size": SIDE, "num_classes": 10}
+    vit = timm.create_model("deit_small_patch16_224", **shape).eval().half().to("cuda" if ON_GPU else "cpu")
+    sparse = sait.sparsify(vit, block=3, keep=0.45)
+    return sait.optimize(sparse) if optimized else sparse
+
+
+class TorchOps(TorchDispatchMode):
+    """Notes torch's own ops, to run them again: those of a forward but for views and ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def run(self) -> None:
+        for func, args, kwargs in self.calls:
+            func(*args, **kwargs)
+
+
+def microseconds(call: Callable[[], object], calls: int = CALLS) -> float:
     """The median over rounds of the mean over calls; the device is waited for between rounds, never within one.
 
     Without the garbage collector, as in timeit: it walks all that torch has imported.
@@ -100,10 +193,10 @@ def microseconds(call: Callable[[], object]) -> float:
     taken = []
     gc.disable()
     for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for _ in range(CALLS):
+        start = clock()
+        for _ in range(calls):
             call()
-        taken.append((time.perf_counter() - start) / CALLS)
+        taken.append((clock() - start) / calls)
         if ON_GPU:
             torch.cuda.synchronize()
     gc.enable()
@@ -112,8 +205,6 @@ def microseconds(call: Callable[[], object]) -> float:
 
 def table() -> str:
     backends = [name for name in ("triton", "cuda") if ON_GPU or name == "triton"]
-    if not ON_GPU:
-        replace_kernels()
     lines = ["| op | " + " | ".join(f"{name}, µs" for name in backends) + " |", "|---|" + "---:|" * len(backends)]
     for op, call in calls().items():
         cells = []
@@ -128,6 +219,24 @@ def table() -> str:
                 launches = f" ({HostPart.launches} launches)" if HostPart.launches > 1 else ""
                 cells.append(f"{microseconds(call):.0f}{launches}")
         lines.append(f"| `{op}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def forwards() -> str:
+    """Milliseconds of a forward on each path; and of torch's ops in it, alone."""
+    x = torch.randn(1, 3, SIDE, SIDE, device="cuda" if ON_GPU else "cpu").half()
+    lines = ["| DeiT-S, one forward | ms | of that torch's ops alone |", "|---|---:|---:|"]
+    for path, scope in (("Triton", lambda: sk.backend("triton")), ("as a GPU chooses", as_on_a_gpu)):
+        for state in ("sparsified", "optimized"):
+            vit = model(state == "optimized")
+            with scope():
+                for _ in range(3):
+                    vit(x)
+                with TorchOps() as ops:
+                    vit(x)
+                whole, alone = microseconds(lambda vit=vit: vit(x), 10), microseconds(ops.run, 10)
+            lines.append(f"| {state}, {path} | {whole / 1e3:.2f} | {alone / 1e3:.2f} |")
     return "\n".join(lines)
 
 

@@ -94,26 +94,36 @@ def can_run(op: str, name: str, *tensors: Any, **options: Any) -> tuple[bool, st
         raise ValueError(f"can_run: backend: expected one of {', '.join(BACKENDS)}, got {name!r}.")
     if op not in KERNELS:
         raise ValueError(f"can_run: op: expected one of {', '.join(sorted(KERNELS))}, got {op!r}.")
+    first = next((t for t in (*tensors, *options.values()) if isinstance(t, Tensor)), None)
+    why_not = refusal(op, name, first)
+    if why_not is not None:
+        return False, why_not
     if name == "reference":
         return True, "plain torch runs anywhere"
-    if name not in KERNELS[op]:
-        if library.problem:
-            return False, library.problem
-        return False, f"{op} has no {name} kernel in this build; see `python -m sait_kernels.info`"
-    first = next((t for t in (*tensors, *options.values()) if isinstance(t, Tensor)), None)
     if first is None:
         return True, f"{op} has a {name} kernel"
-    on_host = (name == "triton" and registration.INTERPRETED) or (name == "cuda" and registration.EMULATED)
-    if first.device.type != DEVICE_OF[name] and not (on_host and first.device.type == "cpu"):
-        reason = f"the {name} backend serves {DEVICE_OF[name]} tensors, these are on {first.device.type}"
-        hint = "; its interpreter, with TRITON_INTERPRET=1 in the environment from the start, serves cpu tensors"
-        return False, reason + (hint if name == "triton" and first.device.type == "cpu" else "")
-    if first.dtype not in KERNEL_DTYPES:
-        return False, f"the {name} backend serves float32, bfloat16 and float16, these are {first.dtype}"
-    limit = _cuda_limit(op, name, first)
-    if limit is not None:
-        return False, f"the cuda kernel of {op} does not serve it: {limit}"
     return True, f"{op} has a {name} kernel for {first.dtype} on {first.device.type}"
+
+
+def refusal(op: str, name: str, first: Tensor | None) -> str | None:
+    """Why backend ``name`` does not serve ``op`` for this first tensor, or None where it does."""
+    if name == "reference":
+        return None
+    if name not in KERNELS[op]:
+        return library.problem or f"{op} has no {name} kernel in this build; see `python -m sait_kernels.info`"
+    if first is None:
+        return None
+    device = first.device.type
+    if device != DEVICE_OF[name]:
+        on_host = (name == "triton" and registration.INTERPRETED) or (name == "cuda" and registration.EMULATED)
+        if not (on_host and device == "cpu"):
+            reason = f"the {name} backend serves {DEVICE_OF[name]} tensors, these are on {device}"
+            hint = "; its interpreter, with TRITON_INTERPRET=1 in the environment from the start, serves cpu tensors"
+            return reason + (hint if name == "triton" and device == "cpu" else "")
+    if first.dtype not in KERNEL_DTYPES:
+        return f"the {name} backend serves float32, bfloat16 and float16, these are {first.dtype}"
+    limit = _cuda_limit(op, name, first)
+    return None if limit is None else f"the cuda kernel of {op} does not serve it: {limit}"
 
 
 def choose(op: str, required: dict[str, Any], optional: dict[str, Any] | None = None) -> str:
@@ -122,24 +132,25 @@ def choose(op: str, required: dict[str, Any], optional: dict[str, Any] | None = 
     What they are and where they lie is checked here, since it decides which code torch runs at all: None would arrive
     as an undefined tensor, and a mix with "meta" as a question about shapes, answered with memory that nobody wrote.
     """
-    tensors = required | {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
+    tensors = required if optional is None else {**required, **optional}
+    first = next(iter(required.values()))
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in required):
             raise TypeError(
                 f"{op}: {name}: expected a Tensor, got {type(tensor).__name__}. Convert it with torch.as_tensor."
             )
-    first = next(iter(tensors.values()))
     backend_name = forced_backend()
-    if backend_name is not None:
-        ok, reason = can_run(op, backend_name, first)
-        if not ok:
-            raise RuntimeError(f"{op}: the forced backend {backend_name!r} cannot serve this call: {reason}.")
-    else:
+    if backend_name is None:
         backend_name = _fastest(op, first)
+    else:
+        why_not = refusal(op, backend_name, first)
+        if why_not is not None:
+            raise RuntimeError(f"{op}: the forced backend {backend_name!r} cannot serve this call: {why_not}.")
+    device = first.device
     for name, tensor in tensors.items():
-        if tensor.device != first.device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"{op}: {name}: expected device {first.device}, got {tensor.device}. Move all arguments to one device."
+                f"{op}: {name}: expected device {device}, got {tensor.device}. Move all arguments to one device."
             )
     return backend_name
 
@@ -169,9 +180,8 @@ def _fastest(op: str, first: Tensor) -> str:
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype that autocast asks of a matrix product; unchanged outside autocast."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or first.device.type not in AUTOCAST_DEVICES:
+    device = first.device.type if isinstance(first, Tensor) else None
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tensors
-    if not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in KERNEL_DTYPES else t for t in tensors)

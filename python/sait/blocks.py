@@ -56,7 +56,7 @@ def run_block(
 
     attn = block.attn
     normed = block.norm1(tokens.x)
-    q, k, v = _heads(attn, packed(linear(attn.qkv, normed)))
+    q, k, v = _heads(attn, packed(linear(attn.qkv, normed)), fused=False)
     scores = None
     if wants_scores and stage is not None:
         values = v if score == "cls_value" else None
@@ -93,8 +93,8 @@ def _run_optimized(
     attn: Any, layers: Layers, tokens: Tokens, stage: Stage | None, score: str, num_prefix: int
 ) -> tuple[Tokens, Selection | None]:
     x, selection, kept = packed(tokens.x), None, tokens
-    q, k, v = _heads(attn, layers.qkv(x))
-    shape = tuple(tokens.x.shape[:2])
+    q, k, v = _heads(attn, layers.qkv(x), fused=True)
+    shape: tuple[int, ...] = tokens.x.shape[:2]
     if stage is None or stage.keeps_all:
         out = sk.compact_attention(q, k, v, tokens.cu_seqlens, tokens.max_seqlen)
     else:
@@ -102,7 +102,7 @@ def _run_optimized(
         ragged = tokens.ragged or stage.mass is not None
         shape = (1, out.shape[0]) if ragged else (tokens.images, selection.max_seqlen)
         kept = Tokens(out, selection.cu_seqlens, selection.max_seqlen, ragged)
-    x = layers.finish(attn.norm(out), x, selection)
+    x = layers.finish(_of_plain(attn.norm, out), x, selection)
     return kept._replace(x=x.view(*shape, x.shape[1])), selection
 
 
@@ -111,16 +111,21 @@ def _run_for_prefix(attn: Any, layers: Layers, tokens: Tokens, num_prefix: int) 
     x = packed(tokens.x)
     cu_seqlens = sk.uniform_cu_seqlens(tokens.images, num_prefix, x.device)
     prefix = Selection(prefix_rows(tokens, num_prefix).flatten(), cu_seqlens, num_prefix)
-    q, k, v = _heads(attn, layers.qkv(x))
+    q, k, v = _heads(attn, layers.qkv(x), fused=True)
     out = sk.compact_attention(q, k, v, tokens.cu_seqlens, tokens.max_seqlen, selection=prefix)
-    x = layers.finish(attn.norm(out), x, prefix)
+    x = layers.finish(_of_plain(attn.norm, out), x, prefix)
     return Tokens(x.view(tokens.images, num_prefix, x.shape[1]), cu_seqlens, num_prefix, ragged=False)
 
 
-def _heads(attn: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(attn: Any, qkv: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(T, 3 A) -> q, k, v, (T, H, D) each."""
-    q, k, v = qkv.unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
-    return attn.q_norm(q), attn.k_norm(k), v
+    q, k, v = qkv.view(qkv.shape[0], 3, attn.num_heads, attn.head_dim).unbind(1)
+    return (_of_plain(attn.q_norm, q), _of_plain(attn.k_norm, k), v) if fused else (attn.q_norm(q), attn.k_norm(k), v)
+
+
+def _of_plain(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x) where nobody listens: most often an Identity, to call which takes a microsecond."""
+    return x if type(module) is nn.Identity else module(x)
 
 
 def _prune(

@@ -23,7 +23,7 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
 
 def mlp(module: nn.Module, x: Tensor) -> Tensor:
     """module(x)."""
-    if not (_is_plain_mlp(module) and _serves(module.fc1, x) and _serves(module.fc2, x)):
+    if not (type(module) is Mlp and _serves(module.fc1, x) and _serves(module.fc2, x) and _is_plain_mlp(module)):
         return module(x)
     return _fused(module.fc2, _fused(module.fc1, x, "gelu"), "none")
 
@@ -35,10 +35,10 @@ def _serves(module: Any, x: Tensor) -> bool:
     looks like.
     """
     return bool(
-        type(module) is nn.Linear
+        x.device.type == "cpu"
+        and type(module) is nn.Linear
         and "forward" not in vars(module)
         and type(module.weight) is nn.Parameter
-        and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.dtype == module.weight.dtype
         and not torch.is_grad_enabled()
@@ -57,8 +57,7 @@ def _fused(module: Any, x: Tensor, activation: str) -> Tensor:
 def _is_plain_mlp(module: Any) -> bool:
     """fc1 -> erf GELU -> fc2, with nothing in between that does anything in eval mode."""
     return (
-        type(module) is Mlp
-        and not any("forward" in vars(part) for part in module.modules())
+        not any("forward" in vars(part) for part in module.modules())
         and not module.training
         and type(module.act) is nn.GELU
         and module.act.approximate == "none"

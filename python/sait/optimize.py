@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 import sait_kernels as sk
 from sait.density import state_of
-from sait.watch import HOOKS, Watch
+from sait.watch import HOOKS, Watch, WatchOfParameters
 from sait_kernels import Selection
-from sait_kernels.backend import can_run, forced_backend
+from sait_kernels.backend import forced_backend, refusal
 
 NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, DropPath)
 FUSED_OPS = ("norm_linear", "linear_residual")
+HOLDER = "_sait_optimized"  # the attribute of a block that optimize sets
 
 
 def optimize(model: Any) -> Any:
@@ -63,7 +64,7 @@ def optimize(model: Any) -> Any:
     """
     state_of(model, "optimize")
     for block in model.blocks:
-        block._sait_optimized = Optimized()
+        setattr(block, HOLDER, Optimized())
     return model
 
 
@@ -75,7 +76,7 @@ def deoptimize(model: Any) -> Any:
     """
     state_of(model, "deoptimize")
     for block in model.blocks:
-        vars(block).pop("_sait_optimized", None)
+        vars(block).pop(HOLDER, None)
     return model
 
 
@@ -117,47 +118,72 @@ class FusedLayers:
     """On a GPU: products of the modules' own weights, so there is nothing to keep up to date."""
 
     def __init__(self, block: Any) -> None:
-        self._block = block
+        attn, mlp = block.attn, block.mlp
+        self._norm1, self._eps1, self._qkv = _parameters(block.norm1), block.norm1.eps, _parameters(attn.qkv)
+        self._norm2, self._eps2, self._proj = _parameters(block.norm2), block.norm2.eps, _parameters(attn.proj)
+        self._fc1, self._fc2 = _parameters(mlp.fc1), _parameters(mlp.fc2)
+        self._gamma1, self._gamma2 = (
+            _parameters(scale) if isinstance(scale, LayerScale) else {}
+            for scale in (getattr(block, "ls1", None), getattr(block, "ls2", None))
+        )
+
+    def are_plain(self) -> bool:
+        """Whether the parameters, too, still are what _is_plain asks for."""
+        linears = (self._qkv, self._proj, self._fc1, self._fc2)
+        return all([_lies_plainly(own.get("weight")) for own in linears]) and not any(
+            [own.get(name) is None for own in (self._norm1, self._norm2) for name in ("weight", "bias")]
+        )
 
     def qkv(self, x: Tensor) -> Tensor:
-        block, qkv = self._block, self._block.attn.qkv
-        return sk.norm_linear(x, *_norm(block.norm1), qkv.weight, qkv.bias)
+        norm, qkv = self._norm1, self._qkv
+        return sk.norm_linear(x, norm["weight"], norm["bias"], self._eps1, qkv["weight"], qkv["bias"])
 
     def finish(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
-        block, proj, mlp = self._block, self._block.attn.proj, self._block.mlp
-        gamma = _gamma(block, "ls1")
-        x = sk.linear_residual(out, proj.weight, proj.bias, x, selection=selection, gamma=gamma)
-        hidden = sk.norm_linear(x, *_norm(block.norm2), mlp.fc1.weight, mlp.fc1.bias, gelu=True)
-        return sk.linear_residual(hidden, mlp.fc2.weight, mlp.fc2.bias, x, gamma=_gamma(block, "ls2"))
+        norm, proj, fc1, fc2 = self._norm2, self._proj, self._fc1, self._fc2
+        gamma1, gamma2 = self._gamma1.get("gamma"), self._gamma2.get("gamma")
+        x = sk.linear_residual(out, proj["weight"], proj["bias"], x, selection=selection, gamma=gamma1)
+        hidden = sk.norm_linear(x, norm["weight"], norm["bias"], self._eps2, fc1["weight"], fc1["bias"], gelu=True)
+        return sk.linear_residual(hidden, fc2["weight"], fc2["bias"], x, gamma=gamma2)
 
 
 class Optimized:
-    """What optimize leaves on a block: its packed layers, made at the first forward and again after a change."""
+    """What optimize leaves on a block: its layers, made at the first forward and again after a change."""
 
     def __init__(self) -> None:
-        self._layers: PackedLayers | None = None
-        self._watch: Watch | None = None
+        # One assignment each, so that threads that share a model see layers and their own watch.
+        self._packed: tuple[PackedLayers, Watch, WatchOfParameters] | None = None
+        self._fused: tuple[FusedLayers, Watch] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Optimized, ()  # a copy of the model packs for itself
 
     def packed_layers(self, block: Any) -> PackedLayers | None:
-        layers = self._layers
-        if self._watch is None or not self._watch.unchanged():
-            layers = PackedLayers(block) if _is_plain(block) else None
-            self._layers, self._watch = layers, None if layers is None else Watch(block)
-        return layers
+        made = self._packed
+        if made is None or not (made[1].unchanged(block) and made[2].unchanged()):
+            made = (PackedLayers(block), Watch(block, HOLDER), WatchOfParameters(block)) if _is_plain(block) else None
+            self._packed = made
+        return None if made is None else made[0]
+
+    def fused_layers(self, block: Any) -> FusedLayers | None:
+        made = self._fused
+        if made is None or not (made[1].unchanged(block) and made[0].are_plain()):
+            made = self._fused = (FusedLayers(block), Watch(block, HOLDER)) if _is_plain(block) else None
+        return None if made is None else made[0]
 
 
 def optimized_layers(block: Any, x: Tensor) -> Layers | None:
     """The block's layers as fused products, if it was optimized and its modules would compute the same."""
-    optimized = vars(block).get("_sait_optimized")
+    optimized = vars(block).get(HOLDER)
     if optimized is None or not _is_inference(x):
         return None
     forced = forced_backend()
     if forced == "cpu" or (forced is None and x.device.type == "cpu"):
         return optimized.packed_layers(block) if _packs(x, block.attn.qkv.weight) else None
-    return FusedLayers(block) if _has_kernels(x, forced) and _is_plain(block) else None
+    if not _has_kernels(x, forced):
+        return None
+    if torch.compiler.is_compiling():  # its guards are the watch
+        return FusedLayers(block) if _is_plain(block) else None
+    return optimized.fused_layers(block)
 
 
 def _packs(x: Tensor, weight: Tensor) -> bool:
@@ -174,7 +200,7 @@ def _has_amx() -> bool:
 
 def _has_kernels(x: Tensor, forced: str | None) -> bool:
     names = [name for name in ("cuda", "triton") if forced in (None, name)]
-    return all(any(can_run(op, name, x)[0] for name in names) for op in FUSED_OPS)
+    return not any([all([refusal(op, name, x) is not None for name in names]) for op in FUSED_OPS])
 
 
 def _is_inference(x: Tensor) -> bool:
@@ -184,7 +210,10 @@ def _is_inference(x: Tensor) -> bool:
 
 def _is_linear(module: Any) -> bool:
     """Its weight lies as the ops read it, and is what it looks like: a quantised one is of another class."""
-    weight = module.weight if type(module) is nn.Linear else None
+    return type(module) is nn.Linear and _lies_plainly(module.weight)
+
+
+def _lies_plainly(weight: Any) -> bool:
     return type(weight) is nn.Parameter and weight.stride(1) == 1
 
 
@@ -228,8 +257,9 @@ def _is_untouched(module: Any) -> bool:
     return all(part is None or _is_untouched(part) for part in own["_modules"].values())
 
 
-def _norm(module: Any) -> tuple[Tensor, Tensor, float]:
-    return module.weight, module.bias, module.eps
+def _parameters(module: Any) -> dict[str, Any]:
+    """The module's own dictionary of them."""
+    return vars(module)["_parameters"]
 
 
 def _gamma(block: Any, name: str) -> Tensor | None:

@@ -5,6 +5,7 @@ Its gradients, in compact_attention_backward.py, recompute them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from sait_kernels.triton.attention_rows import (
     weighted_sums,
 )
 from sait_kernels.triton.compact_attention_backward import compact_attention_backward
-from sait_kernels.triton.launch import Variant, capability, on_device, variant
+from sait_kernels.triton.launch import Variant, capability, cdiv, on_device, variant
 from sait_kernels.triton.numeric import quotient
 from sait_kernels.triton.tail import zero_tail
 
@@ -65,7 +66,7 @@ def compact_attention(
     out = q.new_empty(S, H * D)
     if out.numel():
         options = _forward_options(D, q.element_size(), capability(q), longest, indices is not None)
-        query_blocks = triton.cdiv(min(longest, S), options["BLOCK_M"])
+        query_blocks = cdiv(min(longest, S), options["BLOCK_M"])
         with on_device(q):
             _attend[(images * H * query_blocks,)](
                 q,
@@ -87,15 +88,25 @@ def compact_attention(
 
 def _forward_options(D: int, itemsize: int, capability: int, longest: int, gather: bool) -> dict[str, Any]:
     """``longest`` enters as the number of key blocks up to ``launch.whole``, and above that not at all."""
-    launch = scanned(FORWARD, D, itemsize, capability)
-    blocks = triton.cdiv(longest, launch.block_n)
+    launch = _launch(D, itemsize, capability)
+    blocks = cdiv(longest, launch.block_n)
+    return _constants(D, itemsize, launch, gather, min(blocks, launch.whole), blocks > launch.whole)
+
+
+@functools.cache
+def _launch(D: int, itemsize: int, capability: int) -> Launch:
+    return scanned(FORWARD, D, itemsize, capability)
+
+
+@functools.cache
+def _constants(D: int, itemsize: int, launch: Launch, gather: bool, whole: int, long: bool) -> dict[str, Any]:
     return {
         **columns(D, itemsize),
         "GATHER": gather,
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
-        "WHOLE": min(blocks, launch.whole),
-        "LONG": blocks > launch.whole,
+        "WHOLE": whole,
+        "LONG": long,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }

@@ -26,7 +26,7 @@ from sait_kernels.triton.attention_rows import (
     store_rows,
     weighted_sums,
 )
-from sait_kernels.triton.launch import Variant, capability, on_device, variant
+from sait_kernels.triton.launch import Variant, capability, cdiv, on_device, variant
 from sait_kernels.triton.numeric import quotient
 from sait_kernels.triton.tail import zero_tail
 
@@ -79,10 +79,10 @@ def compact_attention_backward(
     with on_device(q):
         if S:
             options = _backward_options(QUERY_GRADIENTS, D, q.element_size(), capability(q), indices is not None)
-            blocks = triton.cdiv(min(longest, S), options["BLOCK_M"])
+            blocks = cdiv(min(longest, S), options["BLOCK_M"])
             _query_gradients[(images * H * blocks,)](*inputs, dq, statistics, H, S, blocks, *numbers, **options)
         options = _backward_options(KEY_GRADIENTS, D, q.element_size(), capability(q), indices is not None)
-        blocks = triton.cdiv(longest, options["BLOCK_N"])
+        blocks = cdiv(longest, options["BLOCK_N"])
         _key_gradients[(images * H * blocks,)](*inputs, dk, dv, statistics, T, H, S, blocks, *numbers, **options)
     return dq, dk, dv
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,20 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.registration import INTERPRETED
-from sait_kernels.triton.launch import Variant, on_device, variant
+from sait_kernels.triton.launch import Variant, cdiv, next_power_of_2, on_device, variant
 from sait_kernels.triton.numeric import quotient, rounded, widened
 
 PARTIALS = 2048  # programs of the backward at most, each of which leaves a sum over its rows: 15 warps on each SM
 SUM_ROWS, SUM_CHANNELS = 128, 16  # of a block of those sums
 
 
+@functools.lru_cache
 def _options(C: int, per_warp: int) -> dict[str, Any]:
     """Narrow rows share a program of one warp, with no barrier in it; wide ones take as many warps as they fill.
 
     ``per_warp`` channels: 1024 are 32 a lane, four 16-byte accesses in 16 bits. The interpreter pays by the
     program, and adds up rows one after the other: 64 keep both small. How many share one changes no bit of a row.
     """
-    width = triton.next_power_of_2(C)
+    width = next_power_of_2(C)
     rows = max(1, per_warp // width)
     if INTERPRETED:
         rows = max(1, min(64, 64 * per_warp // width))
@@ -40,7 +42,7 @@ def gather_add_norm(
         vectors = [(weight if t is None else t).contiguous() for t in (weight, bias, gamma)]
         options = _options(C, per_warp=1024)
         with on_device(x):
-            _forward[(triton.cdiv(S, options["ROWS"]),)](
+            _forward[(cdiv(S, options["ROWS"]),)](
                 x, y, indices, *vectors, residual, normed, S, x.shape[0], eps, x.stride(0), y.stride(0),
                 SCALED=gamma is not None, **options,
             )  # fmt: skip
@@ -120,8 +122,8 @@ def gather_add_norm_backward(
     )
     options = _options(C, per_warp=512)  # four rows are held here, and three sums
     # The rows of a program, and with them the order of the sums, follow from S alone.
-    steps = max(1, triton.cdiv(S, PARTIALS * options["ROWS"]))
-    programs = triton.cdiv(S, steps * options["ROWS"])
+    steps = max(1, cdiv(S, PARTIALS * options["ROWS"]))
+    programs = cdiv(S, steps * options["ROWS"])
     partials = torch.empty(programs, 3, C, dtype=torch.float32, device=residual.device)
     rows, results = (grad_residual, grad_normed, residual, y), (dresidual, dy)
     vectors = [(weight if t is None else t).contiguous() for t in (weight, gamma)]
@@ -131,7 +133,7 @@ def gather_add_norm_backward(
             _backward[(programs,)](
                 *rows, *vectors, *results, partials, S, steps, eps, *strides, SCALED=scaled, **options
             )
-        _sum[(triton.cdiv(C, SUM_CHANNELS), 3 if scaled else 2)](
+        _sum[(cdiv(C, SUM_CHANNELS), 3 if scaled else 2)](
             partials, dweight, dbias, dgamma, programs, C, ROWS=SUM_ROWS, CHANNELS=SUM_CHANNELS
         )
     return dresidual, dy, dweight, dbias, dgamma

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.registration import INTERPRETED
-from sait_kernels.triton.launch import Variant, bits, on_device, variant
+from sait_kernels.triton.launch import Variant, bits, cdiv, next_power_of_2, on_device, variant
 
 TILE = 4096  # elements of a block: four 16-byte accesses a thread in 16 bits
 MAX_CHANNELS = 1024  # of a block; wider rows are copied in several
@@ -19,7 +19,7 @@ MAX_ROWS = 16  # of a block in scatter_tokens, which compares all of them with e
 
 def _options(C: int, most: int) -> dict[str, Any]:
     """Blocks of as many rows as fit, ``most`` at most; 256 in the interpreter, which pays by the program."""
-    width = min(triton.next_power_of_2(C), MAX_CHANNELS)
+    width = min(next_power_of_2(C), MAX_CHANNELS)
     return {"ROWS": 256 if INTERPRETED else min(most, max(1, TILE // width)), "WIDTH": width}
 
 
@@ -29,7 +29,7 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     if out.numel():
         options = _options(C, most=64)
         with on_device(x):
-            _gather[(triton.cdiv(S, options["ROWS"]), triton.cdiv(C, options["WIDTH"]))](
+            _gather[(cdiv(S, options["ROWS"]), cdiv(C, options["WIDTH"]))](
                 bits(x), indices, bits(out), S, x.shape[0], C, x.stride(0), **options
             )
     return out
@@ -53,7 +53,7 @@ def scatter_tokens(y: Tensor, indices: Tensor, total: int, base: Tensor | None =
         options = _options(C, most=MAX_ROWS)
         others = y if base is None else base
         with on_device(y):
-            _scatter[(max(1, triton.cdiv(S, options["ROWS"])), triton.cdiv(C, options["WIDTH"]))](
+            _scatter[(max(1, cdiv(S, options["ROWS"])), cdiv(C, options["WIDTH"]))](
                 *(bits(y), indices, bits(others), bits(out)),
                 *(S, total, C, y.stride(0), others.stride(0)),
                 HAS_BASE=base is not None,

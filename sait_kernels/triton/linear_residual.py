@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sait_kernels.triton.launch import Variant, on_device
 from sait_kernels.triton.numeric import product, rounded, widened
-from sait_kernels.triton.products import load_weight, tile_for, tile_place, tile_variants, tiles
+from sait_kernels.triton.products import load_weight, options_of, tile_for, tile_place, tile_variants, tiles
 
 
 def linear_residual(
@@ -39,7 +39,7 @@ def linear_residual(
                 HAS_BIAS=bias is not None,
                 GATHERS=indices is not None,
                 SCALES=gamma is not None,
-                **tile._asdict(),
+                **options_of(tile),
             )
     return out
 

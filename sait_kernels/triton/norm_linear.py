@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sait_kernels.triton.launch import Variant, on_device
 from sait_kernels.triton.numeric import product, rounded, widened
-from sait_kernels.triton.products import load_weight, tile_for, tile_place, tile_variants, tiles
+from sait_kernels.triton.products import load_weight, options_of, tile_for, tile_place, tile_variants, tiles
 
 
 def norm_linear(
@@ -36,7 +36,7 @@ def norm_linear(
                 eps,
                 HAS_BIAS=bias is not None,
                 GELU=gelu,
-                **tile._asdict(),
+                **options_of(tile),
             )
     return out
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from sait_kernels.triton.launch import Variant, variant
+from sait_kernels.triton.launch import Variant, cdiv, variant
 
 
 class Tile(NamedTuple):
@@ -36,8 +37,14 @@ def tile_for(rows: int, itemsize: int) -> Tile:
     return next(tile for (size, least), tile in TILES.items() if size == itemsize and rows >= least)
 
 
+@functools.cache
+def options_of(tile: Tile) -> dict[str, Any]:
+    """Its constants and launch options by name."""
+    return tile._asdict()
+
+
 def tiles(rows: int, columns: int, tile: Tile) -> tuple[int]:
-    return (triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_J),)
+    return (cdiv(rows, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_J),)
 
 
 @triton.jit
@@ -60,4 +67,4 @@ def tile_variants(kernel: Any, flags: dict[str, bool]) -> Iterator[Variant]:
     for (itemsize, rows), tile in TILES.items():
         dtype = "bf16" if itemsize == 2 else "fp32"
         label = f"{dtype} M>={rows} " + " ".join(name for name, value in flags.items() if value)
-        yield variant(kernel, label, dtype, {**flags, **tile._asdict()}, dots=itemsize == 2)
+        yield variant(kernel, label, dtype, {**flags, **options_of(tile)}, dots=itemsize == 2)

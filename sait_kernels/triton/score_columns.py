@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.registration import INTERPRETED
-from sait_kernels.triton.launch import Variant, variant
+from sait_kernels.triton.launch import Variant, cdiv, next_power_of_2, variant
 from sait_kernels.triton.numeric import IN_INTERPRETER, product, rounded, widened
 from sait_kernels.triton.softmax import LOWEST, numerators, sign_of
 from sait_kernels.triton.tail import zero_tail
@@ -45,13 +45,13 @@ if INTERPRETED:
 def launch_of(D: int, itemsize: int, backward: bool) -> dict[str, Any]:
     """Constants and options of a launch."""
     launch = next(pair for (size, width), pair in LAUNCHES.items() if size == itemsize and width >= D)[backward]
-    block_d = max(16, triton.next_power_of_2(D))
+    block_d = max(16, next_power_of_2(D))
     return {"D": D, "BLOCK_D": block_d, "BLOCK": launch.block, "num_warps": launch.num_warps, "num_stages": 2}
 
 
 def _blocks(q: Tensor, max_seqlen: int, options: dict[str, Any]) -> int:
     """Of the longest image; max_seqlen is a bound only, and may be far above."""
-    return triton.cdiv(min(max_seqlen, q.shape[0]), options["BLOCK"])
+    return cdiv(min(max_seqlen, q.shape[0]), options["BLOCK"])
 
 
 def forward(q: Tensor, k: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, scores: Tensor) -> None:

@@ -6,6 +6,7 @@ new length compiles nothing. Nothing is atomic: each sum has one program and one
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.triton import score_columns
-from sait_kernels.triton.launch import Variant, on_device, variant
+from sait_kernels.triton.launch import Variant, next_power_of_2, on_device, variant
 from sait_kernels.triton.numeric import rounded, widened
 from sait_kernels.triton.softmax import LOWEST, numerators, sign_of
 from sait_kernels.triton.tail import zero_tail
@@ -33,9 +34,10 @@ LOGIT_TILE = {2: 512, 4: 2048}
 NUM_WARPS = 8
 
 
+@functools.lru_cache
 def class_blocks(H: int, D: int, itemsize: int, kind: str) -> dict[str, Any]:
     """The constants of the kernels below, and how they are launched."""
-    block_d, heads = triton.next_power_of_2(D), triton.next_power_of_2(H)
+    block_d, heads = next_power_of_2(D), next_power_of_2(H)
     rows, columns = ROW_TILE // (itemsize * block_d), max(16, LOGIT_TILE[itemsize] // heads)
     return {
         **{"VALUES": kind == "cls_value", "D": D, "BLOCK_D": block_d, "ROWS": rows},

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.ops.select import kept_bound, mass_capacity
-from sait_kernels.triton.launch import Variant, on_device, variant
+from sait_kernels.triton.launch import Variant, next_power_of_2, on_device, variant
 
 OUTSIDE = tl.constexpr(-(2**31))  # below the key of every score
 NUM_WARPS = 4
@@ -77,7 +77,7 @@ def select_rows(
 
 def blocks(longest: int) -> dict[str, Any]:
     """The constants of a kernel that ends in choose_image, for images of up to these many tokens."""
-    block = min(max(triton.next_power_of_2(longest), SHORTEST), LONGEST)
+    block = min(max(next_power_of_2(longest), SHORTEST), LONGEST)
     return {"BLOCK": block, "CHUNKED": longest > block}
 
 
