@@ -52,7 +52,7 @@ demo: install
 	$(BIN)/sait show --model checkpoints/sait-canvas.safetensors --keep 0.45 --mass 0.9 --mass 0.7 --out demo
 	$(BIN)/sait bench --json demo/bench.json
 
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: install $(VENV)/.requirements-dev
 	$(PYTEST)
@@ -62,7 +62,7 @@ test-full: install $(VENV)/.requirements-dev
 
 # Each setting of tests/cpus.py in turn.
 test-blas test-isa: install $(VENV)/.requirements-dev
-	$(BIN)/python tests/cpus.py $(@:test-%=%) -n $(WORKERS) --dist loadfile
+	$(BIN)/python tests/cpus.py $(@:test-%=%) -n $(WORKERS) --dist worksteal
 
 check: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .
@@ -144,7 +144,7 @@ gpu-library: $(GPU_LIBRARY)/_build_info.py
 # Every Triton kernel compiled by the oldest Triton, and the tests that a version of Python, torch or timm can break.
 oldest: $(GPU_LIBRARY)/_build_info.py
 	PYTHONPATH=.:python SAIT_LIBRARY=$(GPU_LIBRARY) TRITON_INTERPRET=0 $(OLDEST) benchmarks/aot.py --limits-only
-	PYTHONPATH=.:python SAIT_LIBRARY=$(GPU_LIBRARY) $(OLDEST) -m pytest -n $(WORKERS) --dist loadfile \
+	PYTHONPATH=.:python SAIT_LIBRARY=$(GPU_LIBRARY) $(OLDEST) -m pytest -n $(WORKERS) --dist worksteal \
 		tests/ops tests/models tests/test_backend.py
 
 OTHER_MODELS := --model deit_tiny_patch16_224 --model deit_base_patch16_224 --model vit_large_patch16_224

@@ -155,6 +155,18 @@ def calls() -> dict[str, Callable[[], object]]:
     }
 
 
+WHAT = {
+    True: "Calls enqueued on the device, without waiting for them.",
+    False: "What runs in Python and in torch's dispatcher, in inference mode; no GPU, so without the driver's launch, "
+    "a few µs each. Triton's launch is run up to there. The time is that of the calling thread on its core.",
+}
+MODEL = (
+    "A forward of DeiT-S in structure (12 blocks, block 3, keep 0.45), in float16, with one image of 4 patches and "
+    "one head of 32 channels, so that hardly any of it is arithmetic. *Triton*: all ops of the package. *As a GPU "
+    "chooses*: norm_linear and linear_residual in Triton, the others in C++, where without a GPU their CPU kernel runs "
+    "in the place of a launch. torch's own ops (linear, layer_norm, ...) are those of the device that runs this; the "
+    "last column has these ops alone, called one after the other."
+)
 # DeiT-S in structure, with hardly any arithmetic: one head of 32 channels, and 4 patches.
 WIDTH, HEADS, DEPTH, SIDE = 32, 1, 12, 32
 
@@ -245,16 +257,15 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="a page for the table")
     arguments = parser.parse_args()
     where = measure.results([], "cuda" if ON_GPU else "cpu")
-    what = (
-        "Calls enqueued on the device, without waiting for them."
-        if ON_GPU
-        else "What runs in Python and in torch's dispatcher; no GPU, so without the driver's launch, a few µs each."
-    )
+    if not ON_GPU:
+        torch.set_num_threads(1)
+        replace_kernels()
     page = (
-        "# Host time of a call\n\n"
+        "# Host time\n\n"
         "*Written by `python benchmarks/overhead.py --write docs/overhead.md`.*\n\n"
-        f"{what} {where['device']}; python {platform.python_version()}, torch {torch.__version__}, "
-        f"triton {triton.__version__}; {where['date'][:10]}.\n\n{table()}\n\n"
+        f"{where['device']}; python {platform.python_version()}, torch {torch.__version__}, "
+        f"triton {triton.__version__}; {where['date'][:10]}.\n\n{WHAT[ON_GPU]}\n\n{table()}\n\n"
+        f"{MODEL}\n\n{forwards()}\n\n"
         "A CUDA graph takes all of this away where sizes are static: a fixed `keep`, or `mass` with `static=True`.\n"
     )
     print(page)

@@ -17,13 +17,15 @@ import sait_kernels as sk
 if INTERPRETED:
     import interpreter  # noqa: F401
 
-settings.register_profile("local", deadline=None, max_examples=25)
-settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="whole grids, as make test-full runs them; see tests/tiers.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    examples, in_ci = 25 if config.getoption("--full") else 10, bool(os.environ.get("CI"))
+    settings.register_profile("of the tier", deadline=None, max_examples=examples, derandomize=in_ci)
+    settings.load_profile("of the tier")
 
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave

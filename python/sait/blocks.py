@@ -103,7 +103,7 @@ def _run_optimized(
         shape = (1, out.shape[0]) if ragged else (tokens.images, selection.max_seqlen)
         kept = Tokens(out, selection.cu_seqlens, selection.max_seqlen, ragged)
     x = layers.finish(_of_plain(attn.norm, out), x, selection)
-    return kept._replace(x=x.view(*shape, x.shape[1])), selection
+    return Tokens(x.view(*shape, x.shape[1]), kept.cu_seqlens, kept.max_seqlen, kept.ragged), selection
 
 
 def _run_for_prefix(attn: Any, layers: Layers, tokens: Tokens, num_prefix: int) -> Tokens:

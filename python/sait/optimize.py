@@ -29,9 +29,9 @@ HOLDER = "_sait_optimized"  # the attribute of a block that optimize sets
 def optimize(model: Any) -> Any:
     """Fuses the linear layers of a sparse model's blocks with what surrounds them, in place; undone by deoptimize.
 
-    Fewer passes over memory, and on a CPU faster products: benchmarks/end_to_end.py tells what that gains on a machine;
-    no GPU has measured it yet. The weights stay the parameters: state_dict and training are as before. At each forward
-    it matters where the input lies:
+    Fewer passes over memory, and on a CPU faster products: benchmarks/end_to_end.py tells what that gains on a machine.
+    The weights stay the parameters: state_dict and training are as before. At each forward it matters where the input
+    lies:
 
     - On a CPU the weights are packed, which takes one more copy of them; float32 or bfloat16, no torch.compile, whose
       code fuses for itself, and no bfloat16 where the CPU has AMX, which oneDNN uses and these kernels do not. A
@@ -40,7 +40,11 @@ def optimize(model: Any) -> Any:
       call optimize again after that.
     - On a GPU norm_linear and linear_residual read the modules' own weights; float32 (exact, without TF32), bfloat16 or
       float16. Under torch.compile, too: who calls optimize asks for these kernels; compiled code saves the host's time
-      between them.
+      between them. No GPU has measured this. Known is a count: five launches a block in place of ten, so it should pay
+      where launches are the time, with small batches, and best in a graph (sait.graphed). Against it stands that
+      norm_linear reads its rows twice for each 128 columns of its result: in DeiT-S at batch 256 a call takes 0.7 GB
+      (QKV) or 0.9 GB (MLP) out of the L2 cache, and one expects some 0.9 times the speed of the model without
+      optimize. It is not recommended for large batches until that is measured.
 
     Where a timm model's head reads prefix tokens only (class token pooling, distilled heads), its last block computes
     these alone: for them the others are keys and values. ``forward_features`` returns them all.
@@ -199,8 +203,11 @@ def _has_amx() -> bool:
 
 
 def _has_kernels(x: Tensor, forced: str | None) -> bool:
-    names = [name for name in ("cuda", "triton") if forced in (None, name)]
-    return not any([all([refusal(op, name, x) is not None for name in names]) for op in FUSED_OPS])
+    return all([_is_served(op, x, forced) for op in FUSED_OPS])
+
+
+def _is_served(op: str, x: Tensor, forced: str | None) -> bool:
+    return any(forced in (None, name) and refusal(op, name, x) is None for name in ("triton", "cuda"))
 
 
 def _is_inference(x: Tensor) -> bool:

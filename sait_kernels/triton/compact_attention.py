@@ -80,7 +80,9 @@ def compact_attention(
                 H,
                 query_blocks,
                 LOG2E * (D**-0.5 if scale is None else scale),
-                *(stride for t in (q, k, v) for stride in t.stride()[:2]),
+                *q.stride()[:2],
+                *k.stride()[:2],
+                *v.stride()[:2],
                 **options,
             )
     return out

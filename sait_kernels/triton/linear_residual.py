@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sait_kernels.triton.launch import Variant, on_device
 from sait_kernels.triton.numeric import product, rounded, widened
-from sait_kernels.triton.products import load_weight, options_of, tile_for, tile_place, tile_variants, tiles
+from sait_kernels.triton.products import load_weight, tile_place, tile_variants, tiling
 
 
 def linear_residual(
@@ -19,9 +19,9 @@ def linear_residual(
     (M, K), columns = y.shape, weight.shape[0]
     out = y.new_empty(M, columns)
     if out.numel():
-        tile = tile_for(M, y.element_size())
+        grid, options = tiling(M, columns, y.element_size())
         with on_device(y):
-            _linear_residual[tiles(M, columns, tile)](
+            _linear_residual[grid](
                 y,
                 weight,
                 weight if bias is None else bias.contiguous(),
@@ -39,7 +39,7 @@ def linear_residual(
                 HAS_BIAS=bias is not None,
                 GATHERS=indices is not None,
                 SCALES=gamma is not None,
-                **options_of(tile),
+                **options,
             )
     return out
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sait_kernels.triton.launch import Variant, on_device
 from sait_kernels.triton.numeric import product, rounded, widened
-from sait_kernels.triton.products import load_weight, options_of, tile_for, tile_place, tile_variants, tiles
+from sait_kernels.triton.products import load_weight, tile_place, tile_variants, tiling
 
 
 def norm_linear(
@@ -19,9 +19,9 @@ def norm_linear(
     (M, K), columns = x.shape, weight.shape[0]
     out = x.new_empty(M, columns)
     if out.numel():
-        tile = tile_for(M, x.element_size())
+        grid, options = tiling(M, columns, x.element_size())
         with on_device(x):
-            _norm_linear[tiles(M, columns, tile)](
+            _norm_linear[grid](
                 x,
                 norm_weight.contiguous(),
                 norm_bias.contiguous(),
@@ -36,7 +36,7 @@ def norm_linear(
                 eps,
                 HAS_BIAS=bias is not None,
                 GELU=gelu,
-                **options_of(tile),
+                **options,
             )
     return out
 

@@ -33,18 +33,11 @@ TILES = {
 }
 
 
-def tile_for(rows: int, itemsize: int) -> Tile:
-    return next(tile for (size, least), tile in TILES.items() if size == itemsize and rows >= least)
-
-
-@functools.cache
-def options_of(tile: Tile) -> dict[str, Any]:
-    """Its constants and launch options by name."""
-    return tile._asdict()
-
-
-def tiles(rows: int, columns: int, tile: Tile) -> tuple[int]:
-    return (cdiv(rows, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_J),)
+@functools.lru_cache
+def tiling(rows: int, columns: int, itemsize: int) -> tuple[tuple[int], dict[str, Any]]:
+    """(grid, constants and launch options) of a product with so many rows and columns. The dictionary is shared."""
+    tile = next(tile for (size, least), tile in TILES.items() if size == itemsize and rows >= least)
+    return (cdiv(rows, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_J),), tile._asdict()
 
 
 @triton.jit
@@ -67,4 +60,4 @@ def tile_variants(kernel: Any, flags: dict[str, bool]) -> Iterator[Variant]:
     for (itemsize, rows), tile in TILES.items():
         dtype = "bf16" if itemsize == 2 else "fp32"
         label = f"{dtype} M>={rows} " + " ".join(name for name, value in flags.items() if value)
-        yield variant(kernel, label, dtype, {**flags, **options_of(tile)}, dots=itemsize == 2)
+        yield variant(kernel, label, dtype, {**flags, **tile._asdict()}, dots=itemsize == 2)

@@ -74,7 +74,6 @@ def test_compiles_reads_and_compares(tmp_path: Path) -> None:
     assert results["spilling"]["spills"] > 0
     assert not results["scalar"]["matrix"]
 
-    assert run_aot(tmp_path, "--only", "good").returncode == 0
     (tmp_path / "baseline.json").write_text(
         (tmp_path / "baseline.json").read_text().replace('"shared": ', '"shared": 9')
     )
@@ -82,7 +81,6 @@ def test_compiles_reads_and_compares(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout
     assert "1 not as in the baseline" in done.stdout
     assert run_aot(tmp_path, "--only", "good", "--limits-only").returncode == 0
-    assert run_aot(tmp_path, "--only", "scalar", "--limits-only").returncode == 1
 
 
 FACTS = aot.Facts(registers=100, shared=1024, stack=0, spills=0, matrix={"HMMA.16816.F32.BF16": 8}, load=128)

@@ -137,6 +137,18 @@ def test_a_change_after_packing_is_noticed(change: Callable[[Any], None], calls:
     )  # which do next to nothing
 
 
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_change_after_fusing_is_noticed(change: Callable[[Any], None], on_triton: None, calls: list[str]) -> None:
+    model, x = sait.optimize(shortened(sparse("vit", keep=1.0))), zoo.images("vit", 1)
+    model(x)
+    assert calls == FUSED * 2
+    change(model)
+    got = model(x)
+    assert calls == FUSED * 3, "the changed block runs its modules"
+    assert_same_bits("logits", got, sait.optimize(copy.deepcopy(model))(x))
+
+
 def test_weights_made_in_inference_mode(calls: list[str]) -> None:
     """By model.bfloat16(), for instance. They count no changes: after one it takes another optimize."""
     with torch.inference_mode():

@@ -13,12 +13,14 @@ from sait import checkpoint
 from sait.throughput import Density
 from sait.train import Config, evaluate
 from sait.train.data import expected_by, open_data
+from tiers import full_only
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 1000
 CASES = {"dense": Density(), "keep 0.45": Density(keep=0.45), "mass 0.9": Density(mass=0.9)}
 
 
+@full_only(lambda file, name: name == "plain")
 @pytest.mark.parametrize(("file", "name"), [("sait-canvas", "SaiT"), ("plain-canvas", "plain")])
 def test_accuracy_is_the_one_that_is_claimed(file: str, name: str) -> None:
     """On a part of the images it may differ by the standard errors of both shares: at most by four of the larger."""
