@@ -6,6 +6,9 @@ import os
 import re
 from collections.abc import Generator, Iterator
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from helpers import BACKENDS, INTERPRETED, ISAS, KERNEL_BACKENDS, ON_GPU, instruction_set

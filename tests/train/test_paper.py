@@ -13,8 +13,6 @@ import yaml
 
 
 def test_from_trainings_to_tables(tmp_path, monkeypatch):
-    few = {name: paper.VARIANTS[name] for name in ("plain", "SaiT", "sparse only")}
-    monkeypatch.setattr(paper, "VARIANTS", few)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({**short.SHORT, "eval_every": 2}))
     runs, out = tmp_path / "runs", tmp_path / "docs"
