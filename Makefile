@@ -85,7 +85,7 @@ emulate: $(EMULATED) $(VENV)/.requirements-dev
 GPU_PARTS ?= start ops end-to-end test-triton costs batches sanitizer
 GPU_MINUTES ?= 28
 GPU_RESULTS ?= $(RESULTS)
-GPU = PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS) --minutes $(GPU_MINUTES)
+GPU = $(PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS) --minutes $(GPU_MINUTES)
 
 gpu:
 	$(GPU) $(GPU_PARTS)
@@ -95,7 +95,7 @@ gpu-end-to-end-autotuned:
 	$(GPU) $(@:gpu-%=%) $(ARGUMENTS)
 
 gpu-summary:
-	PYTHONPATH=.:python $(PYTHON) benchmarks/gpu_summary.py $(GPU_RESULTS)
+	$(PYTHON) benchmarks/gpu_summary.py $(GPU_RESULTS)
 
 # A library for one GPU, built without one on the oldest stack, which machines with a GPU have: to take along, and to be
 # found there by SAIT_LIBRARY=<folder>. Without what only a debugger reads.
