@@ -98,7 +98,7 @@ emulate: $(EMULATED) $(VENV)/.requirements-dev
 GPU_PARTS ?= start ops end-to-end test-triton costs batches sanitizer
 GPU_MINUTES ?= 28
 GPU_RESULTS ?= $(RESULTS)
-GPU = PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS) --minutes $(GPU_MINUTES)
+GPU = $(PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS) --minutes $(GPU_MINUTES)
 
 gpu:
 	$(GPU) $(GPU_PARTS)
@@ -108,7 +108,7 @@ gpu-end-to-end-autotuned:
 	$(GPU) $(@:gpu-%=%) $(ARGUMENTS)
 
 gpu-summary:
-	PYTHONPATH=.:python $(PYTHON) benchmarks/gpu_summary.py $(GPU_RESULTS)
+	$(PYTHON) benchmarks/gpu_summary.py $(GPU_RESULTS)
 
 # The oldest supported versions, in a venv of their own, by Python 3.12 where there is one.
 PYTHON_OLDEST ?= $(shell for python in python3.12 $$(ls -d $$(pyenv root 2>/dev/null)/versions/3.12.*/bin/python 2>/dev/null) \

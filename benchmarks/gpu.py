@@ -22,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ PYTHON = sys.executable
 MINUTES = 28.0  # of all parts together: half an hour, less the start
 TAIL_LINES, TAIL_CHARACTERS = 25, 3000
 GRACE_SECONDS = 3.0
+MINUTES_LEFT = "<minutes>"  # a word of a command: 85 % of what it may take, so that it ends by itself
 # The ops in the order in which their figures matter, should the time run out.
 OPS = ("compact_attention", "prune_attention", "score_select", "ragged", "gather_add_norm")
 OPS += ("norm_linear", "linear_residual", "gather_tokens")
@@ -63,7 +64,7 @@ class Part:
 
 
 def start(folder: Path, ops: Sequence[str]) -> list[Step]:
-    facts = "nvidia-smi; nvcc --version; uname -a; free -g; python3 -m pip list 2>&1"
+    facts = f"nvidia-smi; nvcc --version; uname -a; free -g; {PYTHON} -m pip list 2>&1"
     return [
         Step("facts", ["bash", "-c", facts], 40),
         *(small_calls(backend) for backend in BACKENDS),
@@ -99,8 +100,8 @@ def end_to_end(*arguments: str, minutes: float) -> Part:
     """Whole models. It leaves peers out that would start too late; the rest of its limit is for what has started."""
 
     def steps(folder: Path, looked_at: Sequence[str]) -> list[Step]:
-        words = [PYTHON, "benchmarks/end_to_end.py", "--save-results", str(folder)]
-        return [Step("end to end", [*words, "--minutes", f"{0.85 * minutes:.1f}", *arguments], 60 * minutes)]
+        words = [PYTHON, "benchmarks/end_to_end.py", "--save-results", str(folder), "--minutes", MINUTES_LEFT]
+        return [Step("end to end", [*words, *arguments], 60 * minutes)]
 
     return Part(minutes, steps)
 
@@ -177,6 +178,8 @@ class Run:
             self.note({"step": step.name, "outcome": "left out", "reason": f"{step.words[0]} is not on the path"})
             return False
         limit = min(step.seconds, left)
+        minutes = f"{0.85 * limit / 60:.2f}"
+        step = replace(step, words=[minutes if word == MINUTES_LEFT else word for word in step.words])
         say(f"== {step.name}, at most {limit:.0f} s")
         began = time.monotonic()
         code, last = self._carry_out(step, limit)
@@ -209,8 +212,9 @@ class Run:
 @contextlib.contextmanager
 def process(step: Step) -> Iterator[subprocess.Popen[str]]:
     """Its command, in a group of its own, which ends with this block."""
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "python", "benchmarks"))
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
+    path = [str(ROOT / folder) for folder in ("", "python", "benchmarks")]
+    path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
     running = subprocess.Popen(
         step.words,
         cwd=ROOT,
@@ -272,7 +276,12 @@ def library(arch: str) -> Callable[[Run], bool]:
 
     Asked before each part, found out before the first. A build repeats only what has changed.
     """
-    check = "from sait_kernels import info, library; info.main(); raise SystemExit(library.problem or None)"
+    check = (
+        "from sait_kernels import info, library; info.main(); problem = library.problem\n"
+        "archs = library.module.cuda_archs if library.module else ''\n"
+        f"wrong = None if '{arch}' in archs or 'PTX' in archs else f'no CUDA kernels for {arch}, but for {{archs!r}}'\n"
+        "raise SystemExit(problem or wrong)"
+    )
     build = Step(
         "build",
         [PYTHON, "setup.py", "build_ext", "--inplace"],

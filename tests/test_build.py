@@ -20,8 +20,9 @@ TORCH = torch.__version__
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Path:
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a copy of the package that a test may damage."""
+    monkeypatch.delenv("SAIT_LIBRARY", raising=False)
     shutil.copytree(PACKAGE, tmp_path / "sait_kernels", ignore=shutil.ignore_patterns("__pycache__"))
     # An editable install finds the modules that a copy lacks in the source tree: take its finder away.
     (tmp_path / "sitecustomize.py").write_text(

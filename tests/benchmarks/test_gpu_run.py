@@ -85,6 +85,13 @@ def test_all_parts_keep_to_theirs(tmp_path: Path) -> None:
     assert [outcomes(folder) for folder in folders] == [{"slow": "cut"}, {"never": "left out"}]
 
 
+def test_a_step_is_told_how_long_it_may_take(tmp_path: Path) -> None:
+    program = "import sys; left = float(sys.argv[1]); raise SystemExit(not 0.7 < left <= 0.85)"
+    step = Step("step", [sys.executable, "-c", program, gpu.MINUTES_LEFT], 600)
+    (folder,) = run(tmp_path, {"ops": part(step, minutes=1)})
+    assert outcomes(folder) == {"step": "passed"}
+
+
 def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
     folders = run(tmp_path, {"ops": part()}, ["ops"] * 3)
     assert len(set(folders)) == 3
@@ -123,6 +130,35 @@ def test_without_a_library_nothing_runs(tmp_path: Path) -> None:
     (folder,) = run(tmp_path, {"ops": part(python("never", "pass"))}, prepare=lambda run: False)
     assert outcomes(folder) == {"never": "left out"}
     assert "- ops: never: there is no library" in gpu_summary.written([tmp_path])
+
+
+@pytest.mark.parametrize("archs", ["8.0;9.0", "8.0+PTX", "8.0"])
+def test_a_library_that_was_brought_along_is_used_where_it_serves(
+    tmp_path: Path, archs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one is built, for the GPU that is there. The answer is kept for the parts that follow."""
+    package = tmp_path / "sait_kernels"
+    package.mkdir()
+    for name, text in {
+        "__init__": "",
+        "library": f"from types import SimpleNamespace\nproblem, module = '', SimpleNamespace(cuda_archs={archs!r})",
+        "info": "def main(): pass",
+    }.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "setup.py").write_text("import os; print('for', os.environ['TORCH_CUDA_ARCH_LIST'])")
+    monkeypatch.setenv("SAIT_LIBRARY", "somewhere")
+    parts = {name: part(python("step", "pass")) for name in ("start", "ops")}
+    folders = run(tmp_path, parts, prepare=gpu.library("9.0"))
+    serves = archs != "8.0"
+    first = {"library": "passed"} if serves else {"library": "failed", "build": "passed"}
+    assert outcomes(folders[0]).items() >= first.items()
+    assert outcomes(folders[1]) == ({"step": "passed"} if serves else {"step": "left out"})
+    assert os.environ.get("SAIT_LIBRARY") == (str(Path("somewhere").resolve()) if serves else None)
+    if not serves:
+        log = (folders[0] / "log.txt").read_text()
+        assert "for 9.0" in log
+        assert "no CUDA kernels for 9.0, but for '8.0'" in log
 
 
 def test_ops_that_fail_at_the_start_are_looked_at_next(tmp_path: Path) -> None:
