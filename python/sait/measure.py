@@ -113,7 +113,10 @@ def device_name(device: torch.device | str = "cpu") -> str:
 
 
 def _revision() -> dict[str, Any]:
-    """commit and dirty of the source tree that this file is in; nothing for an installed copy."""
+    """commit and dirty of the source tree that this file is in; nothing for an installed copy.
+
+    Results that other measurements wrote are no change of what is measured.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / "setup.py").exists():
         return {}
@@ -123,8 +126,9 @@ def _revision() -> dict[str, Any]:
             ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
+    others = ("--", ".", ":(exclude)benchmarks/results")
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", *others))}
     except (OSError, subprocess.CalledProcessError):  # no git, or a source tree without history
         return {}
 

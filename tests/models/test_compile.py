@@ -10,6 +10,7 @@ import pytest
 import sait
 import torch
 import zoo
+from tiers import full_only
 from torch._dynamo.testing import CompileCounterWithBackend
 
 
@@ -32,6 +33,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
 
 
+@full_only(lambda name, plan: name in ("distilled", "registers"))
 @pytest.mark.parametrize(
     ("name", "plan"), [("vit", 0), ("distilled", 1), ("registers", 2), ("siglip", 1), ("gated", 0)]
 )

@@ -99,6 +99,7 @@ def test_no_size_depends_on_data(name):
             model(fake)
 
 
+@full_only(lambda name: name not in ("vit", "avgmax", "siglip", "gated"))
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_one_graph_whatever_is_kept(name):

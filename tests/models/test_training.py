@@ -90,7 +90,7 @@ class Drawn(nn.Module):
         return x * self.factors[self.image]
 
 
-@full_only(lambda name, backend: slow_here(backend) and name != "siglip")
+@full_only(lambda name, backend: slow_here(backend))
 @pytest.mark.parametrize("name", ["vit", "rms_norm", "siglip"])
 @torch.no_grad()
 def test_drop_path_drops_images(name, backend):

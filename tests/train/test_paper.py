@@ -10,8 +10,10 @@ import pytest
 import sait
 import short
 import yaml
+from tiers import full_only
 
 
+@full_only(lambda: True)  # five trainings and their measurement, each part of which has tests of its own
 def test_from_trainings_to_tables(tmp_path, monkeypatch):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({**short.SHORT, "eval_every": 2}))

@@ -13,6 +13,7 @@ import pytest
 import sait
 import short
 import torch
+from tiers import full_only
 
 HERE = Path(__file__).parent
 SECONDS = 120  # a run takes ten
@@ -84,6 +85,7 @@ def test_eval_shares_the_images(together, tmp_path):
             assert got[key] == pytest.approx(want[key])
 
 
+@full_only(lambda: True)  # two runs of two processes; test_train.py resumes one process from every point
 def test_a_killed_process_ends_the_run_and_it_can_go_on(together, tmp_path):
     dead = train(tmp_path, dies_in=2)
     assert dead.returncode != 0
