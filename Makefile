@@ -3,6 +3,7 @@
 # make test     the test suite's fast tier        make check   lint, format, types
 # make test-full    all of it                     make oldest  the oldest supported versions, in a venv of their own
 # make test-blas, make test-isa    the tests as other CPUs would run them
+# make faults   faults planted one at a time (hours): the fast tier must find all that the full one finds
 # make paper    train every variant on canvas (hours), and write docs/accuracy.md
 # make aot      every Triton kernel, compiled without a GPU: registers, spills, instructions
 # make sass     every CUDA kernel as it was compiled: registers, spills, instructions
@@ -24,7 +25,7 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 RESULTS := benchmarks/results
 GPU_RESULTS ?= $(RESULTS)
 
-.PHONY: demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-bench \
+.PHONY: demo install test test-full test-blas test-isa faults oldest check aot sass emulate gpu gpu-build gpu-test gpu-test-cuda gpu-test-triton gpu-bench \
 	gpu-end-to-end gpu-end-to-end-models gpu-end-to-end-autotuned bench end-to-end end-to-end-models report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
@@ -61,6 +62,9 @@ test-full: install $(VENV)/.requirements-dev
 # Each setting of tests/cpus.py in turn.
 test-blas test-isa: install $(VENV)/.requirements-dev
 	$(BIN)/python tests/cpus.py $(@:test-%=%) -n $(WORKERS) --dist loadfile
+
+faults: install $(VENV)/.requirements-dev
+	$(BIN)/python tests/plant_faults.py --workers $(WORKERS) --write tests/README.md
 
 check: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .

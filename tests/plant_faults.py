@@ -5,11 +5,12 @@
     python tests/plant_faults.py --list         what is known of them
 
 A fault is planted in a copy of the tracked files under build/faults, never here. There the tests nearest to it run, up
-to the first failure. If they pass, so does the whole fast tier, and if that passes, too, the full one. Those of
-csrc/cuda run in the tests of `make emulate`. The copy builds a library once, and again only what a fault changes.
+to the first failure. If they pass, the whole fast tier follows, and if that passes, too, the full one. Those of
+csrc/cuda run in the tests of `make emulate`. The copy builds a library once, and again only what a fault changes. The
+test that finds a fault runs once more without it, and has to pass.
 
-Exit code 1: a fault that the full tier finds and the fast one does not, one that could not be planted, or tests that
-fail without a fault.
+Exit code 1: a fault that the full tier finds and the fast one does not, one that could not be planted, or a test that
+fails without it.
 """
 
 from __future__ import annotations
@@ -138,11 +139,7 @@ def run(work: Work, tier: str, group: str, fault: Fault, workers: int) -> Result
     """What is known of a fault after a tier: `by`, the test that found it, and the `tier`; or those it survived."""
     result = {"survived": [], "seconds": {}, **work.results.get(fault.name, {})}
     arguments = tests_of(tier, group, fault, workers)
-    control = f"without a fault, {group}: {arguments}"
     work.renew()
-    if control not in work.results:
-        found = work.test(group, arguments, TIERS[tier])
-        work.record(control, {"problem": f"fails without a fault: {found}"} if found else {})
     file = work.tree / fault.file
     text = file.read_text()
     if text.count(fault.before) != 1:
@@ -153,7 +150,12 @@ def run(work: Work, tier: str, group: str, fault: Fault, workers: int) -> Result
     start = time.monotonic()
     found = work.test(group, arguments, TIERS[tier])
     result["seconds"][tier] = round(time.monotonic() - start)
-    return {**result, "by": found, "tier": tier} if found else {**result, "survived": [*result["survived"], tier]}
+    if not found:
+        return {**result, "survived": [*result["survived"], tier]}
+    work.renew()
+    flags = " --full" if tier == "full" else ""
+    without = work.test(group, shlex.quote(found) + flags if "::" in found else arguments, TIERS[tier])
+    return {"problem": f"fails without the fault, too: {without}"} if without else {**result, "by": found, "tier": tier}
 
 
 def is_open(result: Result, tier: str) -> bool:
