@@ -69,7 +69,7 @@ class Work:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-            if name.startswith(("csrc/", "tests/emulation/")) or name in ("setup.py", "Makefile"):
+            if name.startswith(("csrc/", "tests/emulation/", "setup.py")):
                 for library in self._libraries("*"):
                     library.unlink()
         for group in groups:
