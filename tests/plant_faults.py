@@ -113,9 +113,9 @@ class Work:
             return f"hangs: more than {seconds} s"
         if found := re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE):
             return found[1]
-        said = [*done.stdout.splitlines(), *done.stderr.splitlines()]
-        reasons = [line.strip() for line in said if re.search("Sanitizer|runtime error|emulat|Fatal", line)]
-        return f"exit code {done.returncode}: {' '.join(reasons[:1] or said[-3:])}"
+        crashed = re.search(r"line \d+ in (test_\w+)", done.stderr)
+        said = [line for line in (done.stdout + done.stderr).splitlines() if re.search("Sanitizer|Fatal|emulat", line)]
+        return f"exit code {done.returncode} in {crashed[1] if crashed else 'no test'}: {' '.join(said[:1])}"
 
 
 def sanitizers() -> str:
