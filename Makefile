@@ -169,3 +169,7 @@ paper: install
 
 clean:
 	rm -rf build dist demo *.egg-info python/*.egg-info sait_kernels/*.so sait_kernels/_build_info.py $(VENV)/.build
+
+# The faults of tests/faults.py, planted one at a time in a copy: hours.
+faults: install $(VENV)/.requirements-dev
+	$(BIN)/python tests/plant_faults.py

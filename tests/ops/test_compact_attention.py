@@ -102,6 +102,7 @@ def test_scale(backend: str, scale: float) -> None:
     case = Case((65, 20), H=3, D=64)
     for dtype in DTYPES:
         check_values(case, dtype, some_rows(case.lengths), scale)
+        check_values(case, dtype, None, scale)
         check_gradients(case, dtype, some_rows(case.lengths), scale)
 
 
@@ -113,6 +114,17 @@ def test_large_logits(backend: str) -> None:
     out = sk.compact_attention(q * 300, k, v, cu, 70)
     exact = sk.reference.compact_attention(*doubles(q * 300, k, v), cu, 70)
     assert_as_exact_as_torch("out", out, exact, expressions.attention(q * 300, k, v, cu))
+
+
+def test_logits_far_below_zero(backend: str) -> None:
+    """A key beyond the image, with a logit of 0, would leave nothing of the others."""
+    case = Case((1, 19, 70), H=2, D=32)
+    q, _, v = make_qkv(case, torch.float32)
+    cu = cu_of(case.lengths)
+    query, k = q[:1].expand_as(q), q[:1] * torch.linspace(-101, -100, case.T)[:, None, None]  # logits of about -600
+    out = sk.compact_attention(query, k, v, cu, 70)
+    exact = sk.reference.compact_attention(*doubles(query, k, v), cu, 70)
+    assert_as_exact_as_torch("out", out, exact, expressions.attention(query, k, v, cu))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -100,6 +100,12 @@ def test_scale(backend: str, kind: str, scale: float) -> None:
         check(Case((65, 20), H=3, D=64), dtype, kind, scale=scale)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_heads(backend: str, kind: str) -> None:
+    """More than a block of CUDA's threads takes at once, and no multiple of that."""
+    check(Case((20, 6), H=12, D=32), torch.float32, kind)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["cls", "column"])
 def test_scale_zero_is_the_mean(backend: str, kind: str, dtype: torch.dtype) -> None:

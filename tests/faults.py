@@ -1,0 +1,613 @@
+"""The faults that tests/plant_faults.py plants: mistakes that somebody could make, one at a time.
+
+Many show only where several things come together: one instruction set and one type, a head dimension that no vector
+divides, a second stage behind a mass, threads that share out one head. Such a fault is what a tier of pairs could lose.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """`before`, once in `file`, becomes `after`. `first`: pytest's arguments for the tests nearest to it."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    first: str
+
+
+OPS = "tests/ops/test_"
+ATTENTION = f"{OPS}compact_attention.py"
+SCORE = f"{OPS}score_tokens.py"
+SELECT = f"{OPS}select.py"
+GATHER = f"{OPS}gather_tokens.py"
+GATHER_ADD_NORM = f"{OPS}gather_add_norm.py"
+PACKED = f"{OPS}packed_linear.py"
+LINEAR = f"{OPS}norm_linear.py"
+PRUNE = f"{OPS}prune_attention.py"
+TAIL = f"{OPS}tail.py"
+OPTIMIZE = "tests/models/test_optimize.py tests/models/test_optimize_changes.py"
+
+# Python, Triton's kernels included: nothing is built.
+PYTHON = (
+    Fault(
+        "attention in blocks of keys: the sum of the weights is not rescaled",
+        "sait_kernels/triton/compact_attention.py",
+        "total = total * shrunk + tl.sum(weights, 1)",
+        "total = total + tl.sum(weights, 1)",
+        f"{ATTENTION} -k triton",
+    ),
+    Fault(
+        "attention: one column too many is read of a head dimension that is no power of two",
+        "sait_kernels/triton/attention_rows.py",
+        "m = m & (o_d < D)[None, :]\n        parts += ",
+        "m = m & (o_d <= D)[None, :]\n        parts += ",
+        f"{ATTENTION} -k triton",
+    ),
+    Fault(
+        "attention's gradient: the mean of a row is not rescaled from one block of keys to the next",
+        "sait_kernels/triton/compact_attention_backward.py",
+        "mean = mean * shrunk + tl.sum(weights * dweights, 1)",
+        "mean = mean + tl.sum(weights * dweights, 1)",
+        f"{ATTENTION} -k triton",
+    ),
+    Fault(
+        "attention's gradient: nobody writes dq of the rows that were dropped",
+        "sait_kernels/triton/compact_attention_backward.py",
+        "dq = q.new_empty(q.shape) if indices is None else q.new_zeros(q.shape)",
+        "dq = q.new_empty(q.shape)",
+        f"{ATTENTION} -k triton",
+    ),
+    Fault(
+        "attention's gradient: the heads of k lie as far apart as those of q",
+        "sait_kernels/triton/compact_attention_backward.py",
+        "b_k = load_rows(p_k + h * s_kh, o_j, s_kt, m_j, D, PARTS)",
+        "b_k = load_rows(p_k + h * s_qh, o_j, s_kt, m_j, D, PARTS)",
+        f"{ATTENTION} -k triton",
+    ),
+    Fault(
+        "LayerNorm's gradient without the mean of g",
+        "sait_kernels/triton/gather_add_norm.py",
+        "b_dr += rstd * (g - _mean(g, C) - z * _mean(g * z, C))",
+        "b_dr += rstd * (g - z * _mean(g * z, C))",
+        f"{GATHER_ADD_NORM} -k triton",
+    ),
+    Fault(
+        "gather_add_norm's gradient: y is read as if its rows had no gaps",
+        "sait_kernels/triton/gather_add_norm.py",
+        "b_y = widened(tl.load(p_y + o_row * s_y + o_c[None, :], m, other=0.0))",
+        "b_y = widened(tl.load(p_y + o_row * C + o_c[None, :], m, other=0.0))",
+        f"{GATHER_ADD_NORM} -k triton",
+    ),
+    Fault(
+        "scatter: the empty places of the last block count as row 0",
+        "sait_kernels/triton/gather_tokens.py",
+        "kept = tl.load(p_indices + o_i, o_i < S, other=-1)",
+        "kept = tl.load(p_indices + o_i, o_i < S, other=0)",
+        f"{GATHER} -k triton",
+    ),
+    Fault(
+        "linear_residual: LayerScale before the bias",
+        "sait_kernels/triton/linear_residual.py",
+        """\
+    if HAS_BIAS:
+        acc += widened(tl.load(p_bias + o_j, m_j, other=0.0))[None, :]
+    if SCALES:
+        acc *= widened(tl.load(p_gamma + o_j, m_j, other=0.0))[None, :]
+""",
+        """\
+    if SCALES:
+        acc *= widened(tl.load(p_gamma + o_j, m_j, other=0.0))[None, :]
+    if HAS_BIAS:
+        acc += widened(tl.load(p_bias + o_j, m_j, other=0.0))[None, :]
+""",
+        f"{LINEAR} -k 'triton and residual'",
+    ),
+    Fault(
+        "norm_linear: the variances of two parts of a row are merged without how many the first has",
+        "sait_kernels/triton/norm_linear.py",
+        "distance * distance * k * share",
+        "distance * distance * share",
+        f"{LINEAR} -k 'triton and test_norm_linear'",
+    ),
+    Fault(
+        "cls_value: the first patch is left out of the sum that is shared out",
+        "sait_kernels/triton/score_tokens.py",
+        "first + tl.arange(0, COLUMNS) >= num_prefix, b_u",
+        "first + tl.arange(0, COLUMNS) > num_prefix, b_u",
+        f"{SCORE} -k 'triton and cls_value'",
+    ),
+    Fault(
+        "column scores: a row's sum is not rescaled from one block of keys to the next",
+        "sait_kernels/triton/score_columns.py",
+        "total = total * numerators(largest, larger, scale) + tl.sum",
+        "total = total + tl.sum",
+        f"{SCORE} -k 'triton and column'",
+    ),
+    Fault(
+        "column scores' gradient: dk of a block takes the gradients of the first block",
+        "sait_kernels/triton/score_columns.py",
+        "b_grad = tl.load(p_grad + begin + o_n, m_n, other=0.0)[:, None]",
+        "b_grad = tl.load(p_grad + begin + tl.arange(0, BLOCK), m_n, other=0.0)[:, None]",
+        f"{SCORE} -k 'triton and column'",
+    ),
+    Fault(
+        "select: of an image that is longer than a block the lowest key is that of the first chunk",
+        "sait_kernels/triton/select.py",
+        "            low = tl.minimum(low, tl.min(tl.where(b_keys == OUTSIDE, 0x7FFFFFFF, b_keys)))\n",
+        "",
+        f"{SELECT} -k 'triton and longer'",
+    ),
+    Fault(
+        "offsets behind a shorter image: its prefix rows may be dropped",
+        "sait_kernels/triton/select.py",
+        "rows += tl.sum(_rows(tl.minimum(b_n, longest), num_prefix, count, rate))",
+        "rows += tl.sum(_rows(tl.minimum(b_n, longest), 0, count, rate))",
+        f"{TAIL} -k 'triton and (select or count)'",
+    ),
+    Fault(
+        "prune_attention scores by the given scale, and attends by the default one",
+        "sait_kernels/triton/prune_attention.py",
+        "return compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept, scale), indices, kept",
+        "return compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept), indices, kept",
+        f"{PRUNE} -k 'triton and scale'",
+    ),
+    Fault(
+        "the tail: what does not fill a block is left as it was",
+        "sait_kernels/triton/tail.py",
+        "tl.cdiv(size, BLOCK).to(tl.int32)",
+        "(size // BLOCK).to(tl.int32)",
+        f"{TAIL} -k 'triton and (attention or score)'",
+    ),
+    Fault(
+        "compact_attention: the shape for the compiler forgets the selection",
+        "sait_kernels/ops/compact_attention.py",
+        "q.new_empty(q.shape[0] if indices is None else indices.shape[0], q.shape[1] * q.shape[2])",
+        "q.new_empty(q.shape[0], q.shape[1] * q.shape[2])",
+        f"{ATTENTION} -k 'opcheck or compiles'",
+    ),
+    Fault(
+        "scatter's gradient: base gets one in the rows that were overwritten",
+        "sait_kernels/ops/gather_tokens.py",
+        "grad_base = ops.scatter_tokens(torch.zeros_like(grad_y), indices, grad.shape[0], grad)",
+        "grad_base = grad",
+        f"{GATHER} -k 'cpu and scatter'",
+    ),
+    Fault(
+        "linear_residual's gradient: gamma's, of a branch without its bias",
+        "sait_kernels/ops/linear_residual.py",
+        "branch = F.linear(y, weight, None if bias is None else bias.to(y.dtype))",
+        "branch = F.linear(y, weight)",
+        f"{LINEAR} -k 'cpu and residual'",
+    ),
+    Fault(
+        "norm_linear's gradient: that of the tanh form of GELU",
+        "sait_kernels/ops/norm_linear.py",
+        "grad = torch.ops.aten.gelu_backward(grad, before)",
+        'grad = torch.ops.aten.gelu_backward(grad, before, approximate="tanh")',
+        f"{LINEAR} -k 'cpu and test_norm_linear'",
+    ),
+    Fault(
+        "packed_block: the shape for the compiler has the rows from before the selection",
+        "sait_kernels/ops/packed_linear.py",
+        "return x.new_empty(y.shape[0], x.shape[1])",
+        "return x.new_empty(x.shape)",
+        f"{PACKED} -k opcheck",
+    ),
+    Fault(
+        "select_mass: the bound of what an image keeps forgets its prefix rows",
+        "sait_kernels/ops/select.py",
+        "return max_seqlen if max_keep is None else min(max_seqlen, num_prefix + max_keep)",
+        "return max_seqlen if max_keep is None else min(max_seqlen, max_keep)",
+        f"{SELECT} {TAIL} -k 'cpu and mass'",
+    ),
+    Fault(
+        "prune_attention's gradient takes min_keep for the scale",
+        "sait_kernels/ops/prune_attention.py",
+        "*_, ctx.scale, _, _, _ = inputs",
+        "*_, ctx.scale, _, _ = inputs",
+        f"{PRUNE} -k 'cpu and gradients'",
+    ),
+    Fault(
+        "a rate of 0.55 keeps 56 of 100",
+        "sait_kernels/selection.py",
+        "math.ceil(rate * patches - 1e-6)",
+        "math.ceil(rate * patches)",
+        f"{SELECT} -k 'cpu and rate'",
+    ),
+    Fault(
+        "compiled code: the end of an inner `with backend` is that of the outer one",
+        "sait_kernels/backend.py",
+        "_forced_for_compiled = list(_entered.values())[-1] if _entered else None",
+        "_forced_for_compiled = None",
+        "tests/test_backend.py -k compiled",
+    ),
+    Fault(
+        "Triton's kernels are launched unchecked",
+        "sait_kernels/registration.py",
+        "        check(*arguments)\n",
+        "",
+        f"{LINEAR} -k 'triton and bad'",
+    ),
+    Fault(
+        "an optimized block behind a mass, with a share of its own: taken for equal lengths",
+        "python/sait/blocks.py",
+        """\
+        out, selection = _prune(q, k, v, tokens, stage, score, num_prefix, None)
+        ragged = tokens.ragged or stage.mass is not None
+""",
+        """\
+        out, selection = _prune(q, k, v, tokens, stage, score, num_prefix, None)
+        ragged = stage.mass is not None
+""",
+        "tests/models/test_optimize.py -k 'same_results and not triton'",
+    ),
+    Fault(
+        "stochastic depth of ragged images: every row is its own image",
+        "python/sait/blocks.py",
+        "if not tokens.ragged or not _drops(module):",
+        "if not _drops(module):",
+        "tests/models/test_training.py -k drop_path",
+    ),
+    Fault(
+        "a stale weight: an update in place is not seen",
+        "python/sait/watch.py",
+        "return version, parameter.data_ptr(),",
+        "return parameter.data_ptr(),",
+        "tests/models/test_optimize_changes.py -k changed_weights",
+    ),
+    Fault(
+        "optimize: the MLP takes the LayerScale of the attention",
+        "python/sait/optimize.py",
+        '"gamma2": _float(_gamma(block, "ls2")),',
+        '"gamma2": _float(_gamma(block, "ls1")),',
+        "tests/models/test_optimize.py -k 'same_results and not triton'",
+    ),
+    Fault(
+        "pooling without prefix: each image skips the prefixes of those before it, and not its own",
+        "python/sait/heads.py",
+        "skip * (image + 1)",
+        "skip * image",
+        "tests/models/test_exactness.py -k 'oracle and cpu'",
+    ),
+    Fault(
+        "attention pooling sees one row of padding",
+        "python/sait/heads.py",
+        "absent = torch.arange(width, device=rows.device) >= lengths[:, None]",
+        "absent = torch.arange(width, device=rows.device) > lengths[:, None]",
+        "tests/models/test_exactness.py -k 'oracle and cpu'",
+    ),
+    Fault(
+        "the record of keep=1.0 behind a stage that drops: all rows",
+        "python/sait/sparse.py",
+        "kept.append(kept[-1] if kept else all_rows(B, N, x.device))",
+        "kept.append(all_rows(B, N, x.device))",
+        "tests/models/test_lifecycle.py -k 'selections and cpu'",
+    ),
+    Fault(
+        "the record of a second stage counts in the rows that the first one left",
+        "python/sait/density.py",
+        "return selection._replace(indices=rows.index_select(0, selection.indices))",
+        "return selection",
+        "tests/models/test_lifecycle.py -k 'selections and cpu'",
+    ),
+    Fault(
+        "set_density asks nobody whether the model can run so",
+        "python/sait/density.py",
+        "    model._check_plan(plan)\n",
+        "",
+        "tests/models/test_refusals.py -k 'mass or more'",
+    ),
+    Fault(
+        "macs: attention counts the queries that are dropped",
+        "python/sait/macs.py",
+        "total += 2 * m * n * width +",
+        "total += 2 * n * n * width +",
+        "tests/models/test_macs.py -k pruned",
+    ),
+    Fault(
+        "distillation: the shares of a teacher with two prefix tokens count one of them",
+        "python/sait/train/distill.py",
+        "of_patches = scores.view(images, -1)[:, num_prefix:]",
+        "of_patches = scores.view(images, -1)[:, 1:]",
+        "tests/train/test_distill.py -k shares",
+    ),
+    Fault(
+        "distillation: the loss of the logits shrinks with the temperature",
+        "python/sait/train/distill.py",
+        "return temperature**2 * F.kl_div",
+        "return temperature * F.kl_div",
+        "tests/train/test_distill.py -k logit",
+    ),
+    Fault(
+        "manifold distillation: rows of a student with another number of prefix tokens",
+        "python/sait/train/manifold.py",
+        "tokens = student_prefix + patches.shape[1]",
+        "tokens = num_prefix + patches.shape[1]",
+        "tests/train/test_distill.py -k student_kept",
+    ),
+    Fault(
+        "a checkpoint comes back at the density of its plan, not at its own",
+        "python/sait/checkpoint.py",
+        '_plan_from_json(metadata["active"])',
+        '_plan_from_json(metadata["plan"])',
+        "tests/train/test_checkpoint.py",
+    ),
+    Fault(
+        "a fused linear layer takes no notice of autocast",
+        "python/sait/linear.py",
+        '        and not torch.is_autocast_enabled("cpu")\n',
+        "",
+        "tests/models/test_linear.py",
+    ),
+)
+
+# csrc/cpu and csrc/ops: the library of the CPU kernels is built again.
+CPU = (
+    Fault(
+        "attention: the weights of the last, partial vector of keys are left out of their sum",
+        "csrc/cpu/compact_attention.cpp",
+        "    sum1 = sum1 + p;\n    store_as<E>(weights + whole, p, rest);",
+        "    store_as<E>(weights + whole, p, rest);",
+        f"{ATTENTION} -k 'cpu and values'",
+    ),
+    Fault(
+        "attention: lanes behind the last key take part in the largest logit",
+        "csrc/cpu/compact_attention.cpp",
+        "m1 = max(m1, first(load(s + whole, rest), rest, -kInfinity));",
+        "m1 = max(m1, load(s + whole, rest));",
+        f"{ATTENTION} -k 'cpu and logits'",
+    ),
+    Fault(
+        "attention in bfloat16 products: a negative scale is forgotten where all rows stay",
+        "csrc/cpu/compact_attention.cpp",
+        "const bool in_place = indices == nullptr && !negate;",
+        "const bool in_place = indices == nullptr;",
+        f"{ATTENTION} -k 'cpu and scale'",
+    ),
+    Fault(
+        "attention shared out by queries: a thread starts at the block of its own number",
+        "csrc/cpu/compact_attention.cpp",
+        "for (int64_t i0 = from * block;",
+        "for (int64_t i0 = part * block;",
+        f"{ATTENTION} tests/test_properties.py -k '577 and cpu or threads'",
+    ),
+    Fault(
+        "attention's gradient: dq has the wrong sign at a negative scale",
+        "csrc/cpu/compact_attention.cpp",
+        "const float sign = p.scale < 0 ? -1.f : 1.f;",
+        "const float sign = 1.f;",
+        f"{ATTENTION} -k 'cpu and scale'",
+    ),
+    Fault(
+        "column scores: the padding of a block of queries weighs as much as they do",
+        "csrc/cpu/score_tokens.cpp",
+        "for (int64_t r = i; r < std::min(i + 4, rows); ++r)",
+        "for (int64_t r = i; r < i + 4; ++r)",
+        f"{SCORE} -k 'cpu and column'",
+    ),
+    Fault(
+        "cls_value: all rows but the first share, whatever the prefix",
+        "csrc/cpu/score_tokens.cpp",
+        "return sum_over(n - num_prefix, [=](int64_t i, int m) { return load_lanes<F32>(u + num_prefix + i, m); });",
+        "return sum_over(n - 1, [=](int64_t i, int m) { return load_lanes<F32>(u + 1 + i, m); });",
+        f"{SCORE} -k 'cpu and prefix'",
+    ),
+    Fault(
+        "scores in bfloat16 products: a partial step is masked by pairs",
+        "csrc/cpu/score_tokens.cpp",
+        "_mm512_maskz_loadu_epi16((1u << n) - 1u, p)",
+        "_mm512_maskz_loadu_epi16((1u << n / 2) - 1u, p)",
+        f"{SCORE} -k 'cpu and values'",
+    ),
+    Fault(
+        "cls_value's gradient: what is shared flows into prefix rows, too",
+        "csrc/cpu/score_tokens.cpp",
+        "(g[j] - (j < p.num_prefix ? 0.f : static_cast<float>(shared))) / U",
+        "(g[j] - static_cast<float>(shared)) / U",
+        f"{SCORE} -k 'cpu and cls_value'",
+    ),
+    Fault(
+        "select: zeros of both signs do not tie",
+        "csrc/cpu/select.cpp",
+        "(scores[i] == scores[i] ? scores[i] : kLowest) + 0.f",
+        "scores[i] == scores[i] ? scores[i] : kLowest",
+        f"{SELECT} -k 'cpu and zeros'",
+    ),
+    Fault(
+        "select_mass: where the share is reached exactly, one more stays",
+        "csrc/cpu/select.cpp",
+        "k < n && cumulative < rule.mass * total",
+        "k < n && cumulative <= rule.mass * total",
+        f"{SELECT} -k 'cpu and mass'",
+    ),
+    Fault(
+        "scatter: each thread looks for its rows from the first kept one on",
+        "csrc/cpu/gather_tokens.cpp",
+        "std::lower_bound(p.indices, p.indices + p.rows, begin) - p.indices",
+        "0",
+        "tests/test_properties.py -k 'threads or scatter'",
+    ),
+    Fault(
+        "scatter: base is read as if its rows had no gaps",
+        "csrc/cpu/gather_tokens.cpp",
+        "base + t * p.base_row_stride",
+        "base + t * p.row_bytes",
+        f"{GATHER} -k 'cpu and scatter'",
+    ),
+    Fault(
+        "gather_add_norm's gradient: without gamma the chunks' sums are taken for two wide",
+        "csrc/cpu/gather_add_norm.cpp",
+        "p.partials + (c * 3 + s) * p.channels + i",
+        "p.partials + (c * (p.gamma == nullptr ? 2 : 3) + s) * p.channels + i",
+        f"{GATHER_ADD_NORM} -k 'cpu and values'",
+    ),
+    Fault(
+        "LayerNorm: lanes behind the last channel count for the variance",
+        "csrc/cpu/rows.h",
+        "const Vec centred = first(load_lanes<E>(row + i, n) - set(mean), n, 0.f);",
+        "const Vec centred = load_lanes<E>(row + i, n) - set(mean);",
+        f"{GATHER_ADD_NORM} -k 'cpu and values'",
+    ),
+    Fault(
+        "packed_linear: of a long sum in parts the last one alone is left",
+        "csrc/cpu/packed_linear.cpp",
+        "tile, N, part > 0);",
+        "tile, N, false);",
+        f"{PACKED} -k values",
+    ),
+    Fault(
+        "packed_linear: every block of rows takes the residual rows of the first",
+        "csrc/cpu/packed_linear.cpp",
+        "    p.indices += first;\n",
+        "",
+        f"{PACKED} -k 'gathered or stay'",
+    ),
+    Fault(
+        "products: where four rows are left over, three are computed",
+        "csrc/cpu/gemm.h",
+        "case 4: return tile(Int<4>{}, i);",
+        "case 4: return tile(Int<3>{}, i);",
+        f"{ATTENTION} {PACKED} -k 'cpu and values or packed and layers'",
+    ),
+    Fault(
+        "exp2 without AVX-512: two digits of a coefficient are swapped",
+        "csrc/cpu/vec.h",
+        "0.6931471825f",
+        "0.6931417825f",
+        f"{ATTENTION} -k instruction_sets",
+    ),
+    Fault(
+        "float16 in plain loops: numbers below 2^-14 become zero",
+        "csrc/cpu/vec.h",
+        "return sign | static_cast<uint16_t>(std::nearbyint(value * 0x1p24f));",
+        "return sign;",
+        f"{GATHER_ADD_NORM} {PACKED} -k 'portable and float16'",
+    ),
+    Fault(
+        "compact_attention: a kept row of the next image is not refused",
+        "csrc/ops/compact_attention.cpp",
+        "kept.indices[last - 1] < images[b + 1]",
+        "kept.indices[last - 1] <= images[b + 1]",
+        "tests/test_bad_input.py -k message",
+    ),
+    Fault(
+        "compact_attention's gradient: the tail of dv is left as it was",
+        "csrc/ops/compact_attention.cpp",
+        "for (const at::Tensor& t : {dq, dk, dv})",
+        "for (const at::Tensor& t : {dq, dk})",
+        f"{TAIL} -k 'cpu and attention'",
+    ),
+    Fault(
+        "scatter: a base with other channels is not refused",
+        "csrc/ops/gather_tokens.cpp",
+        "base->size(0) == total && base->size(1) == y.size(1), op",
+        "base->size(0) == total, op",
+        "tests/test_bad_input.py -k message",
+    ),
+    Fault(
+        "packed_linear: a weight packed for other inputs is not refused",
+        "csrc/ops/packed_linear.cpp",
+        "packed.size(0) == blocks && packed.size(1) == depth &&",
+        "packed.size(0) == blocks &&",
+        f"{PACKED} -k bad",
+    ),
+)
+
+# csrc/cuda: run on the host, as `make emulate` does.
+CUDA = (
+    Fault(
+        "attention: a scale of 0",
+        "csrc/cuda/attention.cuh",
+        "return fmaxf(fabsf(scale) * 1.44269504f, FLT_MIN);",
+        "return fabsf(scale) * 1.44269504f;",
+        f"{ATTENTION} -k 'cuda and scale'",
+    ),
+    Fault(
+        "attention: a negative scale leaves two of eight columns of the queries as they are",
+        "csrc/cuda/attention.cuh",
+        "words[3] = loaded.w ^ sign",
+        "words[3] = loaded.w",
+        f"{ATTENTION} -k 'cuda and scale'",
+    ),
+    Fault(
+        "attention of long images: values go on by the stride of the keys",
+        "csrc/cuda/compact_attention.cu",
+        "head.v += Traits::kKeys * p.v.row_stride;",
+        "head.v += Traits::kKeys * p.k.row_stride;",
+        f"{ATTENTION} -k 'cuda and values'",
+    ),
+    Fault(
+        "prune_attention in one launch: rows of no image are marked by the size of the indices",
+        "csrc/cuda/prune_attention.cu",
+        "fill_with_no_row(p.indices, end, size, p.total);",
+        "fill_with_no_row(p.indices, end, size, size);",
+        f"{TAIL} -k 'cuda and prune'",
+    ),
+    Fault(
+        "select: ties that are not kept leave gaps",
+        "csrc/cuda/select_rows.cuh",
+        "+ min(ties_here, ties)] = first + token;",
+        "+ ties_here] = first + token;",
+        f"{SELECT} -k 'cuda and (equal or like)'",
+    ),
+    Fault(
+        "select_mass of images for several warps: weights go where the last exchange is still read",
+        "csrc/cuda/select_rows.cuh",
+        "scratch.weights[half ^ 1][warp] = sum.weight;",
+        "scratch.weights[half][warp] = sum.weight;",
+        f"{SELECT} -k 'cuda and mass'",
+    ),
+    Fault(
+        "cls_value: the sum that is shared out leaves out one row, whatever the prefix",
+        "csrc/cuda/class_scores.cuh",
+        "return j < num_prefix ? 0.f : scores[j];",
+        "return j < 1 ? 0.f : scores[j];",
+        f"{SCORE} -k 'cuda and prefix'",
+    ),
+    Fault(
+        "column scores: a head dimension that a tile's width does not divide goes on in the next head",
+        "csrc/cuda/score_columns.cuh",
+        "const bool valid = first + row < n && chunk + c < chunks;",
+        "const bool valid = first + row < n;",
+        f"{SCORE} -k 'cuda and column'",
+    ),
+    Fault(
+        "cls scores: of more heads than a block takes at once the last ones alone count",
+        "csrc/cuda/score_tokens.cu",
+        "float sum = first == 0 ? logits[j] : scores[j] + logits[j];",
+        "float sum = logits[j];",
+        f"{SCORE} -k 'cuda and heads'",
+    ),
+    Fault(
+        "gather: 16 bytes are moved at once, whatever the stride",
+        "csrc/cuda/gather_tokens.cu",
+        "bits_of(p.x, p.out, p.row_bytes, p.x_row_stride)",
+        "bits_of(p.x, p.out, p.row_bytes)",
+        f"{GATHER} -k 'cuda and test_gather'",
+    ),
+    Fault(
+        "gather_add_norm: an index that is no row is read",
+        "csrc/cuda/gather_add_norm.cu",
+        "index < p.total",
+        "index <= p.total",
+        f"{TAIL} -k 'cuda and (norm or row)'",
+    ),
+    Fault(
+        "offsets behind a shorter image: its prefix rows are not counted",
+        "csrc/cuda/keep_rows.cuh",
+        "sum += n - patches + (patches > 0 ?",
+        "sum += (patches > 0 ?",
+        f"{TAIL} -k 'cuda and (select or count or equal)'",
+    ),
+    Fault(
+        "offsets of more than 128 images: a group's own rows are not passed on",
+        "csrc/cuda/keep_rows.cuh",
+        "publish(published.starts + group + 1, sum + length);",
+        "publish(published.starts + group + 1, sum);",
+        f"{SELECT} -k 'cuda and group'",
+    ),
+)
