@@ -249,15 +249,6 @@ def test_compiled_code_follows_the_forced_choice() -> None:
     assert "sait.gather_tokens" not in targets_of(forced, x, indices)
 
 
-def test_compiled_code_follows_the_outer_choice_again() -> None:
-    x, indices = randn(5, 4), torch.tensor([0, 3], dtype=torch.int32)
-    torch._dynamo.reset()
-    with sk.backend("reference"):
-        with sk.backend("cpu"):
-            assert "sait.gather_tokens" in targets_of(gather_rows, x, indices)
-        assert "sait.gather_tokens" not in targets_of(gather_rows, x, indices)
-
-
 def test_compiled_code_changes_with_the_forced_choice() -> None:
     """One compiled function, called under one backend after the other."""
     x, indices = randn(5, 4), torch.tensor([0, 3], dtype=torch.int32)
