@@ -109,6 +109,8 @@ class Work:
         )
         if done.returncode == 0:
             return ""
+        if done.returncode == 5:
+            sys.exit(f"plant_faults: no test is meant by {arguments}")
         if done.returncode in (124, 137):
             return f"hangs: more than {seconds} s"
         if found := re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE):
