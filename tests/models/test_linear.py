@@ -51,6 +51,15 @@ def test_changed_layers_run_as_they_are() -> None:
 
 
 @torch.inference_mode()
+def test_autocast_decides_the_type() -> None:
+    layers, x = Mlp(48, 96).eval(), torch.randn(2, 7, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear(layers.fc1, x), layers.fc1(x))
+        assert torch.equal(mlp(layers, x), layers(x))
+    assert linear(layers.fc1, x).dtype == torch.float32
+
+
+@torch.inference_mode()
 def test_empty_batch() -> None:
     model = timm.create_model("deit_tiny_patch16_224", depth=2, img_size=32).eval()
     sait.sparsify(model, block=0, keep=0.5)

@@ -84,6 +84,14 @@ def test_without_biases(ops: list[str], calls: list[str]) -> None:
     assert_same_results(model, zoo.images("vit"), calls, ops)
 
 
+@torch.no_grad()
+def test_a_share_of_what_a_mass_left(calls: list[str]) -> None:
+    """Images of unequal lengths stay so, whatever the later stage."""
+    model = zoo.build("vit")
+    sait.sparsify(model, sait.Plan([sait.Stage(0, mass=0.8), sait.Stage(2, keep=0.5)]))
+    assert_same_results(model, zoo.images("vit"), calls)
+
+
 @pytest.mark.parametrize("name", ["vit", "layerscale_qknorm"])
 @torch.no_grad()
 def test_bfloat16(name: str, calls: list[str]) -> None:

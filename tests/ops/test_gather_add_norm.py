@@ -95,6 +95,13 @@ def test_instruction_sets(isa: str, C: int, dtype: torch.dtype, gamma: bool) -> 
     check(*make((65, 0, 31), C, dtype, gamma=gamma, strided=True))
 
 
+def test_the_smallest_numbers(isa: str) -> None:
+    """Below 2^-14 float16 has fewer digits, and loses none of them."""
+    x = torch.cat([torch.arange(1.0, 1025), -torch.arange(1.0, 1025)]).mul(2.0**-24).half().view(32, 64)
+    y, parameters, selection = torch.zeros_like(x), (torch.ones(64), torch.zeros(64)), hand_selection([range(32)], [32])
+    assert_same_bits("residual", sk.gather_add_norm(x, y, selection, *parameters, EPS)[0], x)
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.1])
 def test_eps(backend: str, eps: float) -> None:
     for dtype in DTYPES:

@@ -110,8 +110,8 @@ def test_packing(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gathered_residual(isa: str, dtype: torch.dtype) -> None:
-    """Of the residual only the chosen rows are read; behind them come indices of no row."""
-    lengths = (0, 33, 1, 70)
+    """Of the residual only the chosen rows are read; behind them come indices of no row. More than a block of rows."""
+    lengths = (0, 33, 1, 270)
     selection, T = some_rows(lengths), sum(lengths)
     rows = torch.cat([selection.indices, torch.full((3,), T, dtype=torch.int32)])
     selection = selection._replace(indices=rows)

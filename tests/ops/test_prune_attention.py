@@ -149,9 +149,10 @@ def test_too_many_patches_are_refused(kernels: str, lengths: tuple[int, ...]) ->
         sk.prune_attention(q, k, v, cu_of(lengths), max(lengths), keep=25)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("num_prefix", [0, 2, 5])
-def test_num_prefix(backend: str, num_prefix: int) -> None:
-    (q, k, v), cu = make_qkv(Case((30, 5, 0, 12), H=2, D=32), torch.float32), cu_of((30, 5, 0, 12))
+def test_num_prefix(backend: str, num_prefix: int, dtype: torch.dtype) -> None:
+    (q, k, v), cu = make_qkv(Case((30, 5, 0, 12), H=2, D=32), dtype), cu_of((30, 5, 0, 12))
     out, selection = sk.prune_attention(q, k, v, cu, 30, keep=0.3, kind="column", num_prefix=num_prefix)
     scores = sk.score_tokens(q, k, cu, 30, kind="column", num_prefix=num_prefix)
     want = sk.select_topk(scores, cu, 30, keep=0.3, num_prefix=num_prefix)
@@ -159,9 +160,10 @@ def test_num_prefix(backend: str, num_prefix: int) -> None:
     assert_same_bits("out", out, sk.compact_attention(q, k, v, cu, 30, selection=want))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 0.3, -0.125])
-def test_scale(backend: str, scale: float) -> None:
-    (q, k, v), cu = make_qkv(Case((30, 12), H=2, D=32), torch.float32), cu_of((30, 12))
+def test_scale(backend: str, scale: float, dtype: torch.dtype) -> None:
+    (q, k, v), cu = make_qkv(Case((30, 12), H=2, D=32), dtype), cu_of((30, 12))
     out, selection = sk.prune_attention(q, k, v, cu, 30, keep=0.3, scale=scale)
     assert_same_selection(selection, sk.select_topk(sk.score_tokens(q, k, cu, 30, scale=scale), cu, 30, keep=0.3))
     assert_same_bits("out", out, sk.compact_attention(q, k, v, cu, 30, selection=selection, scale=scale))

@@ -233,6 +233,9 @@ def test_images_longer_than_a_block(backend: str) -> None:
             assert_same_selection(sk.select_topk(scores, cu, 5000, **options), want)
         want = sk.reference.select_mass(scores, cu, 5000, mass=0.8)
         assert_same_selection(sk.select_mass(scores, cu, 5000, mass=0.8), want)
+    descending, cu = torch.arange(2100.0, 0, -1), cu_of((2100,))  # the lowest that stays lies in the last chunk
+    want = sk.reference.select_topk(descending, cu, 2100, keep=0.99)
+    assert_same_selection(sk.select_topk(descending, cu, 2100, keep=0.99), want)
 
 
 def test_more_images_than_one_group(backend: str) -> None:

@@ -50,6 +50,8 @@ def test_logit_loss_is_the_divergence_of_softened_answers():
 def test_patch_shares_leave_prefix_tokens_out():
     shares = patch_shares(torch.tensor([5.0, 1, 3, 7, 2, 2]), images=2, num_prefix=1)
     torch.testing.assert_close(shares, torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+    shares = patch_shares(torch.tensor([5.0, 4, 1, 3, 7, 6, 2, 2]), images=2, num_prefix=2)
+    torch.testing.assert_close(shares, torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
 
 
 def test_learning_from_attention_alone_moves_the_scores_towards_the_teacher():
