@@ -14,6 +14,11 @@ from sait.plan import Plan
 from sait_kernels import Selection
 
 
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting(), but for torch.compile of torch 2.11, which answers yes to that, always."""
+    return torch.compiler._is_exporting_flag
+
+
 class Record(NamedTuple):
     """What one forward kept: one Selection of rows of the packed batch (image * tokens + token) per stage."""
 
@@ -33,15 +38,22 @@ class State:
     def __init__(self, plan: Plan, active: Plan | None) -> None:
         self.plan = plan
         self.active = active  # None: dense
-        self.last: Record | None = None
+        # Its record as bare tuples: torch.compile of torch 2.11 cannot leave a NamedTuple on an object.
+        self._last: tuple[Any, ...] | None = None
         self.recorded: list[Tensor] | None = None  # where record_scores asks for the scores
 
     def __reduce__(self) -> tuple[Any, ...]:
         return State, (self.plan, self.active)  # the record of a forward is not the copy's
 
     def publish(self, record: Record | None) -> None:
-        if not torch.compiler.is_exporting():  # an exported program has no model to tell
-            self.last = record
+        if not is_exporting():  # an exported program has no model to tell
+            self._last = None if record is None else (tuple(tuple(kept) for kept in record[0]), *record[1:])
+
+    @property
+    def last(self) -> Record | None:
+        """What the last forward kept; None of a dense one, and before the first."""
+        last = self._last
+        return None if last is None else Record(tuple(Selection(*kept) for kept in last[0]), *last[1:])
 
 
 def state_of(model: nn.Module, call: str) -> State:

@@ -15,7 +15,7 @@ from timm.layers import DropPath, LayerNorm, LayerNormFp32, LayerScale, Mlp
 from torch import Tensor, nn
 
 import sait_kernels as sk
-from sait.density import state_of
+from sait.density import is_exporting, state_of
 from sait.watch import HOOKS, Watch, WatchOfParameters
 from sait_kernels import Selection
 from sait_kernels.backend import forced_backend, refusal
@@ -212,7 +212,7 @@ def _is_served(op: str, x: Tensor, forced: str | None) -> bool:
 
 def _is_inference(x: Tensor) -> bool:
     """And no export: its program is for other machines and passes, which know a linear layer and not these ops."""
-    return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_exporting())
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_exporting())
 
 
 def _is_linear(module: Any) -> bool:
