@@ -15,9 +15,9 @@ import sait
 import timm
 import torch
 from harness import BATCH, DEVICE, DTYPES, ON_GPU, Recorder
-from sait import measure, throughput
-from sait.photos import Preprocessing, photo_batch
-from sait.throughput import Density
+from sait.bench import measure, throughput
+from sait.data.photos import Preprocessing, photo_batch
+from sait.state import Density
 from torch import Tensor
 
 MODEL, BLOCK, SCORE, REPEATS = "deit_small_patch16_224", 3, "cls", 10

@@ -16,7 +16,7 @@ import pytest
 from harness import DEVICE, NOT_REACHED, ON_GPU, Recorder, measured_roofs, save
 from rich.console import Console
 from rich.table import Table
-from sait import measure, throughput
+from sait.bench import measure, throughput
 
 ROUNDS = 5  # of pytest-benchmark's own statistics, beside the interleaved medians that count
 

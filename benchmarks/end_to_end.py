@@ -24,9 +24,11 @@ from harness import DEVICE, NOT_REACHED, ON_GPU
 from peers import AUTOTUNED, BASELINE, PEERS, Made, Setting
 from rich.console import Console
 from rich.table import Table
-from sait import measure, throughput
+from sait import cost
+from sait.bench import measure, throughput
 from sait.cli import options
 from sait.cli.options import DType
+from sait.cost import Rows
 
 KIND = "end-to-end"
 BLOCK, KEEP, MASS = 3, 0.45, 0.9  # of twelve blocks; see block_of
@@ -45,15 +47,15 @@ class Figure:
 
     name: str
     made: Made
-    rows: list[roofline.Rows]
+    rows: list[Rows]
     seconds: float = 0.0
 
     @property
     def tokens(self) -> float:
         return self.rows[-1].left
 
-    def computed(self, vit: Any) -> list[roofline.Rows]:
-        return roofline.rows_for_head(vit, self.rows) if self.made.for_head else self.rows
+    def computed(self, vit: Any) -> list[Rows]:
+        return cost.rows_for_head(vit, self.rows) if self.made.for_head else self.rows
 
 
 def block_of(depth: int) -> int:
@@ -107,11 +109,11 @@ def compiles(name: str) -> bool:
     return name == AUTOTUNED or name.endswith("-compiled")
 
 
-def seen_rows(setting: Setting, made: Made) -> list[roofline.Rows]:
+def seen_rows(setting: Setting, made: Made) -> list[Rows]:
     """Where images decide: the mean of what they kept, from the forward that has just been."""
     model: Any = made.forward
     kept = [selection.cu_seqlens.diff().float().mean().item() for selection in sait.selections(model)]
-    return roofline.plan_rows(setting.vit, sait.Plan([sait.Stage(setting.block, mass=setting.mass)]), kept)
+    return cost.plan_rows(setting.vit, sait.Plan([sait.Stage(setting.block, mass=setting.mass)]), kept)
 
 
 def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str], common: Row) -> list[Row]:
@@ -142,7 +144,8 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
             "vs_best_dense": round(best.seconds / figure.seconds, 3),
             "images_per_s": round(len(setting.images) / figure.seconds, 2),
             "tokens": round(figure.tokens, 1),
-            "gmac": round(roofline.gmac(needed, len(setting.images)), 3),
+            "gmac": round(setting.gmac(figure.rows), 3),
+            "gmac_executed": round(setting.gmac(figure.computed(setting.vit)), 3),
             "floor_us": round(floor * 1e6, 1),
             "of_floor": round(floor / figure.seconds, 3),
             "floor_parts_us": {kind: round(taken * 1e6, 1) for kind, taken in roofline.by_kind(needed, roofs).items()},

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from sait import measure, throughput
+from sait.bench import measure, throughput
 from torch import Tensor
 
 import sait_kernels as sk

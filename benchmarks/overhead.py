@@ -36,7 +36,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if ON_GPU else "1")  # read when a
 import sait  # noqa: E402
 import timm  # noqa: E402
 import triton  # noqa: E402
-from sait import measure  # noqa: E402
+from sait.bench import measure  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
@@ -128,7 +128,7 @@ def as_on_a_gpu() -> Iterator[None]:
         for op, found in KERNELS.items():
             cuda = ("cuda",) if registration.has_kernel(op, "CUDA") else ()
             KERNELS[op] = cuda + tuple(name for name in found if name == "triton")
-        with mock.patch.object(importlib.import_module("sait.optimize"), "forced_backend", _triton):
+        with mock.patch.object(importlib.import_module("sait.execution.optimize"), "forced_backend", _triton):
             yield
 
 

@@ -23,8 +23,9 @@ import paper_report
 import sait
 import torch
 from rich.console import Console
-from sait import checkpoint, measure
-from sait.throughput import Density
+from sait import checkpoint
+from sait.bench import measure
+from sait.state import Density
 from sait.train import evaluate
 from sait.train.config import read_config
 from sait.train.data import expected_by, open_data

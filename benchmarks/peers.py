@@ -13,13 +13,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import roofline
 import sait
 import torch
-from roofline import Rows
-from sait import Plan, Stage
-from sait.plain import PlainPruning, PlainViT, add_projected, best_rows, feed_forward, gather, heads, merge_heads, share
-from sait.throughput import compiled
+from sait import Plan, Stage, cost
+from sait.bench.plain import (
+    PlainPruning,
+    PlainViT,
+    add_projected,
+    best_rows,
+    feed_forward,
+    gather,
+    heads,
+    merge_heads,
+    share,
+)
+from sait.bench.throughput import compiled
+from sait.cost import Rows
 from torch import Tensor, nn
 
 from sait_kernels.selection import rate_to_count
@@ -62,7 +71,7 @@ class Evit(PlainViT):
 
     @staticmethod
     def rows(vit: Any, blocks: Sequence[int], keep: float) -> list[Rows]:
-        n, prefix, found = roofline.dense_rows(vit)[0].entering, vit.num_prefix_tokens, []
+        n, prefix, found = cost.plan_rows(vit, None)[0].entering, vit.num_prefix_tokens, []
         for i in range(len(vit.blocks)):
             left = n
             if i in blocks:
@@ -181,11 +190,11 @@ class Setting:
         return Plan([Stage(self.block, self.keep)])
 
     def gmac(self, rows: Sequence[Rows]) -> float:
-        return roofline.gmac(roofline.parts(self.vit, rows, 1, 1), 1)
+        return sum(part.macs for part in cost.parts(self.vit, rows)) / 1e9
 
     def closest(self, settings: Sequence[Any], rows: Callable[[Any], list[Rows]]) -> Any:
         """The setting whose arithmetic is closest to that of our plan."""
-        ours = self.gmac(roofline.plan_rows(self.vit, self.plan))
+        ours = self.gmac(cost.plan_rows(self.vit, self.plan))
         return min(settings, key=lambda setting: abs(self.gmac(rows(setting)) - ours))
 
 
@@ -220,7 +229,7 @@ class Peer:
 
 
 def _timm(setting: Setting) -> Made:
-    return Made(share(setting.vit), "dense", roofline.dense_rows(setting.vit))
+    return Made(share(setting.vit), "dense", cost.plan_rows(setting.vit, None))
 
 
 def _autotuned(setting: Setting) -> Made:
@@ -230,11 +239,11 @@ def _autotuned(setting: Setting) -> Made:
 
 def _openvino(setting: Setting) -> Made:
     module = OpenVino(setting.vit, setting.images)
-    return Made(module, f"dense, openvino {module.version}", roofline.dense_rows(setting.vit), counted=False)
+    return Made(module, f"dense, openvino {module.version}", cost.plan_rows(setting.vit, None), counted=False)
 
 
 def _plain(setting: Setting) -> Made:
-    rows = roofline.plan_rows(setting.vit, setting.plan)
+    rows = cost.plan_rows(setting.vit, setting.plan)
     at = rows[setting.block]
     rows[setting.block] = at._replace(queries=at.entering)  # SDPA for all rows
     module = PlainPruning(share(setting.vit), setting.block, setting.keep)
@@ -262,11 +271,11 @@ def _sparse(setting: Setting, **density: Any) -> Any:
 
 def _ours(setting: Setting) -> Made:
     plan = f"block={setting.block}, keep={setting.keep}, score=cls"
-    return Made(_sparse(setting, keep=setting.keep), plan, roofline.plan_rows(setting.vit, setting.plan))
+    return Made(_sparse(setting, keep=setting.keep), plan, cost.plan_rows(setting.vit, setting.plan))
 
 
 def _ours_dense(setting: Setting) -> Made:
-    return Made(_sparse(setting, keep=1.0), f"block={setting.block}, keep=1.0", roofline.dense_rows(setting.vit))
+    return Made(_sparse(setting, keep=1.0), f"block={setting.block}, keep=1.0", cost.plan_rows(setting.vit, None))
 
 
 def _ours_mass(setting: Setting) -> Made:

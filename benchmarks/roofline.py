@@ -15,22 +15,11 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 from rich.table import Table
-from sait import Plan, Stage
+from sait import Plan, Stage, cost
 from sait.cli import options
 from sait.cli.options import DType
+from sait.cost import Rows, plan_rows
 from torch import nn
-
-from sait_kernels.ops.select import kept_bound, split_keep
-
-
-class Rows(NamedTuple):
-    """Of one image in one block: how many rows each part of it computes."""
-
-    entering: float
-    queries: float
-    projected: float
-    left: float  # of the MLP, and the rows that enter the next block
-    choosing: float = 0  # multiply-accumulates of the scores
 
 
 class Roofs(NamedTuple):
@@ -50,81 +39,18 @@ class Part:
         return max(self.bytes / (roofs.copy_tbps * 1e12), self.flop / (roofs.matmul_tflops * 1e12))
 
 
-def dense_rows(model: Any) -> list[Rows]:
-    n = model.patch_embed.num_patches + model.num_prefix_tokens
-    return [Rows(n, n, n, n) for _ in model.blocks]
-
-
-def plan_rows(model: Any, plan: Plan, kept: Sequence[float] | None = None) -> list[Rows]:
-    """What sait computes: dropped rows are neither queries nor anything after that.
-
-    Args:
-        kept: tokens of an image after each stage, as in sait.macs; needed for a plan with mass.
-    """
-    given = iter(kept or ())
-    rows = []
-    n: float = dense_rows(model)[0].entering
-    for i, block in enumerate(model.blocks):
-        stage = plan.stage_at(i)
-        left, choosing = n, 0.0
-        if stage is not None:
-            share = split_keep("roofline", stage.keep) if kept is None else None
-            left = next(given) if share is None else kept_bound(int(n), model.num_prefix_tokens, *share)
-            if not stage.keeps_all:
-                choosing = (n if plan.score == "column" else 1) * n * block.attn.attn_dim
-        rows.append(Rows(n, left, left, left, choosing))
-        n = left
-    return rows
-
-
-def rows_for_head(model: Any, rows: Sequence[Rows]) -> list[Rows]:
-    """Those of a sparse model under sait.optimize whose head reads prefix tokens only, as its last block does then."""
-    prefix = model.num_prefix_tokens
-    return [*rows[:-1], rows[-1]._replace(queries=prefix, projected=prefix, left=prefix)]
-
-
 def parts(model: Any, rows: Sequence[Rows], batch: int, itemsize: int) -> list[Part]:
-    """The stages of a timm ViT whose patches are embedded by one convolution and whose head reads one row.
-
-    Args:
-        model: sparse or not.
-        rows: of each block.
-        itemsize: bytes of an element.
+    """The stages of a model, as sait.cost has them, for a batch of elements of so many bytes.
 
     Raises:
-        ValueError: patches are embedded by a network, or pooled by attention.
+        ValueError: patches are embedded by a network, or pooled by attention: what these move is not known.
     """
     if not isinstance(model.patch_embed.proj, nn.Conv2d) or model.attn_pool is not None:
         raise ValueError("roofline: model: expected patches embedded by one convolution and no attention pooling.")
-
-    def part(name: str, moved: float, weights: float, macs: float) -> Part:
-        """moved: elements of an image read and written; weights: elements read once for the batch."""
-        return Part(name, (batch * moved + weights) * itemsize, 2 * batch * macs)
-
-    kernel = model.patch_embed.proj.weight
-    height, width = model.patch_embed.img_size
-    patches = model.patch_embed.num_patches
-    C, n = model.embed_dim, rows[0].entering
-    embedded = kernel.shape[1] * height * width + n * C
-    found = [part("patch embedding", embedded, kernel.numel() + n * C, patches * kernel.numel())]
-    for i, (block, r) in enumerate(zip(model.blocks, rows, strict=True)):
-        attn, mlp = block.attn, block.mlp
-        A, hidden = attn.attn_dim, mlp.fc1.out_features
-        qkv, proj, fc1, fc2 = (layer.weight.numel() for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
-        attention = 2 * r.queries * r.entering * A + r.choosing
-        both_norms = r.left * 2 * C  # in: the residual stream and what is added to it; out: their sum and its norm
-        found += [
-            part(f"{i} norm1 + qkv", r.entering * (C + 3 * A), qkv, r.entering * qkv),
-            part(f"{i} attention", (r.queries + 2 * r.entering) * A + r.queries * A, 0, attention),
-            part(f"{i} proj", r.projected * (A + C), proj, r.projected * proj),
-            part(f"{i} residual + norm2", 2 * both_norms, 2 * C, 0),
-            part(f"{i} fc1 + GELU", r.left * (C + hidden), fc1, r.left * fc1),
-            part(f"{i} fc2 + residual", r.left * (hidden + 2 * C), fc2, r.left * fc2),
-        ]
-    heads = [head for head in (model.head, getattr(model, "head_dist", None)) if head is not None]
-    weights = sum(head.weight.numel() for head in heads)
-    found.append(part("head", len(heads) * C + sum(head.out_features for head in heads), weights, weights))
-    return found
+    return [
+        Part(part.name, (batch * part.moved + part.weights) * itemsize, 2 * batch * part.macs)
+        for part in cost.parts(model, rows)
+    ]
 
 
 def gmac(found: Iterable[Part], batch: int) -> float:

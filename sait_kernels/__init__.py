@@ -7,7 +7,7 @@ and their gradients are zero, whatever stands there.
 ``python -m sait_kernels.info`` tells what was built and what serves a call.
 """
 
-from sait_kernels import reference
+from sait_kernels import flops, reference
 from sait_kernels.backend import backend, can_run
 from sait_kernels.library import __version__
 from sait_kernels.ops.compact_attention import compact_attention
@@ -43,3 +43,5 @@ __all__ = [
     "select_topk",
     "uniform_cu_seqlens",
 ]
+
+flops.register()

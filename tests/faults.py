@@ -234,78 +234,76 @@ PYTHON = (
     ),
     Fault(
         "an optimized block behind a mass, with a share of its own: taken for equal lengths",
-        "python/sait/blocks.py",
-        """\
-        out, selection = _prune(q, k, v, tokens, stage, score, num_prefix, None)
-        ragged = tokens.ragged or stage.mass is not None
-""",
-        """\
-        out, selection = _prune(q, k, v, tokens, stage, score, num_prefix, None)
-        ragged = stage.mass is not None
-""",
+        "python/sait/methods/fusion.py",
+        "ragged = tokens.ragged or stage.selector.ragged",
+        "ragged = stage.selector.ragged",
         "tests/models/test_optimize.py -k mass_left",
     ),
     Fault(
         "stochastic depth of ragged images: every row is its own image",
-        "python/sait/blocks.py",
-        "if not tokens.ragged or not _drops(module):",
-        "if not _drops(module):",
+        "python/sait/execution/plain.py",
+        "if not tokens.ragged or not drops_paths(module):",
+        "if not drops_paths(module):",
         "tests/models/test_training.py -k drop_path",
     ),
     Fault(
         "a stale weight: an update in place is not seen",
-        "python/sait/watch.py",
+        "python/sait/execution/watch.py",
         "return version, parameter.data_ptr(),",
         "return parameter.data_ptr(),",
         "tests/models/test_optimize_changes.py -k changed_weights",
     ),
     Fault(
         "optimize: the MLP takes the LayerScale of the attention",
-        "python/sait/optimize.py",
-        '"gamma2": _float(_gamma(block, "ls2")),',
-        '"gamma2": _float(_gamma(block, "ls1")),',
+        "python/sait/execution/optimize.py",
+        '"gamma2": _float(gamma_of(view.scale2, family)),',
+        '"gamma2": _float(gamma_of(view.scale1, family)),',
         "tests/models/test_optimize.py -k 'same_results and not triton'",
     ),
     Fault(
         "pooling without prefix: each image skips the prefixes of those before it, and not its own",
-        "python/sait/heads.py",
+        "python/sait/families/pooling.py",
         "skip * (image + 1)",
         "skip * image",
         "tests/models/test_exactness.py -k 'oracle and cpu'",
     ),
     Fault(
         "attention pooling sees one row of padding",
-        "python/sait/heads.py",
+        "python/sait/families/pooling.py",
         "absent = torch.arange(width, device=rows.device) >= lengths[:, None]",
         "absent = torch.arange(width, device=rows.device) > lengths[:, None]",
         "tests/models/test_exactness.py -k 'oracle and cpu'",
     ),
     Fault(
         "the record of keep=1.0 behind a stage that drops: all rows",
-        "python/sait/sparse.py",
-        "kept.append(kept[-1] if kept else all_rows(B, N, x.device))",
-        "kept.append(all_rows(B, N, x.device))",
+        "python/sait/tokens.py",
+        """\
+        rows = self._first_rows() if self.rows is None else self.rows
+        return Selection(""",
+        """\
+        rows = self._first_rows()
+        return Selection(""",
         "tests/models/test_lifecycle.py -k 'selections and cpu'",
     ),
     Fault(
         "the record of a second stage counts in the rows that the first one left",
-        "python/sait/density.py",
-        "return selection._replace(indices=rows.index_select(0, selection.indices))",
-        "return selection",
+        "python/sait/tokens.py",
+        "        if self.rows is not None:\n",
+        "        if False:\n",
         "tests/models/test_lifecycle.py -k 'selections and cpu'",
     ),
     Fault(
         "set_density asks nobody whether the model can run so",
-        "python/sait/density.py",
-        "    model._check_plan(plan)\n",
+        "python/sait/state.py",
+        "    check_plan(model, wanted, sparse_family(model))\n",
         "",
         "tests/models/test_refusals.py -k 'mass or more'",
     ),
     Fault(
         "macs: attention counts the queries that are dropped",
-        "python/sait/macs.py",
-        "total += 2 * m * n * width +",
-        "total += 2 * n * n * width +",
+        "python/sait/cost.py",
+        "attention = 2 * r.queries * r.entering * A",
+        "attention = 2 * r.entering * r.entering * A",
         "tests/models/test_macs.py -k pruned",
     ),
     Fault(
@@ -332,13 +330,13 @@ PYTHON = (
     Fault(
         "a checkpoint comes back at the density of its plan, not at its own",
         "python/sait/checkpoint.py",
-        '_plan_from_json(metadata["active"])',
-        '_plan_from_json(metadata["plan"])',
+        'Plan.from_dict(metadata["active"])',
+        'Plan.from_dict(metadata["plan"])',
         "tests/train/test_checkpoint.py",
     ),
     Fault(
         "a fused linear layer takes no notice of autocast",
-        "python/sait/linear.py",
+        "python/sait/execution/linear.py",
         '        and not torch.is_autocast_enabled("cpu")\n',
         "",
         "tests/models/test_linear.py",

@@ -244,6 +244,9 @@ def test_compiled_code_follows_the_forced_choice() -> None:
     assert "sait.gather_tokens" in targets_of(gather_rows, x, indices)
     with sk.backend("reference"):
         assert "sait.gather_tokens" not in targets_of(gather_rows, x, indices)
+        with sk.backend("cpu"):
+            assert "sait.gather_tokens" in targets_of(gather_rows, x, indices)
+        assert "sait.gather_tokens" not in targets_of(gather_rows, x, indices)  # the outer one's again
     with sk.backend("cpu"):
         assert "sait.gather_tokens" in targets_of(gather_rows, x, indices)
     assert "sait.gather_tokens" not in targets_of(forced, x, indices)

@@ -1,25 +1,31 @@
-"""Vision Transformers that drop the tokens they do not need: plans, sparsify for timm models, and a reference ViT."""
+"""Vision Transformers that drop the tokens they do not need: methods, plans, sparsify, and a reference ViT."""
 
-from sait import data
+from sait import data, methods
 from sait.checkpoint import load, save
-from sait.density import kept_mask, record_scores, selections, set_density
-from sait.graphs import graphed
-from sait.macs import macs
-from sait.optimize import deoptimize, optimize
-from sait.plan import Plan, Stage
-from sait.sparse import restore, sparsify
+from sait.cost import macs
+from sait.execution.graphs import graphed
+from sait.execution.optimize import deoptimize, optimize
+from sait.methods.base import Seen
+from sait.methods.plan import Plan, Stage
+from sait.sparsify import restore, sparsify
+from sait.state import density, kept_mask, record_scores, selections, set_density
+from sait.tokens import Tokens
 from sait.vit import SaitViT  # registers the sait_deit models with timm
 
 __all__ = [
     "Plan",
     "SaitViT",
+    "Seen",
     "Stage",
+    "Tokens",
     "data",
+    "density",
     "deoptimize",
     "graphed",
     "kept_mask",
     "load",
     "macs",
+    "methods",
     "optimize",
     "record_scores",
     "restore",

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sait.density import state_of
-from sait.measure import environment
-from sait.plan import Plan, Stage
-from sait.sparse import sparsify
+from sait.environment import environment
+from sait.methods.plan import Plan
+from sait.sparsify import sparsify
+from sait.state import state_of
 
 FORMAT = 1
 KEY = "sait"  # the metadata's only entry, a JSON document: safetensors takes strings only
@@ -54,8 +54,8 @@ def save(
         "format": FORMAT,
         "model": name,
         "model_kwargs": dict(kwargs or {}),
-        "plan": _plan_to_json(state.plan),
-        "active": None if state.active is None else _plan_to_json(state.active),
+        "plan": state.plan.to_dict(),
+        "active": None if state.active is None else state.active.to_dict(),
         **environment(),
         **more,
     }
@@ -102,8 +102,8 @@ def build(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Any:
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: timm cannot build its model {metadata['model']!r}: {error}") from error
     load_weights(model, checkpoint.tensors, path)
-    sparsify(model, _plan_from_json(metadata["plan"]))
-    state_of(model, "load").active = None if metadata["active"] is None else _plan_from_json(metadata["active"])
+    sparsify(model, Plan.from_dict(metadata["plan"]))
+    state_of(model, "load").active = None if metadata["active"] is None else Plan.from_dict(metadata["active"])
     return model.eval()
 
 
@@ -125,12 +125,3 @@ def replace_file(path: str | os.PathLike[str], write: Any) -> None:
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
-
-
-def _plan_to_json(plan: Plan) -> dict[str, Any]:
-    stages = [{"block": stage.block, **stage.rule} for stage in plan.stages]
-    return {"stages": stages, "score": plan.score}
-
-
-def _plan_from_json(plan: Mapping[str, Any]) -> Plan:
-    return Plan(tuple(Stage(**stage) for stage in plan["stages"]), plan["score"])

@@ -11,7 +11,7 @@ import pytest
 import sait
 import torch
 from peers import PEERS, Evit, OpenVino, Setting, Tome, merge
-from sait.plain import PlainPruning, PlainViT, share
+from sait.bench.plain import PlainPruning, PlainViT, share
 from tiny import images, small_vit
 from torch import Tensor
 

@@ -6,8 +6,9 @@ import pytest
 import roofline
 import sait
 import torch
-from roofline import Part, Roofs, Rows
+from roofline import Part, Roofs
 from sait import Plan, Stage
+from sait.cost import Rows, plan_rows, rows_for_head
 from tiny import images, small_vit
 from typer.testing import CliRunner
 
@@ -24,10 +25,10 @@ PLANS = {
 @pytest.mark.parametrize("plan", PLANS)
 def test_operations_are_those_of_macs(name: str, plan: str) -> None:
     vit = small_vit(name)
-    found = roofline.parts(vit, roofline.plan_rows(vit, PLANS[plan]), 5, 4)
+    found = roofline.parts(vit, plan_rows(vit, PLANS[plan]), 5, 4)
     assert sum(part.flop for part in found) == 2 * 5 * sait.macs(vit, PLANS[plan])
     assert roofline.gmac(found, 5) == pytest.approx(sait.macs(vit, PLANS[plan]) / 1e9)
-    dense = roofline.parts(vit, roofline.dense_rows(vit), 5, 4)
+    dense = roofline.parts(vit, plan_rows(vit, None), 5, 4)
     assert sum(part.flop for part in dense) == 2 * 5 * sait.macs(vit)
 
 
@@ -38,15 +39,15 @@ def test_with_mass_the_counts_are_given() -> None:
     with sk.backend("reference"):
         model(images(1))
     (kept,) = sait.selections(model)[0].cu_seqlens.diff().tolist()
-    rows = roofline.plan_rows(vit, Plan([Stage(1, mass=0.5)]), [kept])
+    rows = plan_rows(vit, Plan([Stage(1, mass=0.5)]), [kept])
     assert sum(part.flop for part in roofline.parts(vit, rows, 1, 4)) == 2 * sait.macs(model)
 
 
 def test_rows_that_the_head_reads() -> None:
     """26 tokens, one of them a prefix: what follows the attention of the last block is for that one."""
     vit = small_vit()
-    rows = roofline.plan_rows(vit, PLANS["all"])
-    for_head = roofline.rows_for_head(vit, rows)
+    rows = plan_rows(vit, PLANS["all"])
+    for_head = rows_for_head(vit, rows)
     assert for_head[:-1] == rows[:-1]
     left_out = 25 * (64 * 64 + 2 * 64 * 256 + 2 * 26 * 64)
     assert roofline.gmac(roofline.parts(vit, rows, 3, 4), 3) - roofline.gmac(
@@ -57,7 +58,7 @@ def test_rows_that_the_head_reads() -> None:
 def test_bytes_by_hand() -> None:
     """25 patches of 3 * 16 * 16 values, 26 tokens, C = 64, two images, bf16; block 1 keeps 12 patches, 13 rows."""
     vit = small_vit()
-    found = {part.name: part for part in roofline.parts(vit, roofline.plan_rows(vit, PLANS["one stage"]), 2, 2)}
+    found = {part.name: part for part in roofline.parts(vit, plan_rows(vit, PLANS["one stage"]), 2, 2)}
     assert len(found) == 1 + 4 * 6 + 1
     moved = {
         "patch embedding": 2 * (3 * 80 * 80 + 26 * 64) + 3 * 16 * 16 * 64 + 26 * 64,  # images, tokens; weights, places
@@ -84,7 +85,7 @@ def test_the_longer_of_two_times() -> None:
 
 def test_what_reads_everything_before_it_prunes_costs_more() -> None:
     vit = small_vit()
-    ours = roofline.plan_rows(vit, PLANS["one stage"])
+    ours = plan_rows(vit, PLANS["one stage"])
     assert ours[1] == Rows(26, 13, 13, 13, choosing=26 * 64)
     late = [rows._replace(queries=rows.entering, projected=rows.entering) for rows in ours]
     roofs = Roofs(1.0, 1.0)
@@ -96,7 +97,7 @@ def test_what_reads_everything_before_it_prunes_costs_more() -> None:
 def test_a_model_of_another_kind_is_refused() -> None:
     vit = small_vit("vit_base_patch16_siglip_224")
     with pytest.raises(ValueError, match="attention pooling"):
-        roofline.parts(vit, roofline.dense_rows(vit), 1, 2)
+        roofline.parts(vit, plan_rows(vit, None), 1, 2)
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

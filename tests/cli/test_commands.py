@@ -9,8 +9,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from sait import photos, throughput
+from sait.bench import throughput
 from sait.cli import main
+from sait.data import photos
 from schema import check_results
 
 import sait_kernels

@@ -6,8 +6,10 @@ import pytest
 import sait
 import timm
 import torch
-from sait import blocks, measure, throughput
-from sait.throughput import Density
+from sait.bench import measure, throughput
+from sait.state import Density
+
+import sait_kernels as sk
 
 
 def test_interleave_gives_medians(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +68,8 @@ def test_no_figures_where_dense_mode_is_wrong() -> None:
 
 
 def test_no_figures_where_the_kernels_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = blocks.sk.compact_attention
-    monkeypatch.setattr(blocks.sk, "compact_attention", lambda *args, **named: original(*args, **named) * 1.01)
+    original = sk.compact_attention
+    monkeypatch.setattr(sk, "compact_attention", lambda *args, **named: original(*args, **named) * 1.01)
     model = small_model()
     sait.sparsify(model, block=1, keep=1.0)
     with pytest.raises(RuntimeError, match="off by"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sait.photos import Preprocessing, draw_kept, fit_to_grid, patch_pixels, photo_batch, sheet, to_tensor
+from sait.data.photos import Preprocessing, draw_kept, fit_to_grid, patch_pixels, photo_batch, sheet, to_tensor
 
 EXPECTED = Preprocessing((48, 64), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 

@@ -10,7 +10,7 @@ import pytest
 import sait
 import timm
 import torch
-from sait import graphs
+from sait.execution import graphs
 from torch import Tensor
 
 

@@ -88,19 +88,53 @@ def test_copies_are_the_same_and_independent(density, backend):
 def test_density_on_the_fly(backend):
     model, x = zoo.build("vit"), zoo.images("vit")
     dense = model(x)
-    sait.sparsify(model, sait.Plan([sait.Stage(1, keep=0.7), sait.Stage(2, keep=0.7)], "column"))
+    sait.sparsify(model, block=2, keep=0.7, score="column")
     at_once = {keep: model(x) for keep in (0.3, 0.5) if sait.set_density(model, keep=keep)}
     for keep in (0.5, 0.3, 0.5):
         assert_same_bits(f"keep {keep}", sait.set_density(model, keep=keep)(x), at_once[keep])
         sait.set_density(model, mass=0.5)(x)
         assert_same_bits("dense", sait.set_density(model)(x), dense)
-    # 9 of 25 patches, then 4 of 9; the plan of the model keeps its blocks and its score
-    sait.set_density(model, keep=0.34)(x)
-    assert [len(image) for image in zoo.kept_tokens(model, 26)[1]] == [1 + 4] * 3
+    assert sait.density(model) is None
+    assert sait.density(sait.set_density(model, mass=0.5)) == sait.Plan([sait.Stage(2, mass=0.5)], "column")
     sait.sparsify(model, block=0, keep=3)
     model(x)
     assert sait.kept_mask(model)[0].sum(1).tolist() == [3, 3, 3]
     assert len(sait.selections(model)) == 1
+
+
+@torch.no_grad()
+def test_density_of_several_stages():
+    model, x = zoo.build("vit"), zoo.images("vit")
+    plan = sait.Plan([sait.Stage(1, keep=0.68), sait.Stage(2, mass=0.8, max_keep=9), sait.Stage(3, keep=0.9)], "column")
+    sait.sparsify(model, plan)
+    for density in ({"keep": 0.5}, {"keep": 4}, {"mass": 0.5}, {"mass": 1.0}):
+        with pytest.raises(ValueError, match=r"one of 3, each .* set_density\(model, scale=0.9\).*plan="):
+            sait.set_density(model, **density)
+    assert sait.density(model) == plan
+    sait.set_density(model, scale=0.5)(x)  # 9 of 25, those of half the mass, 0.45 of them
+    first, second, third = ([len(image) for image in stage] for stage in zoo.kept_tokens(model, 26))
+    assert first == [1 + 9] * 3
+    assert third == [1 + -(-45 * (length - 1) // 100) for length in second]
+    assert sait.density(model).stages[1].selector == sait.methods.TopP(0.4, max_keep=9)
+    assert sait.density(sait.set_density(model, scale=9)).stages[0].selector == sait.methods.TopK(1.0)
+    assert sait.density(sait.set_density(model, scale=1)) == plan
+    other = sait.Plan([sait.Stage(1, 5), sait.Stage(2, 1.0), sait.Stage(3, 2)], "cls_value")
+    sait.set_density(model, plan=other)(x)
+    assert [len(stage[0]) for stage in zoo.kept_tokens(model, 26)] == [6, 6, 3]
+    with pytest.raises(ValueError, match=r"scale: expected shares to scale, got .* 5 patches"):
+        sait.set_density(sait.sparsify(zoo.build("vit"), other), scale=0.5)
+    with pytest.raises(ValueError, match=r"plan: expected stages at blocks \[1, 2, 3\], got \[1\]"):
+        sait.set_density(model, plan=sait.Plan([sait.Stage(1, 0.5)]))
+    with pytest.raises(TypeError, match=r"plan: expected a sait.Plan, got 0\.5"):
+        sait.set_density(model, 0.5)
+    for scale in (0, -1, float("nan"), True, "half"):
+        with pytest.raises(ValueError, match="scale: expected a number above 0"):
+            sait.set_density(model, scale=scale)
+    with pytest.raises(ValueError, match="expected one of a plan, keep or mass, and scale"):
+        sait.set_density(model, keep=1.0, scale=0.5)
+    assert sait.density(model) == other, "a refused density changes nothing"
+    sait.set_density(model, keep=1.0)(x)
+    assert [len(stage[0]) for stage in zoo.kept_tokens(model, 26)] == [26, 26, 26]
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sait
 import timm
 import torch
-from sait.linear import linear, mlp
+from sait.execution.linear import linear, mlp
+from sait.families.timm_vit import TIMM_VIT
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ def test_same_numbers() -> None:
     exact.load_state_dict(layers.state_dict())
     # 96 products of a size below 1 and a few roundings: 96 eps is generous, a missing bias or GELU far outside
     bound = 96 * torch.finfo(torch.float32).eps
-    assert (mlp(layers, x) - exact(x.double())).abs().max() < bound
+    assert (mlp(layers, x, TIMM_VIT) - exact(x.double())).abs().max() < bound
     assert (linear(layers.fc1, x) - exact.fc1(x.double())).abs().max() < bound
 
 
@@ -47,7 +48,7 @@ def test_changed_layers_run_as_they_are() -> None:
 
     layers = Mlp(48, 96).eval()
     layers.act.forward = lambda x: 0 * x
-    assert torch.equal(mlp(layers, x), layers(x))
+    assert torch.equal(mlp(layers, x, TIMM_VIT), layers(x))
 
 
 @torch.inference_mode()
@@ -55,7 +56,7 @@ def test_autocast_decides_the_type() -> None:
     layers, x = Mlp(48, 96).eval(), torch.randn(2, 7, 48)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(linear(layers.fc1, x), layers.fc1(x))
-        assert torch.equal(mlp(layers, x), layers(x))
+        assert torch.equal(mlp(layers, x, TIMM_VIT), layers(x))
     assert linear(layers.fc1, x).dtype == torch.float32
 
 

@@ -16,7 +16,9 @@ import torch
 import zoo
 from helpers import assert_as_exact_as_torch, assert_same_bits
 from optimized import DENSITIES, FUSED, PACKED, STATIC, score_of, shortened, small_vit, sparse
-from sait.optimize import FusedLayers, PackedLayers, optimized_layers
+from sait.execution.optimize import FusedBlock, PackedBlock, block_for
+from sait.execution.plain import PlainBlock
+from sait.families.timm_vit import TIMM_VIT
 from tiers import full_only
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -158,12 +160,12 @@ def test_dense_stays_the_unpatched_model(calls: list[str]) -> None:
 @pytest.mark.parametrize(
     ("device", "dtype", "forced", "want"),
     [
-        ("cpu", torch.float32, None, PackedLayers),
+        ("cpu", torch.float32, None, PackedBlock),
         ("cpu", torch.float16, None, None),
-        ("cpu", torch.float32, "triton", FusedLayers),
-        ("cuda", torch.float32, None, FusedLayers),
-        ("cuda", torch.bfloat16, None, FusedLayers),
-        ("cuda", torch.float16, "triton", FusedLayers),
+        ("cpu", torch.float32, "triton", FusedBlock),
+        ("cuda", torch.float32, None, FusedBlock),
+        ("cuda", torch.bfloat16, None, FusedBlock),
+        ("cuda", torch.float16, "triton", FusedBlock),
         ("cuda", torch.float64, None, None),
         ("cuda", torch.float32, "cpu", None),
         ("cuda", torch.float32, "reference", None),
@@ -175,8 +177,8 @@ def test_the_device_decides(device: str, dtype: torch.dtype, forced: str | None,
     (block, *_) = sait.optimize(sparse("vit")).to(dtype).blocks
     fake = FakeTensorMode() if device == "cuda" else contextlib.nullcontext()
     with fake, sk.backend(forced) if forced else contextlib.nullcontext():
-        layers = optimized_layers(block, torch.empty(3, 26, 64, device=device, dtype=dtype))
-    assert type(layers) is (want or type(None))
+        made = block_for(block, TIMM_VIT, torch.empty(3, 26, 64, device=device, dtype=dtype))
+    assert type(made) is (want or PlainBlock)
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip"])

@@ -177,7 +177,7 @@ def test_a_cpu_that_multiplies_tiles_of_bfloat16(
     dtype: torch.dtype, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Leaves them to oneDNN, which does that."""
-    monkeypatch.setattr(sys.modules["sait.optimize"], "_has_amx", lambda: True)
+    monkeypatch.setattr(sys.modules["sait.execution.optimize"], "_has_amx", lambda: True)
     model, x = sparse("vit", keep=1.0).to(dtype), zoo.images("vit").to(dtype)
     want = model(x)
     got = sait.optimize(model)(x)

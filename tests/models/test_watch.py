@@ -15,7 +15,7 @@ import torch
 import zoo
 from helpers import assert_same_bits
 from optimized import shortened, sparse
-from sait.watch import Watch, WatchOfParameters
+from sait.execution.watch import Watch, WatchOfParameters
 from torch import Tensor, nn
 
 HOLDER = "watched"
@@ -150,10 +150,10 @@ def test_every_change_of_a_parameter_is_noticed(change: Callable[[Any], None]) -
 
 @torch.no_grad()
 def test_a_block_is_asked_once(monkeypatch: pytest.MonkeyPatch, ops: list[str], calls: list[str]) -> None:
-    optimize = sys.modules["sait.optimize"]
+    optimize = sys.modules["sait.execution.optimize"]
     asked: list[Any] = []
-    is_plain = optimize._is_plain
-    monkeypatch.setattr(optimize, "_is_plain", lambda block: asked.append(block) or is_plain(block))
+    is_plain = optimize.is_plain_block
+    monkeypatch.setattr(optimize, "is_plain_block", lambda *args: asked.append(args[0]) or is_plain(*args))
     model, x = sait.optimize(shortened(sparse("vit", keep=1.0))), zoo.images("vit", 1)
     for _ in range(3):
         model(x)

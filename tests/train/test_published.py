@@ -10,7 +10,7 @@ import pytest
 import sait
 import short
 from sait import checkpoint
-from sait.throughput import Density
+from sait.state import Density
 from sait.train import Config, evaluate
 from sait.train.data import expected_by, open_data
 from tiers import full_only

@@ -34,14 +34,16 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(short.run(tmp_path_factory.mktemp("teacher") / "out", mode="dense"))
 
 
-def kept_shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Tokens per image behind each training step, as shares of 17."""
-    seen: list[float] = []
+def kept_shares(monkeypatch: pytest.MonkeyPatch) -> list[float | str]:
+    """Tokens per image behind each training step, as shares of 17; "dense" where the model's own forward ran."""
+    seen: list[float | str] = []
     step = Trainer._step
 
     def spy(self, images, labels, where):
         losses = step(self, images, labels, where)
-        seen.append(len(sait.selections(self.model)[0].indices) / (len(images) * 17))
+        selections = sait.selections(self.model)
+        assert bool(selections) == (sait.density(self.model) is not None)
+        seen.append(len(selections[0].indices) / (len(images) * 17) if selections else "dense")
         return losses
 
     monkeypatch.setattr(Trainer, "_step", spy)
@@ -53,16 +55,27 @@ def test_odd_epochs_are_dense_and_even_ones_sparse(tmp_path, monkeypatch):
     short.run(tmp_path / "out", epochs=4, canvas_images=32)
     assert [row["mode"] for row in metrics(tmp_path / "out")] == ["dense", "sparse"] * 2
     dense, sparse = seen[0:4] + seen[8:12], seen[4:8] + seen[12:16]
-    assert dense == [1.0] * 8
+    assert dense == ["dense"] * 8
     assert all(0.3 < share < 0.75 for share in sparse)
     assert len(set(sparse)) > 2  # drawn for each batch
+
+
+@pytest.mark.parametrize("changes", [{"alpha": 1.0}, {"alpha": 0.0, "manifold_alpha": 1.0}])
+def test_dense_steps_that_learn_from_scores_or_tokens_keep_all(tmp_path, monkeypatch, teacher, changes):
+    seen = kept_shares(monkeypatch)
+    shown = []
+    with short.processes("cpu") as alone:
+        config = short.config(tmp_path / "out", teacher=teacher, mode="dense", epochs=1, **changes)
+        train(config, alone, advance=lambda text, *_: shown.append(text))
+    assert set(seen) == {1.0}
+    assert "epoch 1/1 dense (keep=1.0), loss" in shown[0]
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 def test_one_kind_of_epoch_only(tmp_path, monkeypatch, mode):
     seen = kept_shares(monkeypatch)
     short.run(tmp_path / "out", mode=mode, keep=None, mass=0.5)
-    assert (np.array(seen) == 1.0).all() if mode == "dense" else (np.array(seen) < 1.0).all()
+    assert set(seen) == {"dense"} if mode == "dense" else (np.array(seen) < 1.0).all()
     loaded = sait.load(tmp_path / "out" / "model.safetensors")
     assert loaded._sait.plan == sait.Plan([sait.Stage(1, mass=0.5)])
     assert (loaded._sait.active is None) == (mode == "dense")

@@ -65,7 +65,7 @@ def test_eval_bounds_what_a_mass_keeps(trained, tmp_path):
 def test_eval_counts_right_answers(trained):
     """By a loop over the images, one at a time."""
     import sait
-    from sait.throughput import Density
+    from sait.state import Density
     from sait.train.data import expected_by, open_data
     from sait.train.evaluate import evaluate
 

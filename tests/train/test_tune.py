@@ -9,7 +9,7 @@ import short
 import small
 import torch
 from sait.cli import main
-from sait.throughput import Density
+from sait.state import Density
 from sait.train.data import expected_by, open_data
 from sait.train.evaluate import Result
 from sait.train.tune import Setting, fastest, frontier, steps, tune

@@ -16,7 +16,7 @@ from sait.cli import options
 from sait.cli.options import DType, Score
 
 if TYPE_CHECKING:
-    from sait.throughput import Figure
+    from sait.bench.throughput import Figure
 
 EXAMPLES = """\
 Examples:
@@ -62,8 +62,8 @@ def bench(
     timm's own forward; "keep 1.0" keeps all tokens, too, but runs the kernels. The images are crops of the two photos
     that scikit-learn ships.
     """
-    from sait import measure, throughput
-    from sait.throughput import Density
+    from sait.bench import measure, throughput
+    from sait.state import Density
 
     if compare and score is not Score.cls:
         options.bad("--compare", f"plain torch prunes by the score cls only, got --score {score.value}.")

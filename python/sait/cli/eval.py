@@ -49,8 +49,8 @@ def evaluate(
 
     Under torchrun every process takes a part of the images.
     """
-    from sait import measure
-    from sait.throughput import Density
+    from sait.bench import measure
+    from sait.state import Density
     from sait.train.config import Config
     from sait.train.data import expected_by, open_data
     from sait.train.evaluate import evaluate
@@ -89,7 +89,7 @@ def evaluate(
 def load(name: str, block: int, score: str, densities: Sequence[Any]) -> tuple[Any, str]:
     """(the sparse model, what it is in words)."""
     import sait
-    from sait.density import state_of
+    from sait.state import state_of
     from sait.train.distill import load_checkpoint
 
     if Path(name).is_file() or name.endswith(".safetensors"):

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-    from sait.photos import Preprocessing
-    from sait.throughput import Density
+    from sait.data.photos import Preprocessing
+    from sait.state import Density
 
 HUB_SECONDS = 5.0
 
@@ -98,7 +98,7 @@ def one_line(error: Exception) -> str:
 
 def densities(keep: list[float], mass: list[float], max_keep: int | None, static: bool = False) -> list[Density]:
     """One for each --keep, then one for each --mass, with what bounds it."""
-    from sait.throughput import Density
+    from sait.state import Density
 
     if not mass and (max_keep is not None or static):
         option = "--static" if max_keep is None else "--max-keep"
@@ -229,7 +229,7 @@ def load_images(model: nn.Module, batch: int) -> tuple[Tensor, str]:
     """((batch, 3, height, width) float32, what they are in words): crops of the two photos, else noise."""
     import torch
 
-    from sait.photos import photo_batch
+    from sait.data.photos import photo_batch
 
     expected = preprocessing(model)
     try:
@@ -243,7 +243,7 @@ def preprocessing(model: nn.Module) -> Preprocessing:
     """What the model expects of an image."""
     from timm.data import resolve_model_data_config
 
-    from sait.photos import Preprocessing
+    from sait.data.photos import Preprocessing
 
     config = resolve_model_data_config(model)
     return Preprocessing(config["input_size"][1:], config["mean"], config["std"])
@@ -253,7 +253,7 @@ def open_photos(paths: list[Path]) -> dict[str, Image.Image]:
     """name -> photo; without paths the two that scikit-learn ships."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    from sait.photos import sample_photos
+    from sait.data.photos import sample_photos
 
     if not paths:
         return sample_photos()

@@ -50,7 +50,7 @@ def show(
     import torch
 
     import sait
-    from sait.photos import canvas_examples, draw_kept, fit_to_grid, sheet, to_tensor
+    from sait.data.photos import canvas_examples, draw_kept, fit_to_grid, sheet, to_tensor
 
     place = options.check_device(device, backend)
     photos = options.open_photos(images or [])
@@ -97,7 +97,7 @@ def show(
 def load_checkpoint(path: str) -> tuple[Any, int, str]:
     """(the model, the first block where it drops tokens, its score)."""
     from sait import checkpoint
-    from sait.density import state_of
+    from sait.state import state_of
 
     try:
         model = checkpoint.load(path)
@@ -106,4 +106,4 @@ def load_checkpoint(path: str) -> tuple[Any, int, str]:
     except ValueError as error:
         options.bad("--model", options.one_line(error))
     plan = state_of(model, "show").plan
-    return model, plan.stages[0].block, plan.score
+    return model, plan.stages[0].block, str(plan.score)

@@ -53,7 +53,7 @@ def tune(
     The trade-off curve has the settings that no other beats in both. A checkpoint keeps its own score. On canvas this
     looks at validation images: `sait eval` then judges the choice on others.
     """
-    from sait import measure
+    from sait.bench import measure
     from sait.train.config import Config
     from sait.train.data import expected_by, open_data
     from sait.train.tune import fastest, frontier, steps

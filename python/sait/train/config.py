@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from sait.plan import Plan, Stage
+from sait.methods.plan import Plan, Stage
 
 MODES = ("alternate", "dense", "sparse")
 AMP = ("none", "bf16")
@@ -169,6 +169,12 @@ class Config:
     @property
     def learns_attention(self) -> bool:
         return self.teacher is not None and self.alpha > 0
+
+    @property
+    def learns_from_dense_tokens(self) -> bool:
+        """Whether a dense step needs the scores or the tokens of the stage. It runs keep=1.0 then: all tokens, by the
+        attention of sait_kernels. Else it is the model's own forward."""
+        return self.learns_attention or self.manifold_alpha > 0
 
     @property
     def needs_teacher(self) -> bool:

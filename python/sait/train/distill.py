@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sait import checkpoint
-from sait.density import record_scores, set_density
-from sait.plan import Plan, Stage
-from sait.sparse import sparsify
+from sait.methods.plan import Plan, Stage
+from sait.sparsify import sparsify
+from sait.state import record_scores, set_density
 from sait.train.config import Config, TrainingError
 from sait.train.manifold import last_features
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sait.density import selections, set_density, state_of
-from sait.macs import macs
-from sait.throughput import Density
+from sait.cost import macs
+from sait.state import Density, selections, set_density, sparse_family, state_of
 from sait.train.data import Data
 from sait.train.processes import Processes
 
@@ -92,16 +91,20 @@ class Totals:
     seconds: float = 0.0
 
     def add(self, model: Any, density: Density, images: Tensor, labels: Tensor) -> None:
-        # keep=1.0 is dense on our kernels: it leaves a selection, and costs the same as timm's forward.
-        set_density(model, **asdict(Density(keep=1.0) if density == Density() else density))
+        set_density(model, **asdict(density))
         start = _now(images.device)
         logits = model(images)
         self.seconds += _now(images.device) - start
         self.images += len(images)
         self.right += int((logits.argmax(1) == labels).sum())
-        self.tokens += int(selections(model)[-1].cu_seqlens[-1])
+        size = (images.shape[2], images.shape[3])
+        if density == Density():  # the model's own forward leaves no selection
+            rows, columns = sparse_family(model).grid(model, size)
+            self.tokens += len(images) * (rows * columns + sparse_family(model).num_prefix(model))
+        else:
+            self.tokens += int(selections(model)[-1].cu_seqlens[-1])
         if density.mass is not None or self.macs == 0:
-            self.macs_of_image = macs(model, img_size=(images.shape[2], images.shape[3]))
+            self.macs_of_image = macs(model, img_size=size)
         self.macs += self.macs_of_image * len(images)
 
     def result(self, density: Density, processes: Processes) -> Result:

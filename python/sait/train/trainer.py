@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sait import checkpoint
-from sait.density import record_scores, selections, set_density
-from sait.plan import Plan, Stage
-from sait.sparse import sparsify
-from sait.throughput import Density
+from sait.methods.plan import Plan, Stage
+from sait.sparsify import sparsify
+from sait.state import Density, record_scores, selections, set_density
 from sait.train.config import Config, StoppedError, TrainingError
 from sait.train.data import Data, class_names, expected_by, open_data
 from sait.train.distill import Teacher, attention_loss, load_teacher, logit_loss, patch_shares
@@ -150,12 +149,15 @@ class Trainer:
         densities = np.random.default_rng([config.seed, epoch])
         option, ends = config.density
         mode = self.mode(epoch)
+        shown = f"{mode} (keep=1.0)" if mode == "dense" and config.learns_from_dense_tokens else mode
         sums = dict.fromkeys(("loss", *self.weights), 0.0)
         self.parallel.train()
         start = time.perf_counter()
         for step, (images, labels) in enumerate(self.data.train_batches(epoch)):
             share = densities.uniform(ends[0], ends[1])
-            density: dict[str, Any] = {"keep": 1.0} if mode == "dense" else {option: share, **config.limits}
+            density: dict[str, Any] = {option: share, **config.limits}
+            if mode == "dense":
+                density = {"keep": 1.0} if config.learns_from_dense_tokens else {}
             set_density(self.model, **density)
             where = f"epoch {epoch}, step {step + 1} of {steps} ({mode})"
             losses = self._step(images.to(self.processes.device), labels.to(self.processes.device), where)
@@ -165,7 +167,7 @@ class Trainer:
             self.scheduler.step_update(done)
             if self.ema is not None:
                 self.ema.update(self.model, step=done)
-            advance(f"epoch {epoch}/{config.epochs} {mode}, loss {losses['loss']:.3f}", step + 1, steps)
+            advance(f"epoch {epoch}/{config.epochs} {shown}, loss {losses['loss']:.3f}", step + 1, steps)
         seconds = time.perf_counter() - start
         totals = self.processes.sum(*sums.values())
         means = [total / (steps * self.processes.world_size) for total in totals]

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sait.density import set_density, state_of
-from sait.measure import interleave, samples_in
-from sait.plan import Plan, Stage
-from sait.sparse import sparsify
-from sait.throughput import Density
+from sait.bench.measure import interleave, samples_in
+from sait.methods.plan import Plan, Stage
+from sait.sparsify import sparsify
+from sait.state import Density, set_density, state_of
 from sait.train.data import Data
 from sait.train.evaluate import Result, evaluate
 from sait.train.processes import Processes
@@ -79,7 +78,7 @@ def tune(
 
         def call() -> Tensor:
             if plan is None:
-                return set_density(model, keep=1.0)(images)
+                return set_density(model)(images)
             return sparsify(model, plan)(images)
 
         return call

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sait.support import check_model
+from sait.families.timm_vit import TIMM_VIT
 from sait_kernels.selection import rate_to_count
 
 
@@ -30,7 +30,7 @@ class PlainViT(nn.Module):
 
     def __init__(self, vit: Any) -> None:
         super().__init__()
-        check_model(vit)
+        TIMM_VIT.check(vit)
         if any(block.attn.gate is not None for block in vit.blocks):
             raise ValueError("PlainViT: vit: expected attention without a gate, got one with it.")
         self.vit = vit

@@ -11,40 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sait.density import selections, set_density
-from sait.macs import macs
-from sait.measure import interleave, samples_in
-from sait.optimize import optimize
-from sait.plain import PlainPruning, share
-from sait.sparse import sparsify
+from sait.bench.measure import interleave, samples_in
+from sait.bench.plain import PlainPruning, share
+from sait.cost import macs
+from sait.execution.optimize import optimize
+from sait.sparsify import sparsify
+from sait.state import Density, selections, set_density, sparse_family
 
 BASELINE = "timm dense"
 CHECKED_IMAGES = 2
-
-
-@dataclass(frozen=True)
-class Density:
-    """What sait.set_density takes: keep or mass; with neither, dense mode: timm's own forward."""
-
-    keep: float | None = None
-    mass: float | None = None
-    max_keep: int | None = None
-    static: bool = False
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """What is not the default."""
-        return {name: value for name, value in asdict(self).items() if value != getattr(Density, name)}
-
-    @property
-    def label(self) -> str:
-        words = ("static" if name == "static" else f"{name} {value}" for name, value in self.given.items())
-        return ", ".join(words) or "dense mode"
-
-    def plan(self, block: int, score: str) -> str:
-        if not self.given:
-            return "dense"
-        return ", ".join(f"{name}={value}" for name, value in {"block": block, **self.given, "score": score}.items())
 
 
 @dataclass(frozen=True)
@@ -243,10 +218,15 @@ def tolerance(dtype: torch.dtype, expected: Tensor, exact: Tensor) -> float:
 
 def _cost(model: nn.Module, images: Tensor, density: Density | None) -> tuple[list[int], float]:
     """(tokens of each image, GMAC of an image)."""
-    # A dense forward leaves no selection; one that keeps everything has the same cost.
-    counted = Density(keep=1.0) if density in (None, Density()) else density
-    set_density(model, **asdict(counted))(images)
-    return selections(model)[-1].cu_seqlens.diff().tolist(), macs(model) / 1e9
+    size = (images.shape[2], images.shape[3])
+    if density in (None, Density()):
+        rows, columns = sparse_family(model).grid(model, size)
+        tokens = [rows * columns + sparse_family(model).num_prefix(model)] * len(images)
+        set_density(model)
+    else:
+        set_density(model, **asdict(density))(images)
+        tokens = selections(model)[-1].cu_seqlens.diff().tolist()
+    return tokens, macs(model, img_size=size) / 1e9
 
 
 def rows(

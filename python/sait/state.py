@@ -1,16 +1,18 @@
-"""What a sparse model carries, a patched timm model and SaitViT alike, and the calls that change or read it."""
+"""What a sparse model carries, and the calls that change or read it."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import sait_kernels as sk
-from sait.plan import Plan
+from sait.families.base import Family
+from sait.methods.plan import Plan
 from sait_kernels import Selection
 
 
@@ -65,6 +67,25 @@ def state_of(model: nn.Module, call: str) -> State:
     return state
 
 
+def sparse_family(model: Any) -> Family:
+    """The family of a sparse model."""
+    return type(model)._sait_family
+
+
+def check_plan(model: Any, plan: Plan, family: Family) -> None:
+    """ValueError if the model, which can drop tokens, cannot run the plan."""
+    check_blocks(plan, len(family.blocks(model)))
+    if family.num_prefix(model) == 0:
+        for stage in plan.stages:
+            if getattr(stage.scorer, "needs_prefix", False):
+                raise ValueError(
+                    f"sait: score: {stage.scorer} reads the attention of a class token, and this model has none. "
+                    'Use score="column".'
+                )
+    if plan.ragged:
+        family.check_pooling(model)
+
+
 def check_blocks(plan: Plan, depth: int) -> None:
     """ValueError if a stage lies past the last block."""
     last = plan.stages[-1].block
@@ -76,14 +97,16 @@ def check_blocks(plan: Plan, depth: int) -> None:
 
 def set_density(
     model: Any,
+    plan: Plan | None = None,
     *,
     keep: float | int | None = None,
     mass: float | None = None,
     min_keep: int = 1,
     max_keep: int | None = None,
     static: bool = False,
+    scale: float | None = None,
 ) -> Any:
-    """Changes how many tokens a sparse model keeps, at every stage of its plan; with neither argument, dense again.
+    """Changes how many tokens a sparse model keeps; with no argument, dense again.
 
     Dense runs the forward of the unpatched model: the same result bit for bit. ``keep=1.0`` keeps all tokens, too, and
     scores none, but runs the attention kernels of sait_kernels: equal up to rounding, and the faster of the two where
@@ -93,25 +116,89 @@ def set_density(
 
     Args:
         model: from sparsify, or a SaitViT.
-        keep: as in Stage: a float is a share, an int a number of patches.
-        mass, min_keep, max_keep, static: as in Stage.
+        plan: with stages at the blocks of the plan that the model was sparsified with; or, in its place:
+        keep: as in Stage, for a plan of one stage; 1.0 for any plan.
+        mass, min_keep, max_keep, static: as in Stage, for a plan of one stage.
+        scale: each stage's own share times this, at most 1.
 
     Returns:
         The model.
 
     Raises:
-        ValueError, TypeError: keep and mass are both given, one is outside its range, or the model cannot run at this
-            density.
+        ValueError, TypeError: several of plan, keep, mass and scale are given, one is outside its range, keep or mass
+            for a plan of several stages, or the model cannot run at this density.
     """
     state = state_of(model, "set_density")
     limits = {"min_keep": min_keep, "max_keep": max_keep, "static": static}
-    if keep is None and mass is None and limits == {"min_keep": 1, "max_keep": None, "static": False}:
+    one_stage = (keep, mass, limits) != (None, None, {"min_keep": 1, "max_keep": None, "static": False})
+    if (plan is not None) + one_stage + (scale is not None) > 1:
+        raise ValueError("set_density: expected one of a plan, keep or mass, and scale, got several.")
+    if plan is not None:
+        wanted = _checked_plan(plan, state.plan)
+    elif scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ValueError(f"set_density: scale: expected a number above 0, got {scale!r}. 1 is the plan itself.")
+        wanted = state.plan.scaled(float(scale))
+    elif one_stage:
+        wanted = state.plan.at_density(keep, mass, **limits)
+        if len(state.plan.stages) > 1 and not wanted.keeps_all:
+            raise ValueError(
+                f"set_density: {'keep' if mass is None else 'mass'}: expected a plan of one stage, got one of "
+                f"{len(state.plan.stages)}, each with a share of its own. Write set_density(model, scale=0.9), which "
+                "scales them all, or set_density(model, plan=...) with stages at the same blocks."
+            )
+    else:
         state.active = None
         return model
-    plan = state.plan.at_density(keep, mass, **limits)
-    model._check_plan(plan)
-    state.active = plan
+    check_plan(model, wanted, sparse_family(model))
+    state.active = wanted
     return model
+
+
+def _checked_plan(plan: Any, own: Plan) -> Plan:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"set_density: plan: expected a sait.Plan, got {plan!r}.")
+    blocks, owned = ([stage.block for stage in p.stages] for p in (plan, own))
+    if blocks != owned:
+        raise ValueError(
+            f"set_density: plan: expected stages at blocks {owned}, got {blocks}. Call sait.sparsify(model, plan) for "
+            "other blocks."
+        )
+    return plan
+
+
+@dataclass(frozen=True)
+class Density:
+    """What sait.set_density takes: keep or mass; with neither, dense mode: timm's own forward."""
+
+    keep: float | None = None
+    mass: float | None = None
+    max_keep: int | None = None
+    static: bool = False
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is not the default."""
+        return {name: value for name, value in asdict(self).items() if value != getattr(Density, name)}
+
+    @property
+    def label(self) -> str:
+        words = ("static" if name == "static" else f"{name} {value}" for name, value in self.given.items())
+        return ", ".join(words) or "dense mode"
+
+    def plan(self, block: int, score: str) -> str:
+        if not self.given:
+            return "dense"
+        return ", ".join(f"{name}={value}" for name, value in {"block": block, **self.given, "score": score}.items())
+
+
+def density(model: nn.Module) -> Plan | None:
+    """The plan that a sparse model runs now; None: it is dense.
+
+    Raises:
+        TypeError: the model is not sparse.
+    """
+    return state_of(model, "density").active
 
 
 def selections(model: nn.Module) -> list[Selection]:
@@ -158,37 +245,18 @@ def record_scores(model: nn.Module) -> Iterator[list[Tensor]]:
     not. Not for a model that another thread runs meanwhile.
 
     Args:
-        model: from sparsify.
+        model: from sparsify, or a SaitViT.
 
     Returns:
         A list that grows by one tensor a stage and forward: (T,) float32, a score for each row that the stage's block
         saw, prefix rows included, and 0 for rows of no image; differentiable.
 
     Raises:
-        TypeError: the model is not one that sparsify changed.
+        TypeError: the model is not sparse.
     """
     state = state_of(model, "record_scores")
-    if not hasattr(model, "_sait_original"):
-        raise TypeError(
-            f"record_scores: model: expected one that sait.sparsify changed, got {type(model).__name__}. Build the "
-            "timm model of the same weights and sparsify it."
-        )
     before, state.recorded = state.recorded, []
     try:
         yield state.recorded
     finally:
         state.recorded = before
-
-
-def all_rows(images: int, tokens: int, device: torch.device) -> Selection:
-    """The Selection that drops nothing."""
-    rows = torch.arange(images * tokens, dtype=torch.int32, device=device)
-    return Selection(rows, sk.uniform_cu_seqlens(images, tokens, device), tokens)
-
-
-def in_original_rows(selection: Selection, before: Selection | None, total: int) -> Selection:
-    """The same choice, its indices counted in the ``total`` rows of the batch that ``before`` was taken from."""
-    if before is None:
-        return selection
-    rows = torch.cat([before.indices, before.indices.new_full((1,), total)])  # no row stays no row
-    return selection._replace(indices=rows.index_select(0, selection.indices))

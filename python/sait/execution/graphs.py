@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sait.density import Record, State
-from sait.plan import Plan
+from sait.methods.plan import Plan
+from sait.state import Record, State
 
 MOST_GRAPHS = 16  # of one model; the one that was not used for longest goes first
 

@@ -8,20 +8,24 @@ do; where it is not, they run as they are.
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNormFp32, LayerScale, Mlp
 from torch import Tensor, nn
 
 import sait_kernels as sk
-from sait.density import is_exporting, state_of
-from sait.watch import HOOKS, Watch, WatchOfParameters
+from sait.execution.block import Block
+from sait.execution.modules import gamma_of, is_plain_block, lies_in_rows
+from sait.execution.plain import PlainBlock
+from sait.execution.watch import Watch, WatchOfParameters
+from sait.families.base import BlockView, Family
+from sait.methods.base import After
+from sait.methods.fusion import Attended
+from sait.state import is_exporting, sparse_family, state_of
+from sait.tokens import Tokens
 from sait_kernels import Selection
 from sait_kernels.backend import forced_backend, refusal
 
-NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
-NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, DropPath)
 FUSED_OPS = ("norm_linear", "linear_residual")
 HOLDER = "_sait_optimized"  # the attribute of a block that optimize sets
 
@@ -67,7 +71,7 @@ def optimize(model: Any) -> Any:
         TypeError: the model is not sparse.
     """
     state_of(model, "optimize")
-    for block in model.blocks:
+    for block in sparse_family(model).blocks(model):
         setattr(block, HOLDER, Optimized())
     return model
 
@@ -79,121 +83,179 @@ def deoptimize(model: Any) -> Any:
         TypeError: the model is not sparse.
     """
     state_of(model, "deoptimize")
-    for block in model.blocks:
+    for block in sparse_family(model).blocks(model):
         vars(block).pop(HOLDER, None)
     return model
 
 
-class Layers(Protocol):
-    """What a block computes before and after its attention, of packed rows."""
+def is_optimized(block: Any) -> bool:
+    return HOLDER in vars(block)
 
-    def qkv(self, x: Tensor) -> Tensor:
+
+class Products:
+    """A block of fused products: what PackedBlock and FusedBlock have in common. They are made of a block that
+    is_plain_block, and watched."""
+
+    is_fused = True
+
+    def __init__(self, view: BlockView) -> None:
+        self.scale, self._heads = view.scale, (3, view.heads, view.head_dim)
+        self._q_norm, self._k_norm, self._norm = (
+            None if type(norm) is nn.Identity else norm for norm in (view.q_norm, view.k_norm, view.norm)
+        )
+
+    def qkv(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, None]:
+        """q, k and v (T, H, D)."""
+        qkv = self.project(tokens.packed)
+        q, k, v = qkv.view(qkv.shape[0], *self._heads).unbind(1)
+        q = q if self._q_norm is None else self._q_norm(q)
+        k = k if self._k_norm is None else self._k_norm(k)
+        return q, k, v, None
+
+    def finish(self, attended: Attended, normed: Tensor | None, tokens: Tokens, after: After | None) -> Tokens:
+        """All that follows attention, of the rows that stay."""
+        assert after is None, "block_for gives such a stage a PlainBlock"
+        out, selection = attended.out, attended.selection
+        out = out if self._norm is None else self._norm(out)
+        x = self.close(out, tokens.packed, selection)
+        if selection is None:
+            return tokens._replace(x=x.view(tokens.x.shape))
+        return tokens.keep(selection, attended.ragged, x)
+
+    def project(self, x: Tensor) -> Tensor:
         """(T, C) -> (T, 3 A): qkv(norm1(x))."""
+        raise NotImplementedError
 
-    def finish(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
-        """(S, A), (T, C) -> (S, C): x1 + ls2(mlp(norm2(x1))), where x1 is x + ls1(proj(out)) of the rows that stay."""
+    def close(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
+        """(S, A), (T, C) -> (S, C): x1 + scale2(mlp(norm2(x1))) with x1 = x + scale1(proj(out)), of those who stay."""
+        raise NotImplementedError
 
 
-class PackedLayers:
+class PackedBlock(Products):
     """On a CPU: products of packed weights, and of vectors in float32, as they are when this is made."""
 
-    def __init__(self, block: Any) -> None:
-        attn, mlp = block.attn, block.mlp
-        self._qkv, self._qkv_features = _packed(attn.qkv), attn.qkv.weight.shape[0]
-        self._norm1 = _norm_in_float(block.norm1)
-        self._layers = {
-            "proj": _packed(attn.proj),
-            "norm": _norm_in_float(block.norm2),
+    def __init__(self, view: BlockView, family: Family) -> None:
+        super().__init__(view)
+        mlp = family.feed_forward(view.mlp)
+        assert mlp is not None
+        self.dtype = view.qkv.weight.dtype
+        self._qkv, self._qkv_features = _packed(view.qkv), view.qkv.weight.shape[0]
+        self._norm1 = _norm_in_float(view.norm1)
+        self._layers: dict[str, Any] = {
+            "proj": _packed(view.proj),
+            "norm": _norm_in_float(view.norm2),
             "fc1": _packed(mlp.fc1),
             "fc2": _packed(mlp.fc2),
             "hidden_features": mlp.fc1.weight.shape[0],
-            "gamma1": _float(_gamma(block, "ls1")),
-            "gamma2": _float(_gamma(block, "ls2")),
+            "gamma1": _float(gamma_of(view.scale1, family)),
+            "gamma2": _float(gamma_of(view.scale2, family)),
         }
 
-    def qkv(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         return sk.packed_linear(x, self._qkv.packed, self._qkv_features, self._qkv.bias, norm=self._norm1)
 
-    def finish(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
+    def close(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
         return sk.packed_block(out, x, selection=selection, **self._layers)
 
 
-class FusedLayers:
+class FusedBlock(Products):
     """On a GPU: products of the modules' own weights, so there is nothing to keep up to date."""
 
-    def __init__(self, block: Any) -> None:
-        attn, mlp = block.attn, block.mlp
-        self._norm1, self._eps1, self._qkv = _parameters(block.norm1), block.norm1.eps, _parameters(attn.qkv)
-        self._norm2, self._eps2, self._proj = _parameters(block.norm2), block.norm2.eps, _parameters(attn.proj)
+    def __init__(self, view: BlockView, family: Family) -> None:
+        super().__init__(view)
+        mlp = family.feed_forward(view.mlp)
+        assert mlp is not None
+        self._norm1, self._eps1, self._qkv = _parameters(view.norm1), view.norm1.eps, _parameters(view.qkv)
+        self._norm2, self._eps2, self._proj = _parameters(view.norm2), view.norm2.eps, _parameters(view.proj)
         self._fc1, self._fc2 = _parameters(mlp.fc1), _parameters(mlp.fc2)
-        self._gamma1, self._gamma2 = (
-            _parameters(scale) if isinstance(scale, LayerScale) else {}
-            for scale in (getattr(block, "ls1", None), getattr(block, "ls2", None))
+        (self._scale1, self._gamma1), (self._scale2, self._gamma2) = (
+            (_parameters(scale), family.scales.get(type(scale), "")) for scale in (view.scale1, view.scale2)
         )
 
     def are_plain(self) -> bool:
-        """Whether the parameters, too, still are what _is_plain asks for."""
+        """Whether the parameters, too, still are what is_plain_block asks for."""
         linears = (self._qkv, self._proj, self._fc1, self._fc2)
-        return all([_lies_plainly(own.get("weight")) for own in linears]) and not any(
+        return all([lies_in_rows(own.get("weight")) for own in linears]) and not any(
             [own.get(name) is None for own in (self._norm1, self._norm2) for name in ("weight", "bias")]
         )
 
-    def qkv(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         norm, qkv = self._norm1, self._qkv
         return sk.norm_linear(x, norm["weight"], norm["bias"], self._eps1, qkv["weight"], qkv["bias"])
 
-    def finish(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
+    def close(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
         norm, proj, fc1, fc2 = self._norm2, self._proj, self._fc1, self._fc2
-        gamma1, gamma2 = self._gamma1.get("gamma"), self._gamma2.get("gamma")
+        gamma1, gamma2 = self._scale1.get(self._gamma1), self._scale2.get(self._gamma2)
         x = sk.linear_residual(out, proj["weight"], proj["bias"], x, selection=selection, gamma=gamma1)
         hidden = sk.norm_linear(x, norm["weight"], norm["bias"], self._eps2, fc1["weight"], fc1["bias"], gelu=True)
         return sk.linear_residual(hidden, fc2["weight"], fc2["bias"], x, gamma=gamma2)
 
 
 class Optimized:
-    """What optimize leaves on a block: its layers, made at the first forward and again after a change."""
+    """What optimize leaves on a block: its fused products, made at the first forward and again after a change."""
 
     def __init__(self) -> None:
-        # One assignment each, so that threads that share a model see layers and their own watch.
-        self._packed: tuple[PackedLayers, Watch, WatchOfParameters] | None = None
-        self._fused: tuple[FusedLayers, Watch] | None = None
+        # One assignment each, so that threads that share a model see products and their own watch.
+        self._packed: tuple[PackedBlock, Watch, WatchOfParameters] | None = None
+        self._fused: tuple[FusedBlock, Watch] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Optimized, ()  # a copy of the model packs for itself
 
-    def packed_layers(self, block: Any) -> PackedLayers | None:
+    def packed(self, block: Any, family: Family, x: Tensor) -> PackedBlock | None:
         made = self._packed
         if made is None or not (made[1].unchanged(block) and made[2].unchanged()):
-            made = (PackedLayers(block), Watch(block, HOLDER), WatchOfParameters(block)) if _is_plain(block) else None
+            view = plain_view(block, family)
+            made = None
+            if view is not None and (view.qkv.weight.device, view.qkv.weight.dtype) == (x.device, x.dtype):
+                made = (PackedBlock(view, family), Watch(block, HOLDER), WatchOfParameters(block))
             self._packed = made
-        return None if made is None else made[0]
+        return None if made is None or made[0].dtype != x.dtype else made[0]
 
-    def fused_layers(self, block: Any) -> FusedLayers | None:
+    def fused(self, block: Any, family: Family) -> FusedBlock | None:
         made = self._fused
         if made is None or not (made[1].unchanged(block) and made[0].are_plain()):
-            made = self._fused = (FusedLayers(block), Watch(block, HOLDER)) if _is_plain(block) else None
+            view = plain_view(block, family)
+            made = self._fused = None if view is None else (FusedBlock(view, family), Watch(block, HOLDER))
         return None if made is None else made[0]
 
 
-def optimized_layers(block: Any, x: Tensor) -> Layers | None:
-    """The block's layers as fused products, if it was optimized and its modules would compute the same."""
+def plain_view(block: Any, family: Family) -> BlockView | None:
+    """The block's parts, if fused products compute the same."""
+    view = family.view(block)
+    if not is_plain_block(block, view, family):
+        return None
+    mlp = family.feed_forward(view.mlp)
+    assert mlp is not None
+    in_rows = all(lies_in_rows(module.weight) for module in (view.qkv, view.proj, mlp.fc1, mlp.fc2))
+    return view if in_rows else None
+
+
+def block_for(block: Any, family: Family, x: Tensor, after: After | None = None) -> Block:
+    """How this forward computes the block: by fused products, if it was optimized and they compute the same; else by
+    its modules."""
     optimized = vars(block).get(HOLDER)
-    if optimized is None or not _is_inference(x):
+    products = None if optimized is None or after is not None else _products(optimized, block, family, x)
+    return PlainBlock(family.view(block), family) if products is None else products
+
+
+def _products(optimized: Optimized, block: Any, family: Family, x: Tensor) -> Products | None:
+    if not _is_inference(x):
         return None
     forced = forced_backend()
     if forced == "cpu" or (forced is None and x.device.type == "cpu"):
-        return optimized.packed_layers(block) if _packs(x, block.attn.qkv.weight) else None
+        return optimized.packed(block, family, x) if _packs(x) else None
     if not _has_kernels(x, forced):
         return None
     if torch.compiler.is_compiling():  # its guards are the watch
-        return FusedLayers(block) if _is_plain(block) else None
-    return optimized.fused_layers(block)
+        view = plain_view(block, family)
+        return None if view is None else FusedBlock(view, family)
+    return optimized.fused(block, family)
 
 
-def _packs(x: Tensor, weight: Tensor) -> bool:
+def _packs(x: Tensor) -> bool:
     """Compiled code fuses for itself. Where a CPU multiplies bfloat16 in tiles (AMX), oneDNN does, and we do not."""
-    served = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype
-    served = served and not torch.compiler.is_compiling()
+    served = x.device.type == "cpu" and not torch.compiler.is_compiling()
     return served and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not _has_amx()))
 
 
@@ -215,63 +277,9 @@ def _is_inference(x: Tensor) -> bool:
     return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_exporting())
 
 
-def _is_linear(module: Any) -> bool:
-    """Its weight lies as the ops read it, and is what it looks like: a quantised one is of another class."""
-    return type(module) is nn.Linear and _lies_plainly(module.weight)
-
-
-def _lies_plainly(weight: Any) -> bool:
-    return type(weight) is nn.Parameter and weight.stride(1) == 1
-
-
-def _is_plain(block: Any) -> bool:
-    """LayerNorm, attention, LayerNorm, erf-GELU MLP and nothing else that does anything in eval mode."""
-    attn, mlp = block.attn, block.mlp
-    linears = (attn.qkv, attn.proj, getattr(mlp, "fc1", None), getattr(mlp, "fc2", None))
-    return (
-        all(map(_is_linear, linears))
-        and getattr(attn, "gate", None) is None
-        and all(type(norm) in NORMS and _is_affine(norm) for norm in (block.norm1, block.norm2))
-        and all(type(getattr(block, name, None)) in (nn.Identity, LayerScale, type(None)) for name in ("ls1", "ls2"))
-        and _is_plain_mlp(mlp)
-        and all(type(part) in NOTHING_IN_EVAL for part in _drops(block))
-        and _is_untouched(block)
-    )
-
-
-def _is_affine(norm: Any) -> bool:
-    return norm.weight is not None and norm.bias is not None and norm.eps > 0
-
-
-def _is_plain_mlp(mlp: Any) -> bool:
-    """fc1 -> erf-GELU -> fc2: timm's, or SaitViT's."""
-    plain = type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity)
-    plain = plain or (type(mlp) is nn.Sequential and list(mlp._modules) == ["fc1", "act", "fc2"])
-    return plain and type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
-
-
-def _drops(block: Any) -> list[nn.Module]:
-    attn, mlp = block.attn, block.mlp
-    names = ((attn, "proj_drop"), (block, "drop_path1"), (block, "drop_path2"), (mlp, "drop1"), (mlp, "drop2"))
-    return [getattr(parent, name) for parent, name in names if hasattr(parent, name)]
-
-
-def _is_untouched(module: Any) -> bool:
-    """In eval mode, without hooks and without a forward of the instance's own, and so are all its parts."""
-    own = vars(module)
-    if own["training"] or "forward" in own or any(own[hooks] for hooks in HOOKS):
-        return False
-    return all(part is None or _is_untouched(part) for part in own["_modules"].values())
-
-
 def _parameters(module: Any) -> dict[str, Any]:
     """The module's own dictionary of them."""
     return vars(module)["_parameters"]
-
-
-def _gamma(block: Any, name: str) -> Tensor | None:
-    scale: Any = getattr(block, name, None)
-    return scale.gamma if isinstance(scale, LayerScale) else None
 
 
 def _packed(module: nn.Linear) -> sk.PackedLayer:

@@ -1,4 +1,4 @@
-"""Pooling and head over images that keep different numbers of tokens, without padding where there is a way."""
+"""timm's pooling and heads over images that keep different numbers of tokens, without padding where there is a way."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import sait_kernels as sk
-from sait.blocks import Tokens, image_of_rows, packed, prefix_rows
-from sait_kernels import Selection
+from sait.tokens import Tokens, image_of_rows, pad, prefix_rows
 
 
 def prefix_is_enough(model: Any) -> bool:
@@ -42,7 +39,7 @@ def ragged_head(model: Any, tokens: Tokens, forward_head: Callable[[Tensor], Any
         forward_head: the original one, for (B, P, C) prefix tokens.
     """
     if prefix_is_enough(model):
-        return forward_head(tokens.x[0][prefix_rows(tokens, model.num_prefix_tokens)])
+        return forward_head(tokens.x[0][prefix_rows(tokens)])
     check_ragged_head(model)
     pooled = _attention_pool(model, tokens) if model.attn_pool is not None else _pool(model, tokens)
     return model.head(model.head_drop(model.fc_norm(pooled)))
@@ -51,7 +48,7 @@ def ragged_head(model: Any, tokens: Tokens, forward_head: Callable[[Tensor], Any
 def _pooled_rows(model: Any, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """The rows that pooling sees, (R, C), and how many each image has, (B,); behind these may be rows of no image."""
     skip = 0 if model.pool_include_prefix else model.num_prefix_tokens
-    rows = packed(tokens.x)
+    rows = tokens.packed
     if skip == 0:
         return rows, tokens.lengths
     lengths = tokens.lengths - skip
@@ -87,14 +84,3 @@ def _attention_pool(model: Any, tokens: Tokens) -> Tensor:
     absent = torch.arange(width, device=rows.device) >= lengths[:, None]
     mask = torch.zeros_like(absent, dtype=rows.dtype).masked_fill(absent, -math.inf)
     return model.attn_pool(padded, attn_mask=mask[:, None, None])  # (B, 1, 1, width) over heads and latents
-
-
-def pad(rows: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """(R, C) packed rows as (B, width, C), zeros behind each image's own. Rows behind the last image are left out."""
-    images, total = lengths.shape[0], rows.shape[0]
-    ends, image = lengths.cumsum(0), image_of_rows(lengths, total)
-    shift = torch.arange(images, device=rows.device) * width - (ends - lengths)
-    home = torch.arange(total, device=rows.device) + F.pad(shift, (0, 1)).index_select(0, image)
-    home = home.where(image < images, images * width)  # the index of no row
-    selection = Selection(home.int(), F.pad(ends, (1, 0)).int(), width)
-    return sk.scatter_tokens(rows, selection, images * width).view(images, width, rows.shape[1])

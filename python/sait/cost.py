@@ -1,0 +1,219 @@
+"""The only model of what a Vision Transformer costs: multiply-accumulates and the elements that it has to move.
+
+``macs`` is the sum; rooflines, tables and the command line ask for the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from sait.execution.optimize import is_optimized
+from sait.families import Family, family_of
+from sait.families.base import Cost, weights
+from sait.methods.plan import Plan
+from sait.state import State, check_blocks
+
+
+class Rows(NamedTuple):
+    """Of one image in one block: how many rows each part of it computes."""
+
+    entering: float  # tokens: the keys
+    queries: float
+    projected: float
+    left: float  # of the MLP, and the rows that enter the next block
+    choosing: float = 0  # multiply-accumulates of the scores
+    room: float | None = None  # rows of the projection to q, k and v where that is not ``entering``: a static plan's
+
+
+def macs(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    kept: Sequence[float] | None = None,
+    executed: bool = False,
+) -> int:
+    """Multiply-accumulates of one image: patch embedding, blocks, head, and the scores that choose the tokens.
+
+    Per block with n tokens in and m out, A = heads * head_dim: the linear layers (queries are computed for all n, since
+    one layer makes q, k and v), 2 * m * n * A for attention, and the MLP on m tokens. A score of the class row costs
+    n * A more, one of the columns n * n * A; what a scorer of another kind costs, it says (``macs(tokens, channels)``).
+    Attention pooling counts the tokens that are left, not their padding. In a static plan the linear layers compute all
+    the rows that there is room for, and attention those that are kept.
+    DeiT-S at 224: 4.60 G dense, 2.74 G at block=3, keep=0.45.
+
+    Args:
+        model: one that sparsify takes, sparse already or not, or a SaitViT.
+        plan: what is dropped; None: the model's current density.
+        img_size: side, or (height, width); None: what the model was built for.
+        kept: tokens of an image after each stage of the plan, prefix included; for plans with ``mass``, where the
+            density of the image decides. None there: the mean cost over the images of the model's last forward.
+        executed: False: what the method computes. True: what this model executes; its last block, under sait.optimize,
+            computes only what the head reads. This is what torch's FlopCounterMode counts, halved.
+
+    Returns:
+        The count, rounded.
+
+    Raises:
+        TypeError, ValueError: an unsupported model, a plan that does not fit it, or a plan with mass and neither
+            ``kept`` nor a forward at that plan.
+    """
+    state = getattr(model, "_sait", None)
+    family = supported_family(model)
+    if plan is None and isinstance(state, State):
+        plan = state.active
+    vit: Any = model
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    rows, columns = family.grid(vit, size)
+    tokens = rows * columns + family.num_prefix(vit)
+    per_image: list[Sequence[float] | None] = [None]
+    if plan is not None:
+        check_blocks(plan, len(family.blocks(vit)))
+        if kept is not None:
+            per_image = [_checked_counts(plan, tokens, kept)]
+        elif plan.ragged:
+            per_image = [*_recorded_counts(plan, tokens, state)]
+    total = 0.0
+    for counts in per_image:
+        computed = plan_rows(vit, plan, counts, tokens)
+        if executed and family.prefix_is_enough(vit) and is_optimized(family.blocks(vit)[-1]):
+            computed = rows_for_head(vit, computed, plan)
+        padded = executed and plan is not None and plan.ragged
+        pooled = _widest(plan, tokens, family.num_prefix(vit)) if padded else None
+        total += sum(part.macs for part in parts(vit, computed, size, pooled))
+    return round(total / len(per_image))
+
+
+def supported_family(model: nn.Module) -> Family:
+    """TypeError or ValueError with the reason if sparsify does not take the model, and it is not sparse already."""
+    family = family_of(type(model))
+    if family is None:
+        raise TypeError(f"macs: model: expected a timm VisionTransformer, got {type(model).__name__}.")
+    if not isinstance(getattr(model, "_sait", None), State):
+        family.check(model)
+    return family
+
+
+def plan_rows(
+    model: Any, plan: Plan | None, kept: Sequence[float] | None = None, tokens: int | None = None
+) -> list[Rows]:
+    """What each block computes of an image: dropped rows are neither queries nor anything after that.
+
+    Args:
+        plan: None: nothing is dropped.
+        kept: tokens after each stage, prefix included; needed for a plan with mass.
+        tokens: that enter the first block; None: of the size that the model was built for.
+    """
+    family = supported_family(model)
+    prefix = family.num_prefix(model)
+    if tokens is None:
+        rows, columns = family.grid(model)
+        tokens = rows * columns + prefix
+    stages = {} if plan is None else {stage.block: stage for stage in plan.stages}
+    given = iter(kept) if kept is not None else None
+    keeps_room = plan is not None and plan.ragged and plan.static
+    found = []
+    n: float = tokens
+    room: float = tokens
+    for i, block in enumerate(family.blocks(model)):
+        stage = stages.get(i)
+        left, room_left, choosing, entering = n, room, 0.0, n
+        if stage is not None:
+            left = _bound(stage.selector, n, prefix) if given is None else next(given)
+            room_left = _bound(stage.selector, room, prefix) if keeps_room else left
+            if not stage.keeps_all:
+                choosing = _score_macs(stage.scorer, n, family.view(block).width, _channels(family.view(block)))
+            if stage.before:
+                entering, room = left, room_left
+        found.append(Rows(entering, left, room_left, room_left, choosing, room if keeps_room else None))
+        n, room = left, room_left
+    return found
+
+
+def _bound(selector: Any, tokens: float, prefix: int) -> float:
+    return tokens if tokens <= prefix else prefix + selector.bound(int(tokens) - prefix)
+
+
+def _widest(plan: Any, tokens: float, prefix: int) -> float:
+    """Rows of an image where images of different lengths are padded."""
+    for stage in plan.stages:
+        tokens = _bound(stage.selector, tokens, prefix)
+    return tokens
+
+
+def _score_macs(scorer: Any, tokens: float, width: int, channels: int) -> float:
+    """A scorer that says nothing of its cost has none: reading a norm, drawing a number."""
+    return scorer.macs(tokens, width, channels) if hasattr(scorer, "macs") else 0.0
+
+
+def _channels(view: Any) -> int:
+    return view.norm2.weight.shape[0] if getattr(view.norm2, "weight", None) is not None else view.width
+
+
+def rows_for_head(model: Any, rows: Sequence[Rows], plan: Plan | None = None) -> list[Rows]:
+    """Those of a sparse model under sait.optimize whose head reads prefix tokens only, as its last block does then."""
+    last = len(rows) - 1
+    stage = plan.stage_at(last) if plan is not None else None
+    if stage is not None and not stage.keeps_all:
+        return list(rows)
+    prefix = supported_family(model).num_prefix(model)
+    return [*rows[:-1], rows[-1]._replace(queries=prefix, projected=prefix, left=prefix)]
+
+
+def parts(
+    model: Any, rows: Sequence[Rows], size: tuple[int, int] | None = None, pooled: float | None = None
+) -> list[Cost]:
+    """What an image costs in each part of the model, given the rows of its blocks.
+
+    What is row-wise and can hide in another part does: norm1 in the projection to q, k and v, GELU in fc1, the second
+    residual in fc2.
+
+    Args:
+        size: (height, width); None: what the model was built for.
+        pooled: tokens that the head sees, with their padding; None: those that are left.
+    """
+    family = supported_family(model)
+    found = [family.embedding_cost(model, size)]
+    for i, (block, r) in enumerate(zip(family.blocks(model), rows, strict=True)):
+        view = family.view(block)
+        A, C = view.width, _channels(view)
+        qkv, gate, room = weights(view.qkv), weights(view.gate), r.entering if r.room is None else r.room
+        proj = weights(view.proj) + gate
+        both_norms = r.left * 2 * C  # in: the residual stream and what is added to it; out: their sum and its norm
+        attention = 2 * r.queries * r.entering * A + r.choosing
+        found += [
+            Cost(f"{i} norm1 + qkv", room * (C + 3 * A), qkv, room * qkv),
+            Cost(f"{i} attention", (r.queries + 2 * r.entering) * A + r.queries * A, 0, attention),
+            Cost(f"{i} proj", r.projected * (A + C * (1 + (view.gate is not None))), proj, r.projected * proj),
+            Cost(f"{i} residual + norm2", 2 * both_norms, 2 * C, 0),
+        ]
+        mlp = family.feed_forward(view.mlp)
+        if mlp is None:
+            of_mlp = weights(view.mlp)
+            found.append(Cost(f"{i} MLP + residual", r.left * 3 * C, of_mlp, r.left * of_mlp))
+        else:
+            fc1, fc2 = weights(mlp.fc1), weights(mlp.fc2)
+            hidden = fc1 // C
+            found.append(Cost(f"{i} fc1 + GELU", r.left * (C + hidden), fc1, r.left * fc1))
+            found.append(Cost(f"{i} fc2 + residual", r.left * (hidden + 2 * C), fc2, r.left * fc2))
+    found.append(family.head_cost(model, rows[-1].queries if pooled is None else pooled))
+    return found
+
+
+def _checked_counts(plan: Plan, tokens: int, kept: Sequence[float]) -> Sequence[float]:
+    if len(kept) != len(plan.stages) or any(not 0 < n <= tokens for n in kept):
+        raise ValueError(
+            f"macs: kept: expected {len(plan.stages)} counts, one per stage, in (0, {tokens}], got {list(kept)}."
+        )
+    return kept
+
+
+def _recorded_counts(plan: Plan, tokens: int, state: State | None) -> list[tuple[int, ...]]:
+    """[image][stage] of the last forward."""
+    last = state.last if state is not None and state.active == plan else None
+    if last is None or last.tokens != tokens or last.selections[0].cu_seqlens.shape[0] == 1:
+        raise ValueError("macs: kept: with mass the images decide. Run the model at this plan first, or pass counts.")
+    return list(zip(*(selection.cu_seqlens.diff().tolist() for selection in last.selections), strict=True))

@@ -1,0 +1,1 @@
+"""How a block's result is computed: by its modules as they are, or faster."""

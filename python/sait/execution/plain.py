@@ -1,0 +1,91 @@
+"""A block as its own modules compute it, one after the other."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sait_kernels as sk
+from sait.execution.linear import linear, mlp
+from sait.execution.modules import drops_paths, gamma_of, is_layer_norm
+from sait.families.base import BlockView, Family
+from sait.methods.base import After
+from sait.methods.fusion import Attended
+from sait.tokens import Tokens, image_of_rows
+
+
+class PlainBlock:
+    """Follows whatever somebody made of the modules: hooks, adapters, quantised weights, training mode.
+
+    Args:
+        view: of now; it is made anew for each forward.
+        family: says what library classes are.
+    """
+
+    is_fused = False
+
+    def __init__(self, view: BlockView, family: Family) -> None:
+        self._view, self._family, self.scale = view, family, view.scale
+
+    def qkv(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k and v (T, H, D), and what they were projected from."""
+        view = self._view
+        normed = view.norm1(tokens.x)
+        qkv = linear(view.qkv, normed).flatten(0, 1)
+        q, k, v = qkv.view(qkv.shape[0], 3, view.heads, view.head_dim).unbind(1)
+        return view.q_norm(q), view.k_norm(k), v, normed
+
+    def finish(self, attended: Attended, normed: Tensor | None, tokens: Tokens, after: After | None) -> Tokens:
+        """Projection, residual, whatever comes after, and the MLP; of the rows that stay."""
+        view, selection = self._view, attended.selection
+        assert normed is not None
+        if selection is None or (after is not None and after.needs_dropped):
+            y = self._project(attended.out.view(*tokens.x.shape[:2], view.width), normed)
+            x = tokens.x + drop_path(view.drop_path1, view.scale1(y), tokens)
+            if selection is None or after is None:
+                return self._feed_forward(tokens._replace(x=x), view.norm2(x))
+            assert attended.scores is not None
+            left = after(x.flatten(0, 1), attended.scores, selection, tokens)
+            return self._feed_forward(left, view.norm2(left.x))
+
+        left = tokens.keep(selection, attended.ragged, attended.out)
+        if view.gate is not None:
+            normed = sk.gather_tokens(normed.flatten(0, 1), selection).view(*left.x.shape[:2], normed.shape[2])
+        y = self._project(left.x, normed)
+        if after is None and self._fuses_residual():
+            norm, gamma = view.norm2, gamma_of(view.scale1, self._family)
+            x, normed = sk.gather_add_norm(
+                tokens.packed, y.flatten(0, 1), selection, norm.weight, norm.bias, norm.eps, gamma=gamma
+            )
+            return self._feed_forward(left._replace(x=x.view(y.shape)), normed.view(y.shape))
+        x = sk.gather_tokens(tokens.packed, selection).view(y.shape)
+        left = left._replace(x=x + drop_path(view.drop_path1, view.scale1(y), left))
+        if after is not None:
+            assert attended.scores is not None
+            left = after(left.packed, attended.scores, selection, left)
+        return self._feed_forward(left, view.norm2(left.x))
+
+    def _project(self, out: Tensor, normed: Tensor) -> Tensor:
+        view = self._view
+        out = view.norm(out)
+        if view.gate is not None:
+            out = out * view.gate(normed).sigmoid()
+        return view.proj_drop(linear(view.proj, out))
+
+    def _feed_forward(self, tokens: Tokens, normed: Tensor) -> Tokens:
+        view = self._view
+        y = view.scale2(mlp(view.mlp, normed, self._family))
+        return tokens._replace(x=tokens.x + drop_path(view.drop_path2, y, tokens))
+
+    def _fuses_residual(self) -> bool:
+        """Whether residual and norm2 of the kept rows are what gather_add_norm computes."""
+        return is_layer_norm(self._view.norm2, self._family) and not drops_paths(self._view.drop_path1)
+
+
+def drop_path(module: nn.Module, branch: Tensor, tokens: Tokens) -> Tensor:
+    """Stochastic depth of whole images, whatever the layout."""
+    if not tokens.ragged or not drops_paths(module):
+        return module(branch)
+    factors = module(branch.new_ones(tokens.images, 1, 1))  # 0 or 1 / (1 - drop_prob), drawn by the module itself
+    of_rows = F.pad(factors.flatten(), (0, 1)).index_select(0, image_of_rows(tokens.lengths, branch.shape[1]))
+    return branch * of_rows.view(1, -1, 1)

@@ -1,0 +1,304 @@
+"""timm's VisionTransformer and VisionTransformerDistilled, and every model that timm builds of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers import (
+    Attention,
+    DropPath,
+    GluMlp,
+    LayerNorm,
+    LayerNormFp32,
+    LayerScale,
+    Mlp,
+    RmsNorm,
+    RmsNormFp32,
+    SimpleNorm,
+    SimpleNormFp32,
+    SwiGLU,
+)
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import sait_kernels as sk
+from sait.families.base import BlockView, Cost, FeedForward, weights
+from sait.families.pooling import check_ragged_head, prefix_is_enough, ragged_head
+from sait.tokens import Tokens, pad
+
+# The parts that see one token at a time, so that dropping the others changes nothing.
+ROW_NORMS = (
+    nn.Identity,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    LayerNorm,
+    LayerNormFp32,
+    RmsNorm,
+    RmsNormFp32,
+    SimpleNorm,
+    SimpleNormFp32,
+)
+ROW_MLPS = (Mlp, GluMlp, SwiGLU)  # SwiGLUPacked is a GluMlp
+
+# class name -> why such a model or block cannot be patched
+REASONS = {
+    "Eva": "its rotary position embeddings would have to be gathered with the kept tokens",
+    "Beit": "its attention adds a relative position bias for every pair of patches",
+    "NaFlexVit": "it already runs on padded sequences with masks",
+    "VisionTransformerRelPos": "its attention adds a relative position bias for every pair of patches",
+    "VisionTransformerSAM": "its attention works in windows of the patch grid",
+    "SwinTransformer": "its attention works in windows of the patch grid",
+    "SwinTransformerV2": "its attention works in windows of the patch grid",
+    "SaitViT": "it drops tokens without being changed; call sait.set_density on it",
+    "OptimizedModule": "it is compiled already; call sparsify first and torch.compile on the result",
+    "DataParallel": "it wraps the model; call sparsify on model.module",
+    "DistributedDataParallel": "it wraps the model; call sparsify on model.module",
+    "ResPostBlock": "it normalises after attention, not before",
+    "ParallelScalingBlock": "attention and MLP run side by side on the same tokens",
+    "DiffParallelScalingBlock": "attention and MLP run side by side on the same tokens",
+    "ParallelThingsBlock": "it runs several attentions side by side on the same tokens",
+    "DiffAttention": "it subtracts two attention maps, so no single one scores the tokens",
+    "AttentionRope": "its rotary position embeddings would have to be gathered with the kept tokens",
+    "GlobalResponseNormMlp": "it normalises over all tokens",
+}
+METHODS = ("forward", "forward_features", "pool")
+DENSE = "Use the dense model: sait.set_density(model)."
+
+
+class SparseVisionTransformer(VisionTransformer):
+    """What a sparse timm ViT does in place of its own class's methods."""
+
+    _sait: Any
+
+    def _sparse_tokens(self, images: Tensor, for_head: bool = False) -> Tokens:
+        raise NotImplementedError  # sait.sparsify has it
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        if self._sait.active is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        _check_no_mask(attn_mask, is_causal)
+        tokens = self._sparse_tokens(x, for_head=True)
+        tokens = tokens._replace(x=self.norm(tokens.x))
+        if tokens.ragged:
+            return ragged_head(self, tokens, super().forward_head)
+        return super().forward_head(tokens.x)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        plan = self._sait.active
+        if plan is None:
+            self._sait.publish(None)
+            return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+        _check_no_mask(attn_mask, is_causal)
+        tokens = self._sparse_tokens(x)
+        tokens = tokens._replace(x=self.norm(tokens.x))
+        if not tokens.ragged:
+            return tokens.x
+        longest = tokens.max_seqlen
+        if not plan.static:
+            longest = int(tokens.lengths.max()) if tokens.images else 0
+        return pad(tokens.packed, tokens.lengths, longest)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        plan = self._sait.active
+        if plan is not None and plan.ragged and not prefix_is_enough(self):
+            raise ValueError(
+                "forward_head: with mass, features of images are padded, and pooling would count the padding. "
+                "Call the model itself, or use a fixed share: sait.set_density(model, keep=...)."
+            )
+        return super().forward_head(x, pre_logits=pre_logits)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        if self._sait.active is not None:
+            raise ValueError(f"forward_intermediates: where tokens are dropped there are no full feature maps. {DENSE}")
+        return super().forward_intermediates(*args, **kwargs)
+
+
+def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            f"forward: attn_mask and is_causal are for the full set of tokens, and some are dropped. {DENSE}"
+        )
+
+
+class TimmVit:
+    """The family of timm's VisionTransformer."""
+
+    name = "timm VisionTransformer"
+    mixin = SparseVisionTransformer
+    layer_norms = (nn.LayerNorm, LayerNorm, LayerNormFp32)
+    idle_in_eval = (nn.Identity, nn.Dropout, DropPath)
+    scales: Mapping[type, str] = {LayerScale: "gamma"}
+
+    def matches(self, cls: type) -> bool:
+        return issubclass(cls, VisionTransformer)
+
+    def check(self, model: nn.Module) -> None:
+        _check_class(model)
+        vit: Any = model
+        _require_type("patch_drop", vit.patch_drop, (nn.Identity,), "Build the model with patch_drop_rate=0.")
+        _require_type("norm", vit.norm, ROW_NORMS)
+        if vit.attn_pool is not None and getattr(vit.attn_pool, "pos_embed", None) is not None:
+            raise ValueError("sparsify: model: its attention pooling adds position embeddings for the full patch grid.")
+        for i, block in enumerate(vit.blocks):
+            _check_block(f"blocks.{i}", block)
+
+    def check_pooling(self, model: Any) -> None:
+        check_ragged_head(model)
+
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
+        return model.blocks
+
+    def view(self, block: Any) -> BlockView:
+        attn = block.attn
+        return BlockView(
+            block.norm1,
+            attn.qkv,
+            attn.num_heads,
+            attn.head_dim,
+            attn.q_norm,
+            attn.k_norm,
+            attn.norm,
+            attn.gate,
+            attn.proj,
+            attn.proj_drop,
+            block.ls1,
+            block.drop_path1,
+            block.norm2,
+            block.mlp,
+            block.ls2,
+            block.drop_path2,
+        )
+
+    def feed_forward(self, mlp: nn.Module) -> FeedForward | None:
+        if type(mlp) is not Mlp:
+            return None
+        return FeedForward(mlp.fc1, mlp.act, mlp.fc2, (mlp.drop1, mlp.norm, mlp.drop2))
+
+    def num_prefix(self, model: Any) -> int:
+        return model.num_prefix_tokens
+
+    def grid(self, model: Any, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        rows, columns = model.patch_embed.dynamic_feat_size(size or model.patch_embed.img_size)
+        return rows, columns
+
+    def embed(self, model: Any, images: Tensor) -> Tokens:
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        x = x.contiguous()  # without prefix tokens it is still the convolution's output, channels outermost
+        B, N, _ = x.shape
+        return Tokens(x, sk.uniform_cu_seqlens(B, N, x.device), N, False, model.num_prefix_tokens, N)
+
+    def prefix_is_enough(self, model: Any) -> bool:
+        return prefix_is_enough(model)
+
+    def checkpoints(self, model: Any) -> bool:
+        return bool(model.grad_checkpointing)
+
+    def embedding_cost(self, model: Any, size: tuple[int, int] | None = None) -> Cost:
+        height, width = size or model.patch_embed.img_size
+        rows, columns = self.grid(model, (height, width))
+        places = (rows * columns + self.num_prefix(model)) * model.embed_dim
+        kernels = sum(p.numel() for p in model.patch_embed.parameters() if p.ndim > 1)
+        moved = model.in_chans * height * width + places
+        return Cost("patch embedding", moved, kernels + places, self._embedding_macs(model, (height, width)))
+
+    def _embedding_macs(self, model: Any, size: tuple[int, int]) -> int:
+        """One convolution or a whole network, as torch counts it without computing it."""
+        twin = copy.deepcopy(model.patch_embed).eval().to("meta")
+        image = torch.empty(1, model.in_chans, *size, dtype=next(twin.parameters()).dtype, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            twin(image)
+        return counter.get_total_flops() // 2
+
+    def head_cost(self, model: Any, tokens: float) -> Cost:
+        heads = [m for m in (model.head, getattr(model, "head_dist", None)) if isinstance(m, nn.Linear)]
+        of_heads = sum(map(weights, heads))
+        moved = float(sum(head.in_features + head.out_features for head in heads))
+        pool = getattr(model, "attn_pool", None)
+        if pool is None:
+            return Cost("head", moved, of_heads, of_heads)
+        n = tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens)
+        width = pool.num_heads * pool.head_dim
+        moved += n * model.embed_dim
+        if model.global_pool == "prr":
+            return Cost("head", moved, of_heads, of_heads + 2 * n * n * width)
+        once = weights(pool) - weights(pool.kv)
+        macs = of_heads + pool.latent_len * (once + 2 * n * width) + n * weights(pool.kv)
+        return Cost("head", moved, of_heads + weights(pool), macs)
+
+
+TIMM_VIT = TimmVit()
+
+
+def reason_against(model: nn.Module) -> str:
+    return REASONS.get(type(model).__name__, "its class defines another forward")
+
+
+def _check_class(model: nn.Module) -> None:
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(f"sparsify: model: expected a timm VisionTransformer, got {name}: {reason_against(model)}.")
+    cls = type(model)
+    changed = [method for method in METHODS if not _keeps(model, method, VisionTransformer)]
+    for method in ("forward_head", "_pos_embed"):
+        if not any(_keeps(model, method, base) for base in (VisionTransformer, VisionTransformerDistilled)):
+            changed.append(method)
+    if changed:
+        raise TypeError(
+            f"sparsify: model: expected the methods of timm's VisionTransformer, but {cls.__qualname__} has its own "
+            f"{', '.join(changed)}, which dropping tokens would bypass."
+        )
+
+
+def _check_block(name: str, block: Any) -> None:
+    _require(name, block, Block)
+    attn = block.attn
+    _require(f"{name}.attn", attn, Attention)
+    for path in ("norm1", "norm2"):
+        _require_type(f"{name}.{path}", getattr(block, path), ROW_NORMS)
+    for path in ("q_norm", "k_norm", "norm"):
+        _require_type(f"{name}.attn.{path}", getattr(attn, path), ROW_NORMS)
+    for path in ("ls1", "ls2"):
+        _require_type(f"{name}.{path}", getattr(block, path), (nn.Identity, LayerScale))
+    for path in ("drop_path1", "drop_path2"):
+        _require_type(f"{name}.{path}", getattr(block, path), (nn.Identity, DropPath))
+    _require_type(f"{name}.mlp", block.mlp, ROW_MLPS)
+    _require_type(f"{name}.mlp.norm", block.mlp.norm, ROW_NORMS)
+    if attn.attn_drop.p != 0:
+        raise ValueError(
+            f"sparsify: model: {name}.attn: expected no dropout of attention weights, got p={attn.attn_drop.p}. "
+            "Build the model with attn_drop_rate=0."
+        )
+    if attn.head_dim % 8 or not 8 <= attn.head_dim <= 256:
+        raise ValueError(
+            f"sparsify: model: {name}.attn: expected a head dimension that is a multiple of 8, at most 256, "
+            f"got {attn.head_dim}."
+        )
+    if attn.scale != attn.head_dim**-0.5:
+        raise ValueError(f"sparsify: model: {name}.attn: expected scale = head_dim ** -0.5, got {attn.scale}.")
+
+
+def _keeps(module: Any, method: str, base: type) -> bool:
+    """Whether the module runs base's method: not overridden by a subclass, nor set on the object."""
+    return getattr(type(module), method, None) is getattr(base, method) and method not in vars(module)
+
+
+def _require(name: str, module: nn.Module, base: type) -> None:
+    if not _keeps(module, "forward", base):
+        reason = REASONS.get(type(module).__name__, "its forward is not timm's")
+        raise TypeError(
+            f"sparsify: model: {name}: expected timm's {base.__name__}, got {type(module).__name__}: {reason}."
+        )
+
+
+def _require_type(name: str, module: nn.Module, types: tuple[type, ...], cure: str = "") -> None:
+    if not any(type(module) is t and _keeps(module, "forward", t) for t in types):
+        names = ", ".join(dict.fromkeys(t.__name__ for t in types))
+        reason = REASONS.get(type(module).__name__, "it may mix tokens")
+        raise TypeError(
+            f"sparsify: model: {name}: expected one of {names}, got {type(module).__name__}: {reason}. {cure}".rstrip()
+        )

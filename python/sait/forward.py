@@ -1,0 +1,93 @@
+"""The loop over the blocks of a model, the only one: qkv, attend, finish."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sait_kernels as sk
+from sait.execution.optimize import block_for
+from sait.families.base import Family
+from sait.methods.base import Seen
+from sait.methods.fusion import Attended, attend, score, select
+from sait.methods.plan import Plan, Stage
+from sait.tokens import Tokens, prefix_selection
+from sait_kernels import Selection
+
+
+def run(
+    model: Any,
+    family: Family,
+    plan: Plan | None,
+    tokens: Tokens,
+    recorded: list[Tensor] | None = None,
+    prefix_is_enough: bool = False,
+) -> tuple[Tokens, tuple[Selection, ...]]:
+    """All blocks of a model, with the stages of a plan.
+
+    Args:
+        model: of the family.
+        family: says what its blocks are.
+        plan: what is dropped where; None: nothing.
+        tokens: what enters the first block.
+        recorded: grows by the scores of each stage; None: nobody wants them.
+        prefix_is_enough: the last block may leave prefix tokens only.
+
+    Returns:
+        What leaves the last block, and for each stage who was left behind it, in rows of the batch that entered.
+    """
+    stages = {} if plan is None else {stage.block: stage for stage in plan.stages}
+    blocks, kept = family.blocks(model), []
+    last = len(blocks) - 1 if prefix_is_enough else None
+    again = family.checkpoints(model)
+    for i, block in enumerate(blocks):
+        stage = stages.get(i)
+        arguments = (block, family, tokens, stage, recorded is not None, i == last)
+        before = tokens
+        tokens, dropped, scores = checkpoint(step, *arguments, use_reentrant=False) if again else step(*arguments)
+        if recorded is not None and scores is not None:
+            recorded.append(scores)
+        if stage is not None:
+            kept.append((tokens if dropped else before).selection)
+    return tokens, tuple(kept)
+
+
+def step(
+    module: nn.Module, family: Family, tokens: Tokens, stage: Stage | None, wants_scores: bool, prefix_is_enough: bool
+) -> tuple[Tokens, bool, Tensor | None]:
+    """One block: the tokens that go on, whether the stage dropped any, and its scores where they are wanted."""
+    dropped, scores = False, None
+    if stage is not None and stage.before:
+        tokens, scores = drop(tokens, stage, wants_scores)
+        dropped, stage = not stage.keeps_all, None
+    after = None if stage is None else stage.after
+    block = block_for(module, family, tokens.x, after)
+    q, k, v, normed = block.qkv(tokens)
+    if prefix_is_enough and block.is_fused and (stage is None or (stage.keeps_all and not wants_scores)):
+        attended = attend_prefix(q, k, v, tokens, block.scale)  # the others are keys and values, and no more
+        return block.finish(attended, normed, tokens, None), dropped, scores
+    attended = attend(q, k, v, tokens, stage, scale=block.scale, wants_scores=wants_scores)
+    tokens = block.finish(attended, normed, tokens, after)
+    return tokens, dropped or attended.selection is not None, scores if attended.scores is None else attended.scores
+
+
+def drop(tokens: Tokens, stage: Stage, wants_scores: bool) -> tuple[Tokens, Tensor | None]:
+    """A stage ahead of its block: whoever does not stay is not seen by it."""
+    if stage.keeps_all and not wants_scores:
+        return tokens, None
+    seen = Seen(tokens.packed, tokens)
+    scores = score(stage, seen)
+    if stage.keeps_all:
+        return tokens, scores
+    selection = select(stage, scores, seen)
+    x = sk.gather_tokens(seen.x, selection)
+    return tokens.keep(selection, tokens.ragged or stage.selector.ragged, x), scores
+
+
+def attend_prefix(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, scale: float | None) -> Attended:
+    """Attention of the prefix rows."""
+    selection = prefix_selection(tokens)
+    out = sk.compact_attention(q, k, v, tokens.cu_seqlens, tokens.max_seqlen, selection=selection, scale=scale)
+    return Attended(out, selection, False)

@@ -1,0 +1,163 @@
+"""What a method is made of: a scorer, a selector, at times something that happens afterwards.
+
+The protocols are all that the loop knows of a method. ``register`` gives a class the name by which plans are saved and
+options find it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor
+
+from sait.tokens import Tokens
+from sait_kernels import Selection
+
+
+class Seen(NamedTuple):
+    """What a scorer and a selector may look at, all of it packed."""
+
+    x: Tensor  # (T, C): the block's input, before norm1
+    tokens: Tokens
+    q: Tensor | None = None  # (T, H, D), as attention takes them; None where the stage comes before the block
+    k: Tensor | None = None
+    v: Tensor | None = None
+    scale: float | None = None  # of q . k; None: D ** -0.5
+
+
+class Scorer(Protocol):
+    """Ranks tokens. An nn.Module's parameters become the sparse model's.
+
+    Of its attributes two are read where it has them: ``needs_prefix = True`` asks for a model with a class token, and
+    ``reads`` names the fields of Seen that it needs: ("x",) allows a stage before its block.
+    """
+
+    def __call__(self, seen: Seen) -> Tensor:
+        """(T,) float32, the higher the better; of prefix rows any value. Differentiable where it can be."""
+        ...
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """Chooses by scores who stays."""
+
+    @property
+    def ragged(self) -> bool:
+        """Whether images may keep different numbers."""
+        ...
+
+    @property
+    def static(self) -> bool:
+        """Whether all sizes are known without reading data."""
+        ...
+
+    def bound(self, patches: int) -> int:
+        """The most that an image of so many patches keeps."""
+        ...
+
+    def __call__(self, scores: Tensor, seen: Seen) -> Selection:
+        """Rows of the packed batch, ascending, the prefix rows of each image among them.
+
+        ``scores`` (T,) float32 carry no gradient.
+        """
+        ...
+
+
+@runtime_checkable
+class After(Protocol):
+    """Acts between attention and MLP of the stage's block, on what was dropped or on what stays."""
+
+    needs_dropped: bool  # whether attention is computed for the dropped rows, too
+
+    def __call__(self, x: Tensor, scores: Tensor, selection: Selection, tokens: Tokens) -> Tokens:
+        """The tokens that go on. Not called where nothing is dropped whatever the scores.
+
+        Args:
+            x: the stream after the attention residual: (T, C) with ``needs_dropped``, else the (S, C) that stay.
+            scores: (T,) float32, differentiable where the scorer is.
+            selection: S of the T rows that the block saw.
+            tokens: with ``needs_dropped`` those that the block saw, else those that stay.
+        """
+        ...
+
+
+Class = TypeVar("Class", bound=type)
+_REGISTERED: dict[str, dict[str, type]] = {"scorer": {}, "selector": {}, "after": {}}
+
+
+def register(name: str) -> Callable[[Class], Class]:
+    """A class decorator: plans are saved, and options choose a score, by this name.
+
+    Of an object the fields of a dataclass are saved, or what its ``config()`` returns: the arguments that make it
+    again. What it learns is in the model's state_dict.
+
+    >>> @register("loudest")
+    ... class Loudest:
+    ...     def __call__(self, seen):
+    ...         return seen.x.float().norm(dim=1)
+
+    Raises:
+        ValueError: another class of its kind has the name.
+    """
+
+    def named(cls: Class) -> Class:
+        mine = _REGISTERED[_kind(cls)]
+        other = mine.get(name, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"register: name: {name!r} is {other.__qualname__} already. Choose another name.")
+        mine[name] = cls
+        return cls
+
+    return named
+
+
+def names(kind: str) -> list[str]:
+    """The registered names of a kind: "scorer", "selector" or "after"."""
+    return list(_REGISTERED[kind])
+
+
+def _kind(cls: type) -> str:
+    if hasattr(cls, "needs_dropped"):
+        return "after"
+    return "selector" if hasattr(cls, "bound") else "scorer"
+
+
+def build(kind: str, document: str | Mapping[str, Any], key: str | None = None) -> Any:
+    """An object from its name, or from a mapping of ``name`` and its arguments.
+
+    Raises:
+        ValueError: nothing of this kind has the name; the message lists those that there are.
+    """
+    arguments: dict[str, Any] = {"name": document} if isinstance(document, str) else dict(document)
+    name = arguments.pop("name", None)
+    cls = _REGISTERED[kind].get(name)
+    if cls is None:
+        raise ValueError(
+            f"Plan: {key or kind}: expected one of {', '.join(names(kind))}, got {name!r}. "
+            "Import what defines it: sait.methods.register gives it its name."
+        )
+    return cls(**arguments)
+
+
+def describe(method: Any) -> str | dict[str, Any]:
+    """What ``build`` makes the object again from.
+
+    Raises:
+        ValueError: its class has no name.
+    """
+    cls = type(method)
+    name = next((name for name, other in _REGISTERED[_kind(cls)].items() if other is cls), None)
+    if name is None:
+        raise ValueError(
+            f'Plan: {cls.__name__} has no name to be saved by. Write @sait.methods.register("a_name") above the class.'
+        )
+    if hasattr(method, "config"):
+        arguments = dict(method.config())
+    elif dataclasses.is_dataclass(method):
+        parts = [part for part in dataclasses.fields(method) if part.init]
+        arguments = {part.name: value for part in parts if (value := getattr(method, part.name)) != part.default}
+    else:
+        arguments = {}
+    return {"name": name, **arguments} if arguments else name

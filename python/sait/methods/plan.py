@@ -1,0 +1,289 @@
+"""Plan and Stage: at which blocks tokens are dropped, and by which method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, cast
+
+from sait.methods.base import After, Scorer, Selector, build, describe
+from sait.methods.scorers import ClassAttention
+from sait.methods.selectors import TopK, TopP, selector_of
+
+
+@dataclass(frozen=True, init=False)
+class Stage:
+    """One place where tokens are dropped: the attention of ``block`` sees all that are left, its kept rows go on.
+
+    ``Stage(3, 0.45)`` is short for ``Stage(3, ClassAttention(), TopK(0.45))``, and ``Stage(3, mass=0.9)`` for
+    ``Stage(3, ClassAttention(), TopP(0.9))``.
+
+    Args:
+        block: 0-based.
+        scorer: ranks the tokens; None: as the plan's score says. A number in its place is ``keep``.
+        selector: chooses who stays; or, in its place:
+        keep: a float in (0, 1], the share of an image's current patches, or an int >= 1, their number. 1.0 keeps all
+            and scores nothing; the int 1 keeps one patch.
+        mass: in (0, 1]: the fewest patches of each image that carry this share of its score. Exactly one of keep and
+            mass is given.
+        min_keep, max_keep: with mass: an image keeps no fewer patches than this and no more than that, if it has them.
+        static: with mass: from here on tensors have room for max_keep patches of every image, and rows of no image fill
+            what is left of it. So no size depends on data: nothing synchronises, and CUDA graphs, torch.compile and
+            torch.export take the model as they do at a fixed share. Linear layers compute all of that room, attention
+            only what is kept: choose max_keep close to what images keep.
+        after: acts between attention and MLP of the block; None: nothing does.
+        before: tokens are dropped ahead of the block, which sees only those that stay. Its scorer has no q, k and v.
+
+    Raises:
+        ValueError, TypeError: a block below 0, none or several of selector, keep and mass, what goes with mass beside
+            keep, one outside its range, or an object that is no scorer, selector or after.
+    """
+
+    block: int
+    scorer: Scorer
+    selector: Selector
+    after: After | None
+    before: bool
+    scorer_given: bool = field(compare=False, repr=False)
+
+    def __init__(
+        self,
+        block: int,
+        scorer: Scorer | float | None = None,
+        selector: Selector | None = None,
+        after: After | None = None,
+        *,
+        keep: float | int | None = None,
+        mass: float | None = None,
+        min_keep: int = 1,
+        max_keep: int | None = None,
+        static: bool = False,
+        before: bool = False,
+    ) -> None:
+        if isinstance(block, bool) or not isinstance(block, int):
+            raise TypeError(f"Stage: block: expected an int, got {block!r}. Blocks count from 0.")
+        if block < 0:
+            raise ValueError(f"Stage: block: expected 0 or more, got {block}. Blocks count from 0.")
+        if scorer is not None and (isinstance(scorer, type) or not callable(scorer)):
+            if keep is not None or isinstance(scorer, type):
+                raise TypeError(
+                    f"Stage: scorer: expected a Scorer, such as sait.methods.ClassAttention(), got {scorer!r}."
+                )
+            scorer, keep = None, cast(float, scorer)
+        if isinstance(selector, (int, float, str)):  # Stage(block, keep, mass)
+            selector, mass = None, cast(float, selector)
+        if selector is None:
+            selector = selector_of(keep, mass, min_keep, max_keep, static)
+        elif (keep, mass, min_keep, max_keep, static) != (None, None, 1, None, False):
+            raise ValueError(
+                f"Stage: selector: expected it alone, got {selector} beside keep, mass or their limits. "
+                "A selector has them itself."
+            )
+        if isinstance(selector, type) or not (isinstance(selector, Selector) and callable(selector)):
+            raise TypeError(
+                f"Stage: selector: expected a Selector, such as sait.methods.TopK(0.45), got {selector!r}. "
+                "One of your own has ragged, static, bound and __call__."
+            )
+        if after is not None and (isinstance(after, type) or not (isinstance(after, After) and callable(after))):
+            raise TypeError(
+                f"Stage: after: expected an After, with needs_dropped and __call__, got {after!r}. Or leave it out."
+            )
+        if not isinstance(before, bool):
+            raise TypeError(f"Stage: before: expected True or False, got {before!r}.")
+        given = ClassAttention() if scorer is None else scorer
+        if before:
+            _check_before(given, after)
+        values = (block, given, selector, after, before, scorer is not None)
+        for name, value in zip(Stage.__dataclass_fields__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def with_scorer(self, scorer: Scorer) -> Stage:
+        return self._with(scorer=scorer)
+
+    def with_selector(self, selector: Selector) -> Stage:
+        return self._with(selector=selector)
+
+    def _with(self, **changes: Any) -> Stage:
+        stage = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(stage, name, value)
+        if stage.before:
+            _check_before(stage.scorer, stage.after)
+        return stage
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether it drops nothing, whatever the scores."""
+        return getattr(self.selector, "keeps_all", False)
+
+    @property
+    def keep(self) -> float | int | None:
+        """The selector's; None of one that has no such number. So with the other four."""
+        return getattr(self.selector, "keep", None)
+
+    @property
+    def mass(self) -> float | None:
+        return getattr(self.selector, "mass", None)
+
+    @property
+    def min_keep(self) -> int:
+        return getattr(self.selector, "min_keep", 1)
+
+    @property
+    def max_keep(self) -> int | None:
+        return getattr(self.selector, "max_keep", None)
+
+    @property
+    def static(self) -> bool:
+        """Whether it has static sizes though images keep different numbers."""
+        return self.selector.ragged and self.selector.static
+
+    def to_dict(self) -> dict[str, Any]:
+        document: dict[str, Any] = {"block": self.block}
+        if self.scorer_given:
+            document["scorer"] = describe(self.scorer)
+        if type(self.selector) in (TopK, TopP):  # one that is derived may have more to say
+            rule = cast(Any, self.selector).rule
+            defaults = {"min_keep": 1, "max_keep": None, "static": False}
+            document |= {k: v for k, v in rule.items() if k not in defaults or v != defaults[k]}
+        else:
+            document["selector"] = describe(self.selector)
+        if self.after is not None:
+            document["after"] = describe(self.after)
+        return {**document, "before": True} if self.before else document
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Stage:
+        given = dict(document)
+        for kind in ("scorer", "selector", "after"):
+            if given.get(kind) is not None:
+                given[kind] = build(kind, given[kind])
+        try:
+            return cls(**given)
+        except TypeError as error:
+            if "unexpected keyword" in str(error) or "missing" in str(error):
+                raise ValueError(f"Plan: stage: {error}. Got {dict(document)}.") from None
+            raise
+
+
+def _check_before(scorer: Scorer, after: After | None) -> None:
+    reads = getattr(scorer, "reads", ())
+    if {"q", "k", "v"} & set(reads):
+        raise ValueError(
+            f"Stage: before: {type(scorer).__name__} reads {', '.join(reads)} of the block, which does not run before "
+            "its tokens are dropped. Leave before out, or take a scorer of x."
+        )
+    if after is not None:
+        raise ValueError(
+            f"Stage: after: expected none with before=True, got {after!r}: the block knows nothing of who is dropped."
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a model, in the order of its blocks.
+
+    >>> Plan([Stage(block=3, keep=0.7), Stage(block=6, keep=0.7)]).stages[1].block
+    6
+
+    Attributes:
+        stages: at least one Stage, their blocks strictly ascending. Any iterable is taken and held as a tuple.
+        score: how stages without a scorer of their own rank tokens: "cls" (attention of the image's first row),
+            "column" (attention received), "cls_value", "random", another registered name, or a Scorer.
+
+    Raises:
+        ValueError, TypeError: no stage, blocks that do not ascend, something that is no Stage, an unknown score.
+    """
+
+    stages: tuple[Stage, ...]
+    score: str | Scorer = field(default="cls", compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stages, Stage) or not isinstance(self.stages, Iterable):
+            raise TypeError(f"Plan: stages: expected a list of Stage, got {self.stages!r}.")
+        object.__setattr__(self, "stages", tuple(self.stages))
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise TypeError(f"Plan: stages: expected a list of Stage, got {stage!r} among them.")
+        if not self.stages:
+            raise ValueError(
+                "Plan: stages: expected at least one Stage, got none. Stage(block=3, keep=1.0) drops nothing."
+            )
+        blocks = [stage.block for stage in self.stages]
+        if any(later <= earlier for earlier, later in pairwise(blocks)):
+            raise ValueError(
+                f"Plan: stages: expected strictly ascending blocks, got {blocks}. Sort them, one per block."
+            )
+        scorer = build("scorer", self.score, "score") if isinstance(self.score, str) else self.score
+        if isinstance(scorer, type) or not callable(scorer):
+            raise TypeError(f"Plan: score: expected a name or a Scorer, got {self.score!r}.")
+        stages = (stage if stage.scorer_given else stage.with_scorer(scorer) for stage in self.stages)
+        object.__setattr__(self, "stages", tuple(stages))
+
+    def at_density(self, keep: float | int | None = None, mass: float | None = None, **limits: Any) -> Plan:
+        """The same blocks and scorers, with this keep or mass, and what else a Stage takes, at every stage."""
+        selector = selector_of(keep, mass, **limits)
+        return replace(self, stages=tuple(stage.with_selector(selector) for stage in self.stages))
+
+    def scaled(self, factor: float) -> Plan:
+        """Each stage's share of patches or of the score times ``factor``, at most 1.
+
+        Raises:
+            ValueError: a stage keeps a number of patches, or has a selector without a share.
+        """
+        stages = []
+        for stage in self.stages:
+            if not hasattr(stage.selector, "scaled"):
+                raise ValueError(
+                    f"set_density: scale: expected shares to scale, got {stage.selector}. Pass a plan instead."
+                )
+            stages.append(stage.with_selector(stage.selector.scaled(factor)))
+        return replace(self, stages=tuple(stages))
+
+    def stage_at(self, block: int) -> Stage | None:
+        """The stage that drops tokens at this block, or None."""
+        return next((stage for stage in self.stages if stage.block == block), None)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no stage drops anything, whatever the scores."""
+        return all(stage.keeps_all for stage in self.stages)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether images may keep different numbers of tokens."""
+        return any(stage.selector.ragged for stage in self.stages)
+
+    @property
+    def static(self) -> bool:
+        """Whether all sizes are known without reading data."""
+        return all(stage.selector.static for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON and YAML hold it: objects by their registered names, never by an import path.
+
+        >>> Plan([Stage(3, 0.45), Stage(6, selector=Threshold(0.01))]).to_dict()
+        {'stages': [{'block': 3, 'keep': 0.45}, {'block': 6, 'selector': {'name': 'threshold', 'value': 0.01}}], \
+'score': 'cls'}
+
+        Raises:
+            ValueError: a class that ``sait.methods.register`` gave no name.
+        """
+        score = self.score if isinstance(self.score, str) else describe(self.score)
+        return {"stages": [stage.to_dict() for stage in self.stages], "score": score}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Plan:
+        """What ``to_dict`` wrote.
+
+        Raises:
+            ValueError, TypeError: an unknown name, with those that there are; or whatever Stage and Plan refuse.
+        """
+        unknown = set(document) - {"stages", "score"}
+        if unknown or "stages" not in document:
+            raise ValueError(f"Plan: expected stages, and perhaps score, got {', '.join(map(str, document))}.")
+        score = document.get("score", "cls")
+        score = score if isinstance(score, str) else build("scorer", score)
+        return cls(tuple(map(Stage.from_dict, document["stages"])), score)

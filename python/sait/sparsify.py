@@ -1,0 +1,164 @@
+"""sparsify: makes a Vision Transformer drop tokens, in place and reversibly.
+
+The model keeps its modules, parameters and state_dict. Only its class changes, to a subclass that runs the same blocks
+on packed tokens through sait_kernels. It takes blocks and attention modules apart, so while tokens are dropped hooks on
+*those* do not fire; hooks on the model and on its linear layers do.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from sait.execution.optimize import deoptimize
+from sait.families import Family, family_of
+from sait.families.timm_vit import reason_against
+from sait.forward import run
+from sait.methods.base import Scorer
+from sait.methods.plan import Plan, Stage
+from sait.state import Record, State, check_blocks, check_plan
+from sait.tokens import Tokens
+
+LEARNED = "sait_methods"  # the module of a sparse model that holds what its scorers learn
+
+
+def sparsify(
+    model: Any,
+    plan: Plan | None = None,
+    *,
+    block: int | None = None,
+    keep: float | int | None = None,
+    mass: float | None = None,
+    max_keep: int | None = None,
+    static: bool = False,
+    score: str | Scorer = "cls",
+) -> Any:
+    """Makes a timm ViT drop tokens, in place; its state_dict stays the same.
+
+    Prefix tokens (class, distillation, register) are never dropped. A head that pools over patches pools over those
+    that are kept. ``forward_features`` returns what is kept: (B, n, C) at a fixed share, and (B, longest, C) with zeros
+    behind each image's own tokens where ``mass`` decides; where that is static, ``longest`` is what max_keep allows. On
+    a model that is sparse already the new plan replaces the old one.
+
+    >>> import timm
+    >>> model = sparsify(timm.create_model("deit_tiny_patch16_224"), block=3, keep=0.45)
+    >>> model = restore(model)
+
+    Args:
+        model: a timm VisionTransformer or VisionTransformerDistilled.
+        plan: what to drop where; or, for one stage, the other arguments instead:
+        block: 0-based; its attention sees all tokens, its kept rows go on.
+        keep: a float in (0, 1], a share of the patches, or an int, their number.
+        mass: the fewest patches that carry this share of the score; exactly one of keep and mass.
+        max_keep, static: with mass: at most this many patches, and sizes that no data decides; as in Stage.
+        score: "cls", "column", "cls_value" or another registered name, or a Scorer; as in Plan. "cls" reads the
+            attention of the image's first row: the class token, or the first register of a model that has only those.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: the model cannot be patched rightly, or the plan does not fit it. The reason is given,
+            and the model is as it was.
+    """
+    if plan is None:
+        if block is None:
+            raise ValueError(
+                "sparsify: expected a Plan, or block and one of keep and mass: sparsify(model, block=3, keep=0.45)."
+            )
+        plan = Plan((Stage(block, keep, mass=mass, max_keep=max_keep, static=static),), score)
+    elif not isinstance(plan, Plan):
+        raise TypeError(
+            f"sparsify: plan: expected a sait.Plan, got {plan!r}. Write sait.Plan([sait.Stage(block=3, keep=0.45)])."
+        )
+    elif (block, keep, mass, max_keep, static, score) != (None, None, None, None, False, "cls"):
+        raise ValueError(
+            "sparsify: expected either a plan or block, keep, mass, max_keep, static and score, got both. "
+            "A Stage of the plan takes them, and the plan the score."
+        )
+    sparse = isinstance(model, SparseModel)
+    original: type = type(model)._sait_original if sparse else type(model)
+    family = family_of(original)
+    if family is None or (not sparse and hasattr(original, "_sait_family")):
+        name = f"{original.__module__}.{original.__qualname__}"
+        raise TypeError(f"sparsify: model: expected a timm VisionTransformer, got {name}: {reason_against(model)}.")
+    if not sparse:
+        family.check(model)
+    check_plan(model, plan, family)
+    model._sait = State(plan, active=plan)
+    model.__class__ = sparse_class(original)
+    _adopt(model, plan)
+    return model
+
+
+def _adopt(model: Any, plan: Plan) -> None:
+    """What methods learn is the model's: in its parameters, its state_dict, on its device."""
+    parts: dict[str, nn.Module] = {}
+    for stage in plan.stages:
+        for role in ("scorer", "selector", "after"):
+            if isinstance(method := getattr(stage, role), nn.Module):
+                parts[f"{role}{stage.block}"] = method
+    vars(model)["_modules"].pop(LEARNED, None)
+    if parts:
+        model.add_module(LEARNED, nn.ModuleDict(parts))
+
+
+def restore(model: Any) -> Any:
+    """Undoes sparsify, and optimize: the model is of its old class again, and nothing is left on it.
+
+    Raises:
+        TypeError: the model is not one that sparsify changed.
+    """
+    if not isinstance(model, SparseModel):
+        raise TypeError(f"restore: model: expected one that sait.sparsify changed, got {type(model).__name__}.")
+    deoptimize(model)
+    vars(model)["_modules"].pop(LEARNED, None)
+    model.__class__ = type(model)._sait_original
+    del model._sait
+    return model
+
+
+class SparseModel:
+    """What all sparse models have. Stands before the family's methods and the model's own class in the bases of
+    sparse_class."""
+
+    _sait_original: type
+    _sait_family: Family
+    _sait: State
+
+    def _sparse_tokens(self, images: Tensor, for_head: bool = False) -> Tokens:
+        """What the last block leaves; where it is for a head that reads prefix tokens only, there may be no others."""
+        family, plan = self._sait_family, self._sait.active
+        assert plan is not None
+        check_blocks(plan, len(family.blocks(self)))
+        tokens = family.embed(self, images)
+        enough = for_head and family.prefix_is_enough(self)
+        tokens, kept = run(self, family, plan, tokens, self._sait.recorded, enough)
+        grid = family.grid(self, (images.shape[-2], images.shape[-1]))
+        self._sait.publish(Record(kept, tokens.entered, tokens.num_prefix, grid))
+        return tokens
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = super().__reduce_ex__(protocol)[2:]
+        return _new, (self._sait_original,), *state  # the class itself cannot be found by its name
+
+
+@functools.cache
+def sparse_class(original: type) -> Any:
+    """The subclass of a model's class that drops tokens; one for each class."""
+    family = family_of(original)
+    assert family is not None
+    body = {
+        "_sait_original": original,
+        "_sait_family": family,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }
+    return type(f"Sparse{original.__name__}", (SparseModel, family.mixin, original), body)
+
+
+def _new(original: type) -> Any:
+    cls = sparse_class(original)
+    return cls.__new__(cls)

@@ -1,0 +1,103 @@
+"""Tokens: the packed rows that pass from block to block, and what is known of each."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sait_kernels as sk
+from sait_kernels import Selection
+
+
+class Tokens(NamedTuple):
+    """The residual stream of a batch, image after image; the first ``num_prefix`` rows of each are never dropped.
+
+    Either layout of ``x`` is a view of the packed rows (T, C): a change between them copies nothing.
+    """
+
+    x: Tensor  # (B, n, C) while all images have n tokens, else (1, T, C), perhaps with rows of no image at its end
+    cu_seqlens: Tensor  # (B + 1,) int32, the row where each image starts
+    max_seqlen: int  # a bound where ragged, else n
+    ragged: bool
+    num_prefix: int
+    entered: int  # tokens of each image before the first block
+    rows: Tensor | None = None  # (T,) int32, which of the B * entered rows each was, that number itself for none of
+    # them; None: nobody has left yet
+    state: Any = None  # what a method carries from one stage to the next
+
+    @property
+    def images(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens of each image."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def packed(self) -> Tensor:
+        """x as (T, C)."""
+        return self.x.flatten(0, 1)
+
+    @property
+    def selection(self) -> Selection:
+        """Who is left, in rows of the batch that entered."""
+        rows = self._first_rows() if self.rows is None else self.rows
+        return Selection(rows, self.cu_seqlens, self.max_seqlen)
+
+    @property
+    def positions(self) -> Tensor:
+        """(T,) int32: the patch number of each row within its image; -1 for prefix rows and for rows that are none of
+        those that entered."""
+        rows = self._first_rows() if self.rows is None else self.rows
+        patch = rows % max(self.entered, 1) - self.num_prefix
+        return patch.clamp_min(-1).where(rows < self.images * self.entered, -1)
+
+    def keep(self, selection: Selection, ragged: bool, x: Tensor) -> Tokens:
+        """Those that a selection of these rows leaves, where ``x`` (S, C') is what has become of them.
+
+        ``ragged``: whether images may now have different numbers.
+        """
+        shape = (1, x.shape[0]) if ragged else (self.images, selection.max_seqlen)
+        rows = selection.indices
+        if self.rows is not None:
+            none = self.rows.new_full((1,), self.images * self.entered)  # no row stays no row
+            rows = torch.cat([self.rows, none]).index_select(0, rows)
+        return Tokens(
+            x.view(*shape, x.shape[1]),
+            *(selection.cu_seqlens, selection.max_seqlen, ragged, self.num_prefix, self.entered, rows, self.state),
+        )
+
+    def _first_rows(self) -> Tensor:
+        return torch.arange(self.images * self.entered, dtype=torch.int32, device=self.x.device)
+
+
+def prefix_selection(tokens: Tokens) -> Selection:
+    """The prefix rows of each image and no others."""
+    cu_seqlens = sk.uniform_cu_seqlens(tokens.images, tokens.num_prefix, tokens.x.device)
+    return Selection(prefix_rows(tokens).flatten(), cu_seqlens, tokens.num_prefix)
+
+
+def prefix_rows(tokens: Tokens) -> Tensor:
+    """(B, P) int32: the packed rows of each image's prefix tokens."""
+    starts = tokens.cu_seqlens[:-1, None]
+    return starts + torch.arange(tokens.num_prefix, dtype=starts.dtype, device=starts.device)
+
+
+def image_of_rows(lengths: Tensor, total: int) -> Tensor:
+    """The image of each of ``total`` rows, and the number of images for those behind the last one."""
+    return torch.searchsorted(lengths.cumsum(0), torch.arange(total, device=lengths.device), right=True)
+
+
+def pad(rows: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """(R, C) packed rows as (B, width, C), zeros behind each image's own. Rows behind the last image are left out."""
+    images, total = lengths.shape[0], rows.shape[0]
+    ends, image = lengths.cumsum(0), image_of_rows(lengths, total)
+    shift = torch.arange(images, device=rows.device) * width - (ends - lengths)
+    home = torch.arange(total, device=rows.device) + F.pad(shift, (0, 1)).index_select(0, image)
+    home = home.where(image < images, images * width)  # the index of no row
+    selection = Selection(home.int(), F.pad(ends, (1, 0)).int(), width)
+    return sk.scatter_tokens(rows, selection, images * width).view(images, width, rows.shape[1])
