@@ -101,9 +101,11 @@ def build(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Any:
         model = timm.create_model(metadata["model"], **metadata["model_kwargs"])
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: timm cannot build its model {metadata['model']!r}: {error}") from error
+    plan = Plan.from_dict(metadata["plan"])
+    sparsify(model, plan)
     load_weights(model, checkpoint.tensors, path)
-    sparsify(model, Plan.from_dict(metadata["plan"]))
-    state_of(model, "load").active = None if metadata["active"] is None else Plan.from_dict(metadata["active"])
+    active = None if metadata["active"] is None else Plan.from_dict(metadata["active"]).sharing(plan)
+    state_of(model, "load").active = active
     return model.eval()
 
 

@@ -82,8 +82,11 @@ def drop(tokens: Tokens, stage: Stage, wants_scores: bool) -> tuple[Tokens, Tens
     if stage.keeps_all:
         return tokens, scores
     selection = select(stage, scores, seen)
-    x = sk.gather_tokens(seen.x, selection)
-    return tokens.keep(selection, tokens.ragged or stage.selector.ragged, x), scores
+    ragged = tokens.ragged or stage.selector.ragged
+    if stage.after is not None and stage.after.needs_dropped:
+        return stage.after(seen.x, scores, selection, tokens.dropping(ragged)), scores
+    left = tokens.keep(selection, sk.gather_tokens(seen.x, selection), ragged)
+    return left if stage.after is None else stage.after(left.packed, scores, selection, left), scores
 
 
 def attend_prefix(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, scale: float | None) -> Attended:

@@ -95,13 +95,8 @@ def sparsify(
 
 def _adopt(model: Any, plan: Plan) -> None:
     """What methods learn is the model's: in its parameters, its state_dict, on its device."""
-    parts: dict[str, nn.Module] = {}
-    for stage in plan.stages:
-        for role in ("scorer", "selector", "after"):
-            if isinstance(method := getattr(stage, role), nn.Module):
-                parts[f"{role}{stage.block}"] = method
     vars(model)["_modules"].pop(LEARNED, None)
-    if parts:
+    if parts := plan.learned():
         model.add_module(LEARNED, nn.ModuleDict(parts))
 
 

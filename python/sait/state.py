@@ -164,6 +164,13 @@ def _checked_plan(plan: Any, own: Plan) -> Plan:
             f"set_density: plan: expected stages at blocks {owned}, got {blocks}. Call sait.sparsify(model, plan) for "
             "other blocks."
         )
+    owned_parts = list(own.learned().values())
+    for part in plan.learned().values():
+        if not any(part is other for other in owned_parts):
+            raise ValueError(
+                f"set_density: plan: expected what learns to be the model's already, got another "
+                f"{type(part).__name__}. Call sait.sparsify(model, plan), which makes its parameters the model's."
+            )
     return plan
 
 

@@ -56,11 +56,12 @@ class Tokens(NamedTuple):
         patch = rows % max(self.entered, 1) - self.num_prefix
         return patch.clamp_min(-1).where(rows < self.images * self.entered, -1)
 
-    def keep(self, selection: Selection, ragged: bool, x: Tensor) -> Tokens:
+    def keep(self, selection: Selection, x: Tensor, ragged: bool | None = None) -> Tokens:
         """Those that a selection of these rows leaves, where ``x`` (S, C') is what has become of them.
 
-        ``ragged``: whether images may now have different numbers.
+        ``ragged``: whether images may now have different numbers; None: if they may already.
         """
+        ragged = self.ragged if ragged is None else ragged
         shape = (1, x.shape[0]) if ragged else (self.images, selection.max_seqlen)
         rows = selection.indices
         if self.rows is not None:
@@ -70,6 +71,10 @@ class Tokens(NamedTuple):
             x.view(*shape, x.shape[1]),
             *(selection.cu_seqlens, selection.max_seqlen, ragged, self.num_prefix, self.entered, rows, self.state),
         )
+
+    def dropping(self, ragged: bool) -> Tokens:
+        """These, as an After sees them: ``ragged`` says already whether those that stay may differ in number."""
+        return self._replace(x=self.packed[None] if ragged else self.x, ragged=ragged)
 
     def _first_rows(self) -> Tensor:
         return torch.arange(self.images * self.entered, dtype=torch.int32, device=self.x.device)

@@ -120,7 +120,7 @@ class Products:
         x = self.close(out, tokens.packed, selection)
         if selection is None:
             return tokens._replace(x=x.view(tokens.x.shape))
-        return tokens.keep(selection, attended.ragged, x)
+        return tokens.keep(selection, x, attended.ragged)
 
     def project(self, x: Tensor) -> Tensor:
         """(T, C) -> (T, 3 A): qkv(norm1(x))."""

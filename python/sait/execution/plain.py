@@ -45,10 +45,10 @@ class PlainBlock:
             if selection is None or after is None:
                 return self._feed_forward(tokens._replace(x=x), view.norm2(x))
             assert attended.scores is not None
-            left = after(x.flatten(0, 1), attended.scores, selection, tokens)
+            left = after(x.flatten(0, 1), attended.scores, selection, tokens.dropping(attended.ragged))
             return self._feed_forward(left, view.norm2(left.x))
 
-        left = tokens.keep(selection, attended.ragged, attended.out)
+        left = tokens.keep(selection, attended.out, attended.ragged)
         if view.gate is not None:
             normed = sk.gather_tokens(normed.flatten(0, 1), selection).view(*left.x.shape[:2], normed.shape[2])
         y = self._project(left.x, normed)

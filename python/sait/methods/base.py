@@ -67,18 +67,20 @@ class Selector(Protocol):
 
 @runtime_checkable
 class After(Protocol):
-    """Acts between attention and MLP of the stage's block, on what was dropped or on what stays."""
+    """Acts on what was dropped or on what stays, between attention and MLP of the stage's block; ahead of the block
+    where the stage is."""
 
-    needs_dropped: bool  # whether attention is computed for the dropped rows, too
+    needs_dropped: bool  # whether x has the dropped rows, too, with their attention
 
     def __call__(self, x: Tensor, scores: Tensor, selection: Selection, tokens: Tokens) -> Tokens:
         """The tokens that go on. Not called where nothing is dropped whatever the scores.
 
         Args:
-            x: the stream after the attention residual: (T, C) with ``needs_dropped``, else the (S, C) that stay.
+            x: the stream, after the attention residual: (T, C) with ``needs_dropped``, else the (S, C) that stay.
             scores: (T,) float32, differentiable where the scorer is.
             selection: S of the T rows that the block saw.
-            tokens: with ``needs_dropped`` those that the block saw, else those that stay.
+            tokens: with ``needs_dropped`` the T, of which ``tokens.keep(selection, x)`` makes those that stay; else
+                those that stay.
         """
         ...
 

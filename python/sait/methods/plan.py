@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, cast
 
+from torch import nn
+
 from sait.methods.base import After, Scorer, Selector, build, describe
 from sait.methods.scorers import ClassAttention
 from sait.methods.selectors import TopK, TopP, selector_of
@@ -33,7 +35,7 @@ class Stage:
             what is left of it. So no size depends on data: nothing synchronises, and CUDA graphs, torch.compile and
             torch.export take the model as they do at a fixed share. Linear layers compute all of that room, attention
             only what is kept: choose max_keep close to what images keep.
-        after: acts between attention and MLP of the block; None: nothing does.
+        after: acts between attention and MLP of the block, or ahead of it; None: nothing does.
         before: tokens are dropped ahead of the block, which sees only those that stay. Its scorer has no q, k and v.
 
     Raises:
@@ -94,7 +96,7 @@ class Stage:
             raise TypeError(f"Stage: before: expected True or False, got {before!r}.")
         given = ClassAttention() if scorer is None else scorer
         if before:
-            _check_before(given, after)
+            _check_before(given)
         values = (block, given, selector, after, before, scorer is not None)
         for name, value in zip(Stage.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
@@ -110,7 +112,7 @@ class Stage:
         for name, value in changes.items():
             object.__setattr__(stage, name, value)
         if stage.before:
-            _check_before(stage.scorer, stage.after)
+            _check_before(stage.scorer)
         return stage
 
     @property
@@ -168,16 +170,12 @@ class Stage:
             raise
 
 
-def _check_before(scorer: Scorer, after: After | None) -> None:
+def _check_before(scorer: Scorer) -> None:
     reads = getattr(scorer, "reads", ())
     if {"q", "k", "v"} & set(reads):
         raise ValueError(
             f"Stage: before: {type(scorer).__name__} reads {', '.join(reads)} of the block, which does not run before "
             "its tokens are dropped. Leave before out, or take a scorer of x."
-        )
-    if after is not None:
-        raise ValueError(
-            f"Stage: after: expected none with before=True, got {after!r}: the block knows nothing of who is dropped."
         )
 
 
@@ -240,6 +238,22 @@ class Plan:
                     f"set_density: scale: expected shares to scale, got {stage.selector}. Pass a plan instead."
                 )
             stages.append(stage.with_selector(stage.selector.scaled(factor)))
+        return replace(self, stages=tuple(stages))
+
+    def learned(self) -> dict[str, nn.Module]:
+        """Those of its objects that are modules, by role and block: their parameters become a sparse model's."""
+        roles = ("scorer", "selector", "after")
+        found = {f"{role}{stage.block}": getattr(stage, role) for stage in self.stages for role in roles}
+        return {name: method for name, method in found.items() if isinstance(method, nn.Module)}
+
+    def sharing(self, other: Plan) -> Plan:
+        """With what the other plan of the same blocks has learned in place of its own."""
+        theirs = other.learned()
+        stages = []
+        for stage in self.stages:
+            roles = ("scorer", "selector", "after")
+            found = {role: theirs.get(f"{role}{stage.block}", getattr(stage, role)) for role in roles}
+            stages.append(stage._with(**found) if theirs else stage)
         return replace(self, stages=tuple(stages))
 
     def stage_at(self, block: int) -> Stage | None:
