@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -53,7 +54,10 @@ def run(settings: Sequence[Setting], arguments: Sequence[str]) -> int:
         print(f"{setting.name}: pytest {' '.join(arguments)}", flush=True)
         start = time.monotonic()
         command = [sys.executable, "-m", "pytest", "-q", *arguments]
-        done = subprocess.run(command, env=os.environ | setting.environment, check=False)
+        # Inductor's cache does not know for which instruction set its code was made.
+        with tempfile.TemporaryDirectory() as cache:
+            environment = os.environ | setting.environment | {"TORCHINDUCTOR_CACHE_DIR": cache}
+            done = subprocess.run(command, env=environment, check=False)
         verdict = "passed" if done.returncode == 0 else "FAILED"
         verdicts.append(f"{setting.name}: {verdict} in {time.monotonic() - start:.0f} s")
     print("\n".join(verdicts))

@@ -66,7 +66,10 @@ def test_keeping_everything_is_dense(name, backend):
 @pytest.mark.parametrize("name", zoo.ZOO)
 @torch.no_grad()
 def test_pruned_is_the_oracle(name, backend):
-    plain, x = zoo.build(name), zoo.images(name)
+    """The worst of 72 logits is a matter of luck, so torch has two tries: its fused attention, and timm's own."""
+    plain, eager, x = zoo.build(name), zoo.build(name), zoo.images(name)
+    for block in eager.blocks:
+        block.attn.fused_attn = False
     wide = copy.deepcopy(plain).double()
     model = zoo.build(name)
     for plan in zoo.plans(name):
@@ -74,8 +77,8 @@ def test_pruned_is_the_oracle(name, backend):
         assert want.margin > CLEAR, "the inputs do not decide this choice in float32: change the seed"
         got = sait.sparsify(model, plan)(x)
         assert zoo.kept_tokens(model, zoo.tokens_of(model, x)) == want.kept, plan
-        in_torch = zoo.oracle(plain, x, plan, want.kept).logits
-        assert_as_exact_as_torch(str(plan), got, want.logits, in_torch)
+        in_torch = (zoo.oracle(each, x, plan, want.kept).logits for each in (plain, eager))
+        assert_as_exact_as_torch(str(plan), got, want.logits, *in_torch)
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
