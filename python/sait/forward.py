@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sait_kernels as sk
-from sait.execution.optimize import block_for
+from sait.execution.optimize import Way, block_for, products_for
 from sait.families.base import Family
 from sait.methods.base import Seen
 from sait.methods.fusion import Attended, attend, score, select
@@ -41,10 +41,10 @@ def run(
     stages = {} if plan is None else {stage.block: stage for stage in plan.stages}
     blocks, kept = family.blocks(model), []
     last = len(blocks) - 1 if prefix_is_enough else None
-    again = family.checkpoints(model)
+    way, again = products_for(tokens.x), family.checkpoints(model)
     for i, block in enumerate(blocks):
         stage = stages.get(i)
-        arguments = (block, family, tokens, stage, recorded is not None, i == last)
+        arguments = (block, family, way, tokens, stage, recorded is not None, i == last)
         before = tokens
         tokens, dropped, scores = checkpoint(step, *arguments, use_reentrant=False) if again else step(*arguments)
         if recorded is not None and scores is not None:
@@ -55,7 +55,13 @@ def run(
 
 
 def step(
-    module: nn.Module, family: Family, tokens: Tokens, stage: Stage | None, wants_scores: bool, prefix_is_enough: bool
+    module: nn.Module,
+    family: Family,
+    way: Way | None,
+    tokens: Tokens,
+    stage: Stage | None,
+    wants_scores: bool,
+    prefix_is_enough: bool,
 ) -> tuple[Tokens, bool, Tensor | None]:
     """One block: the tokens that go on, whether the stage dropped any, and its scores where they are wanted."""
     dropped, scores = False, None
@@ -63,7 +69,7 @@ def step(
         tokens, scores = drop(tokens, stage, wants_scores)
         dropped, stage = not stage.keeps_all, None
     after = None if stage is None else stage.after
-    block = block_for(module, family, tokens.x, after)
+    block = block_for(module, family, way, tokens.x, after)
     q, k, v, normed = block.qkv(tokens)
     if prefix_is_enough and block.is_fused and (stage is None or (stage.keeps_all and not wants_scores)):
         attended = attend_prefix(q, k, v, tokens, block.scale)  # the others are keys and values, and no more

@@ -56,6 +56,10 @@ class Tokens(NamedTuple):
         patch = rows % max(self.entered, 1) - self.num_prefix
         return patch.clamp_min(-1).where(rows < self.images * self.entered, -1)
 
+    def with_x(self, x: Tensor) -> Tokens:
+        """The same tokens, further on."""
+        return Tokens(x, *self[1:])
+
     def keep(self, selection: Selection, x: Tensor, ragged: bool | None = None) -> Tokens:
         """Those that a selection of these rows leaves, where ``x`` (S, C') is what has become of them.
 

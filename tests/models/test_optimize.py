@@ -16,7 +16,7 @@ import torch
 import zoo
 from helpers import assert_as_exact_as_torch, assert_same_bits
 from optimized import DENSITIES, FUSED, PACKED, STATIC, score_of, shortened, small_vit, sparse
-from sait.execution.optimize import FusedBlock, PackedBlock, block_for
+from sait.execution.optimize import FusedBlock, PackedBlock, block_for, products_for
 from sait.execution.plain import PlainBlock
 from sait.families.timm_vit import TIMM_VIT
 from tiers import full_only
@@ -177,7 +177,8 @@ def test_the_device_decides(device: str, dtype: torch.dtype, forced: str | None,
     (block, *_) = sait.optimize(sparse("vit")).to(dtype).blocks
     fake = FakeTensorMode() if device == "cuda" else contextlib.nullcontext()
     with fake, sk.backend(forced) if forced else contextlib.nullcontext():
-        made = block_for(block, TIMM_VIT, torch.empty(3, 26, 64, device=device, dtype=dtype))
+        x = torch.empty(3, 26, 64, device=device, dtype=dtype)
+        made = block_for(block, TIMM_VIT, products_for(x), x)
     assert type(made) is (want or PlainBlock)
 
 

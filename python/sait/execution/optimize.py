@@ -8,6 +8,7 @@ do; where it is not, they run as they are.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class Products:
         out = out if self._norm is None else self._norm(out)
         x = self.close(out, tokens.packed, selection)
         if selection is None:
-            return tokens._replace(x=x.view(tokens.x.shape))
+            return tokens.with_x(x.view(tokens.x.shape))
         return tokens.keep(selection, x, attended.ragged)
 
     def project(self, x: Tensor) -> Tensor:
@@ -212,12 +213,19 @@ class Optimized:
             self._packed = made
         return None if made is None or made[0].dtype != x.dtype else made[0]
 
-    def fused(self, block: Any, family: Family) -> FusedBlock | None:
+    def traced(self, block: Any, family: Family, x: Tensor) -> FusedBlock | None:
+        view = plain_view(block, family)  # the guards of compiled code are the watch
+        return None if view is None else FusedBlock(view, family)
+
+    def fused(self, block: Any, family: Family, x: Tensor) -> FusedBlock | None:
         made = self._fused
         if made is None or not (made[1].unchanged(block) and made[0].are_plain()):
             view = plain_view(block, family)
             made = self._fused = None if view is None else (FusedBlock(view, family), Watch(block, HOLDER))
         return None if made is None else made[0]
+
+
+Way = Callable[[Optimized, Any, Family, Tensor], Products | None]
 
 
 def plain_view(block: Any, family: Family) -> BlockView | None:
@@ -231,26 +239,27 @@ def plain_view(block: Any, family: Family) -> BlockView | None:
     return view if in_rows else None
 
 
-def block_for(block: Any, family: Family, x: Tensor, after: After | None = None) -> Block:
-    """How this forward computes the block: by fused products, if it was optimized and they compute the same; else by
-    its modules."""
-    optimized = vars(block).get(HOLDER)
-    products = None if optimized is None or after is not None else _products(optimized, block, family, x)
-    return PlainBlock(family.view(block), family) if products is None else products
-
-
-def _products(optimized: Optimized, block: Any, family: Family, x: Tensor) -> Products | None:
+def products_for(x: Tensor) -> Way | None:
+    """Which fused products serve a forward of tokens like these, if any do; the same for all its blocks."""
     if not _is_inference(x):
         return None
     forced = forced_backend()
     if forced == "cpu" or (forced is None and x.device.type == "cpu"):
-        return optimized.packed(block, family, x) if _packs(x) else None
+        return Optimized.packed if _packs(x) else None
     if not _has_kernels(x, forced):
         return None
-    if torch.compiler.is_compiling():  # its guards are the watch
-        view = plain_view(block, family)
-        return None if view is None else FusedBlock(view, family)
-    return optimized.fused(block, family)
+    return Optimized.traced if torch.compiler.is_compiling() else Optimized.fused
+
+
+def block_for(block: Any, family: Family, way: Way | None, x: Tensor, after: After | None = None) -> Block:
+    """How this forward computes the block: by fused products, if it was optimized and they compute the same; else by
+    its modules."""
+    if way is not None and after is None:
+        optimized = vars(block).get(HOLDER)
+        products = None if optimized is None else way(optimized, block, family, x)
+        if products is not None:
+            return products
+    return PlainBlock(family.view(block), family)
 
 
 def _packs(x: Tensor) -> bool:

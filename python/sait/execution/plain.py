@@ -43,7 +43,7 @@ class PlainBlock:
             y = self._project(attended.out.view(*tokens.x.shape[:2], view.width), normed)
             x = tokens.x + drop_path(view.drop_path1, view.scale1(y), tokens)
             if selection is None or after is None:
-                return self._feed_forward(tokens._replace(x=x), view.norm2(x))
+                return self._feed_forward(tokens.with_x(x), view.norm2(x))
             assert attended.scores is not None
             left = after(x.flatten(0, 1), attended.scores, selection, tokens.dropping(attended.ragged))
             return self._feed_forward(left, view.norm2(left.x))
@@ -57,9 +57,9 @@ class PlainBlock:
             x, normed = sk.gather_add_norm(
                 tokens.packed, y.flatten(0, 1), selection, norm.weight, norm.bias, norm.eps, gamma=gamma
             )
-            return self._feed_forward(left._replace(x=x.view(y.shape)), normed.view(y.shape))
+            return self._feed_forward(left.with_x(x.view(y.shape)), normed.view(y.shape))
         x = sk.gather_tokens(tokens.packed, selection).view(y.shape)
-        left = left._replace(x=x + drop_path(view.drop_path1, view.scale1(y), left))
+        left = left.with_x(x + drop_path(view.drop_path1, view.scale1(y), left))
         if after is not None:
             assert attended.scores is not None
             left = after(left.packed, attended.scores, selection, left)
@@ -75,7 +75,7 @@ class PlainBlock:
     def _feed_forward(self, tokens: Tokens, normed: Tensor) -> Tokens:
         view = self._view
         y = view.scale2(mlp(view.mlp, normed, self._family))
-        return tokens._replace(x=tokens.x + drop_path(view.drop_path2, y, tokens))
+        return tokens.with_x(tokens.x + drop_path(view.drop_path2, y, tokens))
 
     def _fuses_residual(self) -> bool:
         """Whether residual and norm2 of the kept rows are what gather_add_norm computes."""

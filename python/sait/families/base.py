@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sait.tokens import Tokens
 
-
 Module = Any  # an nn.Module, of whose attributes the type checker knows nothing
 
 
