@@ -89,12 +89,6 @@ SAIT_DEVICE float class_logit(const float* query, int head_dim, Row row) {
   return sum_of_chunks<E>(head_dim, [&](int c, float sum) { return add_logit<E>(query, c, row(c), sum); });
 }
 
-// The sum of squares of one head of a value: those of all heads, added up in their order, are the square of its norm.
-template <typename E, typename Row>
-SAIT_DEVICE float sum_of_squares(int head_dim, Row row) {
-  return sum_of_chunks<E>(head_dim, [&](int c, float sum) { return add_squares<E>(row(c), sum); });
-}
-
 // scale log2(e) in two float32 numbers: as one it is off by up to 1e-7 for all tokens alike, and their sum with them.
 struct Exponent {
   float high, low;

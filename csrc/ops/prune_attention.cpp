@@ -1,15 +1,33 @@
 // prune_attention: score, select and compact_attention as one. Schema, checks, dispatch.
 #include "cpu/runtime.h"
 #include "ops/compact_attention.h"
-#include "ops/score_select.h"
+#include "ops/score_tokens.h"
+#include "ops/select.h"
 #include "sait/prune_attention.h"
-#include "sait/score_tokens.h"
 
 #include <algorithm>
 #include <vector>
 
 namespace sait {
 namespace {
+
+#ifdef SAIT_WITH_CUDA
+// (indices, cu_seqlens) of the rows that stay, scored and selected: in one launch for the class token's kinds. The rows
+// of params.q, k and v are aligned().
+std::tuple<at::Tensor, at::Tensor> kept_rows_cuda(const char* op, ScoreTokensParams params, const KeepRule& rule,
+                                                  const at::Tensor& cu_seqlens, bool is_static) {
+  const int64_t max_seqlen = params.batch.max_seqlen;
+  if (params.kind == ScoreKind::kColumn) {
+    return select_cuda(op, scores_cuda(op, params, cu_seqlens), cu_seqlens, max_seqlen, params.num_prefix, rule,
+                       is_static);
+  }
+  const at::Tensor scratch = at::empty({cuda::scratch_size(params, true)}, cu_seqlens.options().dtype(at::kFloat));
+  params.head_sums = scratch.mutable_data_ptr<float>();
+  return kept_rows_by(
+      op, cu_seqlens, max_seqlen, params.total, params.num_prefix, rule, is_static,
+      [&](const cuda::KeptRowsParams& keep, void* stream) { return cuda::score_select(params, keep, stream); });
+}
+#endif
 
 // Scores one image after the other in a scratch row per thread; keep(b, rows, count) takes what image b keeps.
 template <typename Keep>

@@ -1,10 +1,5 @@
 // score_tokens: schema, checks, dispatch.
-#include "sait/score_tokens.h"
-
-#include <ATen/ops/zeros.h>
-
-#include "ops/common.h"
-#include "ops/score_select.h"
+#include "ops/score_tokens.h"
 
 namespace sait {
 namespace {

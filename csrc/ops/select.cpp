@@ -1,8 +1,5 @@
 // select_topk and select_mass: schema, checks, dispatch.
-#include "sait/select.h"
-
-#include "ops/common.h"
-#include "ops/score_select.h"
+#include "ops/select.h"
 
 namespace sait {
 namespace {

@@ -14,12 +14,6 @@ struct HeadView {
   int64_t head_stride;
 };
 
-struct MutableHeadView {
-  void* data;
-  int64_t row_stride;
-  int64_t head_stride;
-};
-
 // A (T, C) matrix, rows contiguous. The stride is in elements.
 struct RowView {
   const void* data;

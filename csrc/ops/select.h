@@ -1,14 +1,13 @@
-// Arguments that score_tokens, select_topk, select_mass and prune_attention have in common: kind, keep, mass.
+// What select_topk, select_mass and prune_attention have in common: the rule, the room for what stays, the launch.
 #pragma once
 
 #include <algorithm>
 #include <optional>
-#include <string_view>
+#include <tuple>
 
 #include <ATen/ops/zeros.h>
 
 #include "ops/common.h"
-#include "sait/score_tokens.h"
 #include "sait/select.h"
 
 #ifdef SAIT_WITH_CUDA
@@ -16,16 +15,6 @@
 #endif
 
 namespace sait {
-
-inline ScoreKind score_kind(const char* op, std::string_view kind, int64_t num_prefix) {
-  SAIT_CHECK_VALUE(kind == "cls" || kind == "column" || kind == "cls_value", op, "kind",
-                   "one of 'cls', 'column', 'cls_value'", "'" << kind << "'", "Choose one of them.");
-  if (kind == "column") return ScoreKind::kColumn;
-  SAIT_CHECK_VALUE(num_prefix >= 1, op, "num_prefix",
-                   "at least 1 for kind '" << kind << "', which reads the class token", num_prefix,
-                   "For a model without a class token use kind='column'.");
-  return kind == "cls" ? ScoreKind::kCls : ScoreKind::kClsValue;
-}
 
 inline KeepRule topk_rule(const char* op, std::optional<double> rate, std::optional<int64_t> count) {
   constexpr const char* cure = "Pass a share such as 0.45, or a whole number of patches.";
@@ -138,34 +127,6 @@ inline std::tuple<at::Tensor, at::Tensor> select_cuda(const char* op, const at::
                         params.scores = contiguous->const_data_ptr<float>();
                         return cuda::select(params, stream);
                       });
-}
-
-// (total,) scores; the rows of params.q, k and v are aligned(). The memory is that of `like`.
-inline at::Tensor scores_cuda(const char* op, ScoreTokensParams params, const at::Tensor& like) {
-  const auto float32 = like.options().dtype(at::kFloat);
-  if (params.batch.images == 0 || params.batch.max_seqlen == 0) return at::zeros({params.total}, float32);
-  const at::Tensor scores = at::empty({params.total}, float32);
-  const at::Tensor scratch = at::empty({cuda::scratch_size(params, false)}, float32);
-  params.scores = scores.mutable_data_ptr<float>();
-  params.head_sums = scratch.mutable_data_ptr<float>();
-  launch(op, like, [&](void* stream) { return cuda::score_tokens(params, stream); });
-  return scores;
-}
-
-// (indices, cu_seqlens) of the rows that stay, scored and selected: in one launch for the class token's kinds. The rows
-// of params.q, k and v are aligned().
-inline std::tuple<at::Tensor, at::Tensor> kept_rows_cuda(const char* op, ScoreTokensParams params, const KeepRule& rule,
-                                                         const at::Tensor& cu_seqlens, bool is_static) {
-  const int64_t max_seqlen = params.batch.max_seqlen;
-  if (params.kind == ScoreKind::kColumn) {
-    return select_cuda(op, scores_cuda(op, params, cu_seqlens), cu_seqlens, max_seqlen, params.num_prefix, rule,
-                       is_static);
-  }
-  const at::Tensor scratch = at::empty({cuda::scratch_size(params, true)}, cu_seqlens.options().dtype(at::kFloat));
-  params.head_sums = scratch.mutable_data_ptr<float>();
-  return kept_rows_by(
-      op, cu_seqlens, max_seqlen, params.total, params.num_prefix, rule, is_static,
-      [&](const cuda::KeptRowsParams& keep, void* stream) { return cuda::score_select(params, keep, stream); });
 }
 #endif
 
