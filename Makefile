@@ -71,10 +71,10 @@ check: $(VENV)/.requirements-dev
 	$(BIN)/mypy
 
 aot: install
-	TRITON_INTERPRET=0 $(BIN)/python benchmarks/aot.py
+	TRITON_INTERPRET=0 $(BIN)/python tools/aot.py
 
 sass: install
-	TRITON_INTERPRET=0 $(BIN)/python benchmarks/sass.py
+	TRITON_INTERPRET=0 $(BIN)/python tools/sass.py
 
 # -O1 and -g: a sanitizer's report names lines. libstdc++ is loaded with libasan, which looks for it at its start.
 EMULATED := $(patsubst csrc/cuda/%.cu,build/emulated/%.o,$(wildcard csrc/cuda/*.cu))
@@ -143,7 +143,7 @@ gpu-library: $(GPU_LIBRARY)/_build_info.py
 
 # Every Triton kernel compiled by the oldest Triton, and the tests that a version of Python, torch or timm can break.
 oldest: $(GPU_LIBRARY)/_build_info.py
-	PYTHONPATH=.:python SAIT_LIBRARY=$(GPU_LIBRARY) TRITON_INTERPRET=0 $(OLDEST) benchmarks/aot.py --limits-only
+	PYTHONPATH=.:python SAIT_LIBRARY=$(GPU_LIBRARY) TRITON_INTERPRET=0 $(OLDEST) tools/aot.py --limits-only
 	PYTHONPATH=.:python SAIT_LIBRARY=$(GPU_LIBRARY) $(OLDEST) -m pytest -n $(WORKERS) --dist worksteal \
 		tests/ops tests/models tests/test_backend.py
 
@@ -162,10 +162,10 @@ end-to-end-models: install $(VENV)/.requirements-dev
 		--model vit_small_patch16_384 --batch 1 --batch 4 --peer openvino --peer plain $(OURS) $(ARGUMENTS)
 
 report: $(VENV)/.requirements
-	$(BIN)/python benchmarks/report.py
+	PYTHONPATH=benchmarks:experiments $(BIN)/python -m report
 
 paper: install
-	$(BIN)/python benchmarks/paper.py
+	$(BIN)/python experiments/paper.py
 
 clean:
 	rm -rf build dist demo *.egg-info python/*.egg-info sait_kernels/*.so sait_kernels/_build_info.py $(VENV)/.build

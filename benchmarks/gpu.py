@@ -113,8 +113,8 @@ def each(option: str, values: Iterable[str]) -> list[str]:
 def costs(folder: Path, looked_at: Sequence[str]) -> list[Step]:
     return [
         benchmark("bench_model", folder, "models", 170),
-        Step("overhead", [PYTHON, "benchmarks/overhead.py", "--write", str(folder / "overhead.md")], 60),
-        Step("traffic", [PYTHON, "benchmarks/traffic.py", "--save-results", str(folder)], 150),
+        Step("overhead", [PYTHON, "tools/overhead.py", "--write", str(folder / "overhead.md")], 60),
+        Step("traffic", [PYTHON, "tools/traffic.py", "--save-results", str(folder)], 150),
     ]
 
 
@@ -212,7 +212,7 @@ class Run:
 @contextlib.contextmanager
 def process(step: Step) -> Iterator[subprocess.Popen[str]]:
     """Its command, in a group of its own, which ends with this block."""
-    path = [str(ROOT / folder) for folder in ("", "python", "benchmarks")]
+    path = [str(ROOT / folder) for folder in ("", "python", "benchmarks", "tools")]
     path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
     running = subprocess.Popen(

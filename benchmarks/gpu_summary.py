@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import performance_report
-from tables import Document, Row, number, provenance, render, unique
+from report import performance
+from report.tables import Document, Row, number, provenance, render, unique
 
 PROMISED = ("start", "ops", "end-to-end", "test-triton", "costs")  # `make gpu`; what else ran is shown, too
 FAILURES_SHOWN, WORST_SHOWN = 12, 10
@@ -198,7 +198,7 @@ def op_goals(documents: Sequence[Document]) -> list[Goal]:
 
 def model_goals(documents: Sequence[Document]) -> list[Goal]:
     """Those of whole models against their peers, in one run each."""
-    rows = [row for row in measured(documents) if row.get("model") == performance_report.MODEL and "peer" in row]
+    rows = [row for row in measured(documents) if row.get("model") == performance.MODEL and "peer" in row]
     found = []
     for batch, goals in MODEL_GOALS.items():
         of_batch = {row["peer"]: row for row in rows if row["batch"] == batch}
@@ -206,7 +206,7 @@ def model_goals(documents: Sequence[Document]) -> list[Goal]:
             (of_batch[peer] for peer in FIXED_SHARE if peer in of_batch), key=lambda row: row["ours_us"], default=None
         )
         for against, goal in goals.items():
-            what = f"{performance_report.MODEL}, batch {batch}"
+            what = f"{performance.MODEL}, batch {batch}"
             if ours is None or against not in of_batch:
                 found.append(Goal(what, against, goal, None))
                 continue

@@ -98,7 +98,9 @@ def prune_attention(
     return scored + 4 * (cu_seqlens.shape[0] - 1) * bound * max_seqlen * _width(q)
 
 
-def norm_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, *_: Any, **__: Any) -> int:
+def norm_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, *_: Any, **__: Any
+) -> int:
     return 2 * x.shape[0] * weight.numel()
 
 

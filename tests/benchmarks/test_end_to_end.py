@@ -11,13 +11,13 @@ from typing import Any
 import costs
 import end_to_end
 import harness
-import peers
-import performance_report
 import pytest
+import sait
 import torch
 import typer
 from end_to_end import Figure
 from peers import PEERS, Made, Peer, Setting
+from report import performance
 from schema import check_results
 from tiny import images, small_vit
 from typer.testing import CliRunner
@@ -74,7 +74,7 @@ def test_without_the_baseline_there_is_nothing(setting: Setting, monkeypatch: py
 
 
 def test_rows(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "compiled", lambda module, mode: module)
+    monkeypatch.setattr(sait.bench.peers, "compiled", lambda module, mode: module)
     seconds = {"timm": 4.0, "timm-compiled": 2.0, "ours-dense": 1.5, "ours": 1.0, "evit": 8.0}
     figures = []
     for name, taken in seconds.items():
@@ -157,7 +157,7 @@ def run(*arguments: object) -> str:
 
 
 def test_a_run_writes_a_results_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "compiled", lambda module, mode: module)
+    monkeypatch.setattr(sait.bench.peers, "compiled", lambda module, mode: module)
     chosen = [word for name in ("ours", "ours-dense", "tome") for word in ("--peer", name)]
     model = ["--model", "test_vit", "--batch", 1, "--dtype", "fp32"]
     printed = run(*model, *chosen, "--max-autotune", "--repeats", 1, "--save-results", tmp_path)
@@ -230,7 +230,7 @@ def test_models_of_several_sizes(tmp_path: Path) -> None:
     check_results(document)
     assert document["part"] == "models"
     assert [row["tokens"] for row in document["rows"]] == [101, 46, 46, 577, 261, 261]
-    written = performance_report.everything(document)
+    written = performance.everything(document)
     for words in ("**test_vit, batch 1, fp32**", "**vit_tiny_patch16_384, batch 1, fp32**"):
         assert words in written
 

@@ -6,11 +6,13 @@ import copy
 import sys
 from typing import Any
 
-import peers
 import pytest
 import sait
 import torch
-from peers import PEERS, Evit, OpenVino, Setting, Tome, merge
+from peers import PEERS, Setting
+from peers.evit import Evit
+from peers.openvino_dense import OpenVino
+from peers.tome import Tome, merge
 from sait.bench.plain import PlainPruning, PlainViT, share
 from tiny import images, small_vit
 from torch import Tensor
@@ -152,7 +154,7 @@ def test_compiled_peers_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         modes.append(mode)
         return module
 
-    monkeypatch.setattr(peers, "compiled", compiled)
+    monkeypatch.setattr(sait.bench.peers, "compiled", compiled)
     names = ["timm-compiled", "timm-autotuned", "plain-compiled", "ours-compiled"]
     made = [PEERS[name].make(setting()).forward for name in names]
     assert modes == ["default", "max-autotune", "default", "default"]
@@ -168,7 +170,7 @@ def test_a_peer_that_computes_less_names_its_dense_twin() -> None:
 @pytest.mark.parametrize("name", ["ours-dense", "ours", "ours-mass"])
 def test_optimized_peers_are_the_same_models_optimized(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     optimized = []
-    monkeypatch.setattr(sait, "optimize", lambda model: optimized.append(model) or model)
+    monkeypatch.setattr(sait.bench.peers, "optimize", lambda model: optimized.append(model) or model)
     made, twin = PEERS[name].make(setting()), PEERS[name.replace("ours", "ours-optimized")].make(setting())
     assert optimized == [twin.forward]
     assert (twin.plan, twin.rows) == (made.plan, made.rows)

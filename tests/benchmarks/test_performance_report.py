@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import performance_report
 import pytest
-import report
 from PIL import Image
+from report import page as report
+from report import performance
 
-MODEL = performance_report.MODEL
+MODEL = performance.MODEL
 
 
 def row(peer: str, case: str, **changes: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ OURS = "| ours | 2.74 | 20.0 | 1.00 | 1.80 | 88% | 40% |"
 
 
 def test_the_headline_is_the_largest_batch_of_one_model() -> None:
-    written = performance_report.headline(document(*ROWS, row("timm", "timm eager", model="other")))
+    written = performance.headline(document(*ROWS, row("timm", "timm eager", model="other")))
     lines = written.split("\n")
     assert lines[0].startswith("Some CPU avx2")
     assert f"**{MODEL}, batch 16**, random weights:" in lines
@@ -68,12 +68,12 @@ def test_the_headline_is_the_largest_batch_of_one_model() -> None:
 
 
 def test_a_file_without_the_headline_model_says_so() -> None:
-    assert "not among" in performance_report.headline(document(row("timm", "timm eager", model="other")))
+    assert "not among" in performance.headline(document(row("timm", "timm eager", model="other")))
 
 
 def test_everything_has_each_model_batch_and_dtype() -> None:
     more = [row("timm", "timm eager", dtype="fp32"), row("timm", "timm eager", model="other")]
-    written = performance_report.everything(document(*ROWS, *more))
+    written = performance.everything(document(*ROWS, *more))
     settings = (
         f"{MODEL}, batch 16, bf16",
         f"{MODEL}, batch 16, fp32",
@@ -98,7 +98,7 @@ SETTINGS = [
 
 def test_first_comes_what_each_setting_comes_to() -> None:
     """The faster of ours and ours optimized, where only one may have run, and neither where others did."""
-    lines = performance_report.everything(document(*SETTINGS, row("timm", "timm eager", model="other"))).split("\n")
+    lines = performance.everything(document(*SETTINGS, row("timm", "timm eager", model="other"))).split("\n")
     assert lines[2] == "| model | batch | dtype | best dense | ours | best dense img/s | ours img/s | × |"
     assert lines[4:7] == [
         f"| {MODEL} | 16 | bf16 | timm eager | ours optimized | 20.0 | 22.9 | 1.20 |",
@@ -108,30 +108,30 @@ def test_first_comes_what_each_setting_comes_to() -> None:
 
 
 def test_losses_are_the_settings_in_which_both_are_slower() -> None:
-    written = performance_report.losses(document(*SETTINGS)).split("\n\n")
+    written = performance.losses(document(*SETTINGS)).split("\n\n")
     assert written[1:] == [
         "Slower than the best dense peer: 1 of 2 settings.",
         f"- {MODEL}, batch 1, fp32: ours has 0.89 × the speed of timm eager",
     ]
-    written = performance_report.losses(document(*SETTINGS[:3])).split("\n\n")
+    written = performance.losses(document(*SETTINGS[:3])).split("\n\n")
     assert written[1:] == ["Slower than the best dense peer: none of 1 settings."]
 
 
 def test_a_gpu_has_memory_launches_and_host_time() -> None:
     rows = [row("timm", "timm eager", peak_mib=1234.4, launches=150, host_us=987.6), row("ours", "ours")]
-    written = performance_report.everything(document(*rows)).split("\n")
+    written = performance.everything(document(*rows)).split("\n")
     assert "| timm eager | 4.60 | 20.0 | 1.00 | 0.50 | 40% | 1234.4 | 150 | 988 |" in written
     assert "| ours | 4.60 | 20.0 | 1.00 | 0.50 | 40% |  |  |  |" in written
 
 
 def test_where_nothing_ran_there_are_reasons_only() -> None:
-    written = performance_report.everything(document(failed("OpenVINO")))
+    written = performance.everything(document(failed("OpenVINO")))
     assert "no figures" in written
     assert "|" not in written
 
 
 def test_floor_by_stages() -> None:
-    written = performance_report.floor(document(*ROWS)).split("\n")
+    written = performance.floor(document(*ROWS)).split("\n")
     assert f"| {MODEL}, bf16, batch 16: floor, µs | timm eager | ours |" in written
     assert "| proj | 300 | 300 |" in written
     assert "| **all** | **320** | **320** |" in written
@@ -140,7 +140,7 @@ def test_floor_by_stages() -> None:
 
 @pytest.mark.parametrize("rows", [ROWS, [failed("OpenVINO")]])
 def test_plot_of_the_floor(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    performance_report.plot_floor(document(*rows), tmp_path)
+    performance.plot_floor(document(*rows), tmp_path)
     assert Image.open(tmp_path / "performance-floor-some-cpu-avx2.png").width > 1000
 
 

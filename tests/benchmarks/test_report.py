@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import report
+from report import page as report
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,8 +188,10 @@ def test_command(tmp_path: Path) -> None:
     page.write_text(PAGE)
     results.mkdir()
     write(results, "figures")
-    script = [sys.executable, ROOT / "benchmarks" / "report.py", "--results", results, "--readme", readme]
-    subprocess.run([*script, "--performance", page, "--accuracy", tmp_path / "nothing.json"], check=True)
+    script = [sys.executable, "-m", "report", "--results", results, "--readme", readme]
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("benchmarks", "experiments"))
+    words = [*script, "--performance", page, "--accuracy", tmp_path / "nothing.json"]
+    subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": path})
     blocks = {
         "results": report.sections([document()], report.markdown),
         "end-to-end": report.sections([], report.markdown),

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from sait.bench import throughput
+from sait.bench import peers
 from sait.cli import main
 from sait.data import photos
 from schema import check_results
@@ -81,7 +81,7 @@ def test_bench_bounds_what_a_mass_keeps(tmp_path: Path) -> None:
 
 
 def test_bench_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(throughput, "compiled", lambda module: module)
+    monkeypatch.setattr(peers, "compiled", lambda module, mode: module)
     figures = tmp_path / "figures.json"
     densities = "--keep 0.7 --keep 0.45 --mass 0.5"
     run(f"bench {SMALL} {densities} --compare --batch 2 --repeats 1 --dtype fp32 --json {figures}")
@@ -100,10 +100,10 @@ def test_bench_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_a_peer_that_fails_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_compiler(module: torch.nn.Module) -> torch.nn.Module:
+    def no_compiler(module: torch.nn.Module, mode: str) -> torch.nn.Module:
         raise RuntimeError("no\ncompiler")
 
-    monkeypatch.setattr(throughput, "compiled", no_compiler)
+    monkeypatch.setattr(peers, "compiled", no_compiler)
     run(f"bench {SMALL} --keep 0.45 --compare --batch 1 --repeats 1 --dtype fp32")
     printed = capsys.readouterr().out
     for words in ("plain torch, keep 0.45", "ours optimized, keep 0.45"):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sait.bench.measure import interleave, samples_in
-from sait.bench.plain import PlainPruning, share
+from sait.bench.peers import PEERS, Setting
+from sait.bench.plain import share
 from sait.cost import macs
-from sait.execution.optimize import optimize
 from sait.sparsify import sparsify
 from sait.state import Density, selections, set_density, sparse_family
 
@@ -60,14 +60,19 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Peer:
-    """Something else that computes what the model does: densely, or pruned at a density."""
+class Competitor:
+    """A peer, ready to run: densely, or pruned at a density."""
 
     forward: Callable[[Tensor], Tensor]
     density: Density | None = None
 
 
-def peers_of(model: nn.Module, images: Tensor, *, block: int, keep: float) -> tuple[dict[str, Peer], dict[str, str]]:
+COMPARED = ("timm-compiled", "plain", "plain-compiled", "ours-optimized")  # of sait.bench.peers
+
+
+def competitors(
+    model: nn.Module, images: Tensor, *, block: int, keep: float
+) -> tuple[dict[str, Competitor], dict[str, str]]:
     """timm compiled, the same pruning in plain torch, eager and compiled, and ours optimized; each is run once.
 
     Args:
@@ -76,30 +81,20 @@ def peers_of(model: nn.Module, images: Tensor, *, block: int, keep: float) -> tu
         block, keep: where and what share they keep.
 
     Returns:
-        Those that run, and why the others do not; by name.
+        Those that run, and why the others do not; by what tables call them.
     """
-
-    def plain() -> nn.Module:
-        return PlainPruning(share(model), block, keep)
-
-    pruned = Density(keep=keep)
-    making: dict[str, tuple[Callable[[], Any], Density | None]] = {
-        "timm compiled": (lambda: compiled(share(model)), None),
-        "plain torch": (plain, pruned),
-        "plain torch compiled": (lambda: compiled(plain()), pruned),
-        "ours optimized": (lambda: optimize(sparsify(share(model), block=block, keep=keep)), pruned),
-    }
-    peers, failed = {}, {}
+    setting = Setting(model, images, block, keep, mass=1.0)
+    found, failed = {}, {}
     with torch.inference_mode():
         check = logits_check(model, images)
-        for name, (make, density) in making.items():
+        for peer in (PEERS[name] for name in COMPARED):
             try:
-                peer = Peer(make(), density)
-                check(peer.forward(images), density is None)
-                peers[name] = peer
+                competitor = Competitor(peer.make(setting).forward, None if peer.dense is None else Density(keep=keep))
+                check(competitor.forward(images), competitor.density is None)
+                found[peer.label] = competitor
             except Exception as error:  # a compiler may raise anything, and the others are to be measured all the same
-                failed[name] = reason(error)
-    return peers, failed
+                failed[peer.label] = reason(error)
+    return found, failed
 
 
 def reason(error: Exception) -> str:
@@ -124,11 +119,6 @@ def logits_check(model: nn.Module, images: Tensor) -> Callable[[Tensor, bool], N
     return check
 
 
-def compiled(module: nn.Module, mode: str = "default") -> Any:
-    """torch.compile for one batch size."""
-    return torch.compile(module, mode=mode, dynamic=False)
-
-
 def measure(
     model: nn.Module,
     images: Tensor,
@@ -138,7 +128,7 @@ def measure(
     score: str = "cls",
     repeats: int = 10,
     advance: Callable[[], object] = lambda: None,
-    peers: Mapping[str, Peer] | None = None,
+    peers: Mapping[str, Competitor] | None = None,
 ) -> list[Figure]:
     """Times the model at each density, the unpatched timm model and peers, all of them interleaved.
 
@@ -186,7 +176,7 @@ def measure(
     return figures
 
 
-def samples(densities: Sequence[Density], repeats: int, peers: Mapping[str, Peer] | None = None) -> int:
+def samples(densities: Sequence[Density], repeats: int, peers: Mapping[str, Competitor] | None = None) -> int:
     """How often ``measure`` calls ``advance``."""
     return samples_in(len(densities) + 1 + len(peers or {}), repeats)
 

@@ -81,7 +81,9 @@ def bench(
         subject = copy.deepcopy(loaded).to(place, kind.as_torch())
         pictures = images.to(place, kind.as_torch())
         with options.progress() as bar, options.running_on(backend):
-            peers, failed = throughput.peers_of(subject, pictures, block=block, keep=min(keep)) if compare else ({}, {})
+            peers, failed = (
+                throughput.competitors(subject, pictures, block=block, keep=min(keep)) if compare else ({}, {})
+            )
             task = bar.add_task(f"measuring {kind}", total=throughput.samples(densities, repeats, peers))
             figures = throughput.measure(
                 subject,

@@ -1,6 +1,6 @@
 """Writes the tables of the README and of docs/performance.md from what was measured, and the plots of the latter.
 
-``python benchmarks/report.py`` or ``make report``. Speed comes from the newest results file of each device, those of
+``make report``. Speed comes from the newest results file of each device, those of
 ops and those of whole models against their peers; accuracy comes from docs/accuracy.json.
 """
 
@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import paper_report
-import performance_report
-from tables import Document, Row, number, on_gpu, provenance, render, unique, weights
 
-ROOT = Path(__file__).resolve().parents[1]
+from report import performance
+from report.tables import Document, Row, number, on_gpu, provenance, render, unique, weights
+
+ROOT = Path(__file__).resolve().parents[2]
 MARKERS = "<!-- {}: begin (written by make report) -->", "<!-- {}: end -->"
 SCHEMA = 1
 NOTHING_YET = "Not measured yet: `make bench end-to-end paper report`."
@@ -73,7 +74,7 @@ def no_figures(row: Row) -> str:
 
 def with_models(documents: Sequence[Document]) -> list[Document]:
     """Those that have models at several densities: a run on a GPU may have ops alone."""
-    return [document for document in documents if performance_report.density_rows(document)]
+    return [document for document in documents if performance.density_rows(document)]
 
 
 def model_table(rows: Sequence[Row]) -> str:
@@ -132,18 +133,18 @@ def updated(readme: str, results: Path, accuracy: Path) -> str:
     summary = (
         paper_report.summary(json.loads(accuracy.read_text(encoding="utf-8"))) if accuracy.exists() else NOTHING_YET
     )
-    peers = sections(whole(newest(results, performance_report.KIND)), performance_report.headline)
+    peers = sections(whole(newest(results, performance.KIND)), performance.headline)
     readme = insert(readme, "results", sections(newest(results), markdown))
     return insert(insert(readme, "end-to-end", peers), "accuracy", summary)
 
 
 def updated_performance(page: str, results: Path) -> str:
     """docs/performance.md with the newest results of a folder."""
-    peers = newest(results, performance_report.KIND)
-    page = insert(page, "density", sections(with_models(newest(results)), performance_report.density))
-    page = insert(page, "end-to-end", sections(peers, performance_report.everything))
-    page = insert(page, "losses", sections(peers, performance_report.losses))
-    return insert(page, "floor", sections(whole(peers), performance_report.floor))
+    peers = newest(results, performance.KIND)
+    page = insert(page, "density", sections(with_models(newest(results)), performance.density))
+    page = insert(page, "end-to-end", sections(peers, performance.everything))
+    page = insert(page, "losses", sections(peers, performance.losses))
+    return insert(page, "floor", sections(whole(peers), performance.floor))
 
 
 def main() -> None:
@@ -158,9 +159,9 @@ def main() -> None:
     arguments.performance.write_text(updated_performance(page, arguments.results), encoding="utf-8")
     folder = arguments.performance.parent
     for document in with_models(newest(arguments.results)):
-        performance_report.plot_density(document, folder)
-    for document in whole(newest(arguments.results, performance_report.KIND)):
-        performance_report.plot_floor(document, folder)
+        performance.plot_density(document, folder)
+    for document in whole(newest(arguments.results, performance.KIND)):
+        performance.plot_floor(document, folder)
 
 
 if __name__ == "__main__":

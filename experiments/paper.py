@@ -1,6 +1,6 @@
 """The evidence for the method on canvas: trains every variant with several seeds, measures, writes docs/accuracy.md.
 
-``python benchmarks/paper.py`` or ``make paper``. Trainings that are done already are not repeated, and one that was
+``python experiments/paper.py`` or ``make paper``. Trainings that are done already are not repeated, and one that was
 interrupted goes on, so that the whole may take several sittings. Each is a ``sait train`` of its own on one thread, as
 many at once as there are cores: that trains more images a second than one after the other on all cores.
 """

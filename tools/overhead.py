@@ -1,6 +1,6 @@
 """Host time of a call and of a whole forward: what Python and torch's dispatcher take before a kernel is under way.
 
-``python benchmarks/overhead.py --write docs/overhead.md``. Where torch sees a GPU, calls are enqueued there without
+``python tools/overhead.py --write docs/overhead.md``. Where torch sees a GPU, calls are enqueued there without
 waiting for them. Elsewhere the same code runs on tensors of the CPU, too small to take time, and nothing is launched:
 
 - Triton's own launch runs up to the driver: its arguments are bound, their types and alignments become the key of the
@@ -262,7 +262,7 @@ def main() -> None:
         replace_kernels()
     page = (
         "# Host time\n\n"
-        "*Written by `python benchmarks/overhead.py --write docs/overhead.md`.*\n\n"
+        "*Written by `python tools/overhead.py --write docs/overhead.md`.*\n\n"
         f"{where['device']}; python {platform.python_version()}, torch {torch.__version__}, "
         f"triton {triton.__version__}; {where['date'][:10]}.\n\n{WHAT[ON_GPU]}\n\n{table()}\n\n"
         f"{MODEL}\n\n{forwards()}\n\n"

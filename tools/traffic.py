@@ -1,4 +1,4 @@
-"""DRAM bytes of each op's kernels against the fewest that it must move: ``python benchmarks/traffic.py`` on a GPU.
+"""DRAM bytes of each op's kernels against the fewest that it must move: ``python tools/traffic.py`` on a GPU.
 
 Runs itself under Nsight Compute (``ncu``), which empties the caches and reads the hardware counters. The goal is 1.15.
 ``--save-results FOLDER`` adds a line to traffic.jsonl for each op.

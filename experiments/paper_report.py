@@ -1,4 +1,4 @@
-"""docs/accuracy.md and its plots from docs/accuracy.json: ``python benchmarks/paper_report.py``."""
+"""docs/accuracy.md and its plots from docs/accuracy.json: ``python experiments/paper_report.py``."""
 
 from __future__ import annotations
 

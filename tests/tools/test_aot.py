@@ -49,7 +49,7 @@ def run_aot(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     }
     command = [
         sys.executable,
-        str(ROOT / "benchmarks/aot.py"),
+        str(ROOT / "tools/aot.py"),
         "--sm",
         "90",
         "--baseline",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import Document, Row, number, provenance, render, unique, weights
+from report.tables import Document, Row, number, provenance, render, unique, weights
 
 KIND = "end-to-end"
 MODEL = "deit_small_patch16_224"

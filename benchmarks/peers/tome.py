@@ -1,0 +1,79 @@
+"""ToMe."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from sait.bench.peers import BASELINE, Made, Peer, Setting
+from sait.bench.plain import PlainViT, add_projected, feed_forward, gather, heads, merge_heads, share
+from sait.cost import Rows
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Tome(PlainViT):
+    """Token merging (arXiv 2210.09461): after the attention of each block the r most alike pairs become one token each.
+
+    Patches at even places look for the most alike at odd places, by the cosine of their keys, the mean over heads. Of
+    the r best of these pairs the first goes into the second, as a mean weighted by the patches that each stands for;
+    a token of size s counts s times in every softmax: log s is added to its logits. Prefix tokens are left alone.
+
+    Args:
+        vit: see PlainViT.
+        r: pairs of a block, as many as there are.
+    """
+
+    def __init__(self, vit: Any, r: int) -> None:
+        super().__init__(vit)
+        self.r = r
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        prefix, size = self.vit.num_prefix_tokens, x.new_ones(x.shape[:2])
+        for block in self.vit.blocks:
+            q, k, v = heads(block.attn, block.norm1(x))
+            bias = size.log()[:, None, None] if self.r else None
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            x = add_projected(block, x, merge_heads(attended))
+            pairs = min(self.r, (x.shape[1] - prefix) // 2)
+            if pairs:
+                merged, sizes = merge(x[:, prefix:], size[:, prefix:], k.mean(1)[:, prefix:], pairs)
+                x = torch.cat([x[:, :prefix], merged], dim=1)
+                size = torch.cat([size[:, :prefix], sizes], dim=1)
+            x = feed_forward(block, x)
+        return x
+
+    @staticmethod
+    def rows(vit: Any, r: int) -> list[Rows]:
+        patches, prefix, found = vit.patch_embed.num_patches, vit.num_prefix_tokens, []
+        for block in vit.blocks:
+            n, pairs = prefix + patches, min(r, patches // 2)
+            cosines = math.ceil(patches / 2) * (patches // 2) * block.attn.head_dim if pairs else 0
+            found.append(Rows(n, n, n, n - pairs, cosines))
+            patches -= pairs
+        return found
+
+
+def merge(x: Tensor, size: Tensor, metric: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """x (B, n, C), size (B, n), metric (B, n, D) -> x and size of n - pairs tokens, the even ones that stay first."""
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    best, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(-2, -1)).max(-1)
+    order = best.argsort(dim=1, descending=True)
+    gone, stay = order[:, :pairs], order[:, pairs:].sort().values
+    into = partner.gather(1, gone)
+    mass = x * size[:, :, None]
+    even, odd = mass[:, ::2], mass[:, 1::2]
+    odd = odd.scatter_add(1, into[:, :, None].expand(-1, -1, x.shape[2]), gather(even, gone))
+    odd_size = size[:, 1::2].scatter_add(1, into, size[:, ::2].gather(1, gone))
+    size = torch.cat([size[:, ::2].gather(1, stay), odd_size], dim=1)
+    return torch.cat([gather(even, stay), odd], dim=1) / size[:, :, None], size
+
+
+def _tome(setting: Setting) -> Made:
+    most = setting.vit.patch_embed.num_patches // 2
+    r = setting.closest(range(most + 1), lambda r: Tome.rows(setting.vit, r))
+    return Made(Tome(share(setting.vit), r), f"r={r}", Tome.rows(setting.vit, r))
+
+
+PEERS = {"tome": Peer("ToMe", "pruned", _tome, BASELINE)}

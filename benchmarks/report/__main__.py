@@ -1,0 +1,5 @@
+"""`make report`."""
+
+from report.page import main
+
+main()
