@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sait.train.config import TrainingError, parse_change, read_config
+from sait.train.config import TrainingError, from_dict, parse_change, read_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -45,6 +45,19 @@ def test_the_configs_of_the_repository_are_valid(name):
     config = read_config(CONFIGS / f"{name}.yaml", {})
     assert config.mode == "alternate"
     assert config.density == ("keep", [0.3, 0.7])
+
+
+def test_keep_is_a_share_in_a_file():
+    """1 is 1.0, not one patch; another whole number may be meant as one, and is refused."""
+    for written in ({"keep": 1}, {"keep": [1, 1]}):
+        config = from_dict({**written, "eval_keep": [1, 0.5]}, "test")
+        assert config.density == ("keep", [1.0, 1.0])
+        assert all(isinstance(share, float) for share in config.eval_keep)
+    for written in ({"keep": 88}, {"keep": [0.5, 88]}, {"eval_keep": [0.5, 88]}, {"keep": 0}):
+        with pytest.raises(
+            TrainingError, match=r"keep: expected a share in \(0, 1\], got (88|0); write one such as 0.45"
+        ):
+            from_dict(written, "test")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sait.cli import options
-from sait.cli.options import DType, Score
+from sait.cli.options import DType
 
 if TYPE_CHECKING:
     from sait.bench.throughput import Figure
@@ -43,7 +43,7 @@ def bench(
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 16,
     dtype: Annotated[list[DType], typer.Option(help="A table for each; repeatable.")] = [DType.bf16, DType.fp32],  # noqa: B006
     device: options.Device = "cpu",
-    score: options.ScoreKind = Score.cls,
+    score: options.ScoreKind = "cls",
     weights: options.Weights = "auto",
     repeats: Annotated[int, typer.Option(help="Samples of each density.", min=1)] = 10,
     backend: options.ForcedBackend = None,
@@ -65,15 +65,15 @@ def bench(
     from sait.bench import measure, throughput
     from sait.state import Density
 
-    if compare and score is not Score.cls:
-        options.bad("--compare", f"plain torch prunes by the score cls only, got --score {score.value}.")
+    if compare and score != "cls":
+        options.bad("--compare", f"plain torch prunes by the score cls only, got --score {score}.")
     place = options.check_device(device, backend)
     if json is not None:
         options.check_writable(json, "--json")
     loaded, described = options.load_model(model, weights)
     images, pictured = options.load_images(loaded, batch)
     densities = [Density(), *options.densities(keep, mass, max_keep, static)]
-    options.check_prunable(loaded, block, score.value, densities)
+    options.check_prunable(loaded, block, score, densities)
     console = Console(highlight=False)
     console.print(f"{model}, {described}; {pictured}; batch {batch}, block {block}, score {score}")
     rows: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ def bench(
                 pictures,
                 densities,
                 block=block,
-                score=score.value,
+                score=score,
                 repeats=repeats,
                 advance=partial(bar.advance, task),
                 peers=peers,
@@ -98,7 +98,7 @@ def bench(
         console.print(table(figures, kind.value))
         for name, why in failed.items():
             console.print(f"{name}: no figures: {why}")
-        rows += throughput.rows(figures, model=model, batch=batch, dtype=kind.value, block=block, score=score.value)
+        rows += throughput.rows(figures, model=model, batch=batch, dtype=kind.value, block=block, score=score)
     if mass and described.startswith("random"):
         console.print(NEAR_UNIFORM)
     document = measure.results(rows, place)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sait.cli import options
-from sait.cli.options import DType, Score
+from sait.cli.options import DType
 from sait.cli.train import training
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def evaluate(
     max_keep: options.MaxKeep = None,
     static: options.Static = False,
     block: Annotated[int, typer.Option(help="Where a timm model drops tokens; a checkpoint has its own.", min=0)] = 3,
-    score: options.ScoreKind = Score.cls,
+    score: options.ScoreKind = "cls",
     images: Annotated[int, typer.Option(help="Test images of canvas.", min=1)] = 2000,
     batch: Annotated[int, typer.Option(help="Images at a time, over all processes.", min=1)] = 128,
     dtype: Annotated[DType, typer.Option(help="Of autocast; fp32 is none.")] = DType.fp32,
@@ -61,7 +61,7 @@ def evaluate(
         assert processes is not None
         if json is not None and processes.first:
             options.check_writable(json, "--json")
-        subject, described = load(model, block, score.value, densities)
+        subject, described = load(model, block, score, densities)
         wanted = Config(data=data, canvas_eval_images=images, batch=batch, workers=workers)
         check_classes(subject, data)
         source = open_data(wanted, expected_by(subject), processes, for_training=False, held_out="test")

@@ -40,12 +40,6 @@ class DType(StrEnum):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self]
 
 
-class Score(StrEnum):
-    cls = "cls"
-    column = "column"
-    cls_value = "cls_value"
-
-
 class Backend(StrEnum):
     reference = "reference"
     cpu = "cpu"
@@ -53,10 +47,14 @@ class Backend(StrEnum):
     cuda = "cuda"
 
 
+NUMBERS = " A number of patches is for Python: sait.set_density(model, keep=100)."
+
+
 def _shares(option: str, values: list[float]) -> list[float]:
     for value in values:
         if not 0.0 < value <= 1.0:
-            bad(option, f"expected a share in (0, 1] such as 0.45, got {value:g}.")
+            counts = "" if option != "--keep" or value < 2 or value % 1 else NUMBERS
+            bad(option, f"expected a share in (0, 1] such as 0.45, got {value:g}.{counts}")
     return values
 
 
@@ -80,7 +78,9 @@ MaxKeep = Annotated[int | None, typer.Option(help="Of --mass: patches that an im
 Static = Annotated[
     bool, typer.Option("--static", help="Of --mass: sizes known without data, with room for --max-keep patches.")
 ]
-ScoreKind = Annotated[Score, typer.Option(help="What ranks the tokens.")]
+ScoreKind = Annotated[
+    str, typer.Option(help="What ranks the tokens: cls, column, cls_value, random, or a name that you registered.")
+]
 Device = Annotated[str, typer.Option(help="Such as cpu, cuda or cuda:1.")]
 ForcedBackend = Annotated[
     Backend | None, typer.Option(help="Force the kernels that serve; the fastest there are by default.")
@@ -137,6 +137,10 @@ def check_prunable(model: nn.Module, block: int, score: str, densities: Sequence
     depth = len(getattr(model, "blocks", ()))
     if depth and block >= depth:
         bad("--block", f"expected 0 to {depth - 1}, for the model has {depth} blocks; got {block}.")
+    try:
+        sait.Plan((sait.Stage(block, keep=1.0),), score)
+    except (ValueError, TypeError) as error:
+        bad("--score", one_line(error))
     try:
         sait.sparsify(model, block=block, keep=1.0, score=score)
         for density in densities:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from sait.cli import options
-from sait.cli.options import DType, Score
+from sait.cli.options import DType
 
 EXAMPLES = """\
 Examples:
@@ -36,7 +36,7 @@ def show(
     keep: options.Keep = [0.7, 0.45, 0.3],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [0.9],  # noqa: B006
     max_keep: options.MaxKeep = None,
-    score: options.ScoreKind = Score.cls,
+    score: options.ScoreKind = "cls",
     weights: options.Weights = "auto",
     device: options.Device = "cpu",
     dtype: Annotated[DType, typer.Option(help="What the model computes in.")] = DType.fp32,
@@ -55,7 +55,7 @@ def show(
     place = options.check_device(device, backend)
     photos = options.open_photos(images or [])
     options.make_folder(out, "--out")
-    ranks = score.value
+    ranks = score
     if model.endswith(".safetensors"):
         loaded, block, ranks = load_checkpoint(model)
         described = "trained weights"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sait.cli import eval, options
-from sait.cli.options import DType, Score
+from sait.cli.options import DType
 from sait.cli.train import training
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def tune(
     mass: options.Mass = [],  # noqa: B006
     max_keep: options.MaxKeep = None,
     static: options.Static = False,
-    score: options.ScoreKind = Score.cls,
+    score: options.ScoreKind = "cls",
     images: Annotated[int, typer.Option(help="Validation images of canvas.", min=1)] = 1000,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(help="Samples of each time.", min=1)] = 10,
@@ -65,7 +65,7 @@ def tune(
     densities = options.densities(keep, mass, max_keep, static)
     with training(device) as processes, options.progress() as bar:
         assert processes is not None
-        subject, described = eval.load(model, 0, score.value, densities)
+        subject, described = eval.load(model, 0, score, densities)
         depth = len(subject.blocks)
         blocks = sorted(set(block or range(1, max(2, depth // 2))))
         for b in blocks:

@@ -129,6 +129,8 @@ class Config:
         _one_of("amp", self.amp, AMP)
         if self.mass is None and self.keep is None:
             object.__setattr__(self, "keep", 0.45)
+        object.__setattr__(self, "keep", _as_shares("keep", self.keep))
+        object.__setattr__(self, "eval_keep", _as_shares("eval_keep", self.eval_keep))
         try:
             for share in (*_ends(self.keep), *_ends(self.mass)):
                 Stage(self.block, *((share, None) if self.mass is None else (None, share)), **self.limits)
@@ -255,6 +257,18 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             return
     wanted = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
     raise TrainingError(f"config: {name}: expected {wanted}, got {value!r}.")
+
+
+def _as_shares(name: str, value: Any) -> Any:
+    """In a file keep is always a share, and 1 is 1.0: in Python the int 1 would be one patch."""
+    if isinstance(value, list):
+        return [_as_shares(name, part) for part in value]
+    if isinstance(value, int) and value != 1:
+        raise TrainingError(
+            f"config: {name}: expected a share in (0, 1], got {value}; write one such as 0.45. "
+            "A number of patches is for Python: sait.set_density(model, keep=100)."
+        )
+    return float(value) if isinstance(value, int) else value
 
 
 def _is_number(value: Any) -> bool:
