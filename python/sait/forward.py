@@ -45,12 +45,11 @@ def run(
     for i, block in enumerate(blocks):
         stage = stages.get(i)
         arguments = (block, family, way, tokens, stage, recorded is not None, i == last)
-        before = tokens
-        tokens, dropped, scores = checkpoint(step, *arguments, use_reentrant=False) if again else step(*arguments)
+        tokens, left, scores = checkpoint(step, *arguments, use_reentrant=False) if again else step(*arguments)
         if recorded is not None and scores is not None:
             recorded.append(scores)
-        if stage is not None:
-            kept.append((tokens if dropped else before).selection)
+        if left is not None:
+            kept.append(left)
     return tokens, tuple(kept)
 
 
@@ -62,21 +61,25 @@ def step(
     stage: Stage | None,
     wants_scores: bool,
     prefix_is_enough: bool,
-) -> tuple[Tokens, bool, Tensor | None]:
-    """One block: the tokens that go on, whether the stage dropped any, and its scores where they are wanted."""
-    dropped, scores = False, None
+) -> tuple[Tokens, Selection | None, Tensor | None]:
+    """One block: the tokens that go on; with a stage, who it left, and its scores where they are wanted."""
+    left, scores = None, None
     if stage is not None and stage.before:
         tokens, scores = drop(tokens, stage, wants_scores)
-        dropped, stage = not stage.keeps_all, None
+        left, stage = tokens.selection, None
     after = None if stage is None else stage.after
     block = block_for(module, family, way, tokens.x, after)
     q, k, v, normed = block.qkv(tokens)
     if prefix_is_enough and block.is_fused and (stage is None or (stage.keeps_all and not wants_scores)):
         attended = attend_prefix(q, k, v, tokens, block.scale)  # the others are keys and values, and no more
-        return block.finish(attended, normed, tokens, None), dropped, scores
+        left = left if stage is None else tokens.selection
+        return block.finish(attended, normed, tokens, None), left, scores
     attended = attend(q, k, v, tokens, stage, scale=block.scale, wants_scores=wants_scores)
-    tokens = block.finish(attended, normed, tokens, after)
-    return tokens, dropped or attended.selection is not None, scores if attended.scores is None else attended.scores
+    after_block = block.finish(attended, normed, tokens, after)
+    if stage is not None:
+        left = (tokens if attended.selection is None else after_block).selection
+        scores = attended.scores
+    return after_block, left, scores
 
 
 def drop(tokens: Tokens, stage: Stage, wants_scores: bool) -> tuple[Tokens, Tensor | None]:

@@ -214,6 +214,24 @@ def test_what_is_learned_is_saved_copied_and_taken_away(tmp_path: Path) -> None:
     assert list(sait.restore(model).state_dict()) == keys
 
 
+@torch.no_grad()
+def test_a_stage_before_the_last_block_of_an_optimized_model() -> None:
+    """The block leaves what the head reads; what the stage kept is recorded all the same."""
+    model, x = build(), images()
+    scorer = Predictor(64)
+    torch.nn.init.normal_(scorer.out.weight)
+    sait.sparsify(model, sait.Plan([sait.Stage(1, 0.5), sait.Stage(3, scorer, TopK(0.5), before=True)]))
+    want, recorded = model(x), sait.selections(model)
+    got = sait.optimize(model)(x)
+    assert [kept.max_seqlen for kept in recorded] == [1 + 8, 1 + 4]
+    for kept, again in zip(recorded, sait.selections(model), strict=True):
+        assert torch.equal(kept.indices, again.indices)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    with sait.record_scores(model) as scores:
+        model(x)
+    assert [len(of_stage) for of_stage in scores] == [3 * 17, 3 * 9]
+
+
 @pytest.mark.parametrize("before", [False, True])
 @torch.no_grad()
 def test_a_stage_before_its_block(before: bool, backend: str) -> None:
