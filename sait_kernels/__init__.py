@@ -17,6 +17,7 @@ from sait_kernels.ops.linear_residual import linear_residual
 from sait_kernels.ops.norm_linear import norm_linear
 from sait_kernels.ops.packed_linear import PackedLayer, pack_linear, packed_block, packed_linear
 from sait_kernels.ops.prune_attention import prune_attention
+from sait_kernels.ops.rotate import rotate
 from sait_kernels.ops.score_tokens import score_tokens
 from sait_kernels.ops.select import select_mass, select_topk
 from sait_kernels.selection import Selection, uniform_cu_seqlens
@@ -37,6 +38,7 @@ __all__ = [
     "packed_linear",
     "prune_attention",
     "reference",
+    "rotate",
     "scatter_tokens",
     "score_tokens",
     "select_mass",

@@ -180,7 +180,8 @@ def parts(
     for i, (block, r) in enumerate(zip(family.blocks(model), rows, strict=True)):
         view = family.view(block)
         A, C = view.width, _channels(view)
-        qkv, gate, room = weights(view.qkv), weights(view.gate), r.entering if r.room is None else r.room
+        projections = view.qkv if isinstance(view.qkv, tuple) else (view.qkv,)
+        qkv, gate, room = sum(map(weights, projections)), weights(view.gate), r.entering if r.room is None else r.room
         proj = weights(view.proj) + gate
         both_norms = r.left * 2 * C  # in: the residual stream and what is added to it; out: their sum and its norm
         attention = 2 * r.queries * r.entering * A + r.choosing

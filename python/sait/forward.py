@@ -44,7 +44,7 @@ def run(
     way, again = products_for(tokens.x), family.checkpoints(model)
     for i, block in enumerate(blocks):
         stage = stages.get(i)
-        arguments = (block, family, way, tokens, stage, recorded is not None, i == last)
+        arguments = (block, family, way, tokens, tokens.table(i), stage, recorded is not None, i == last)
         tokens, left, scores = checkpoint(step, *arguments, use_reentrant=False) if again else step(*arguments)
         if recorded is not None and scores is not None:
             recorded.append(scores)
@@ -58,6 +58,7 @@ def step(
     family: Family,
     way: Way | None,
     tokens: Tokens,
+    table: Tensor | None,
     stage: Stage | None,
     wants_scores: bool,
     prefix_is_enough: bool,
@@ -69,7 +70,7 @@ def step(
         left, stage = tokens.selection, None
     after = None if stage is None else stage.after
     block = block_for(module, family, way, tokens.x, after)
-    q, k, v, normed = block.qkv(tokens)
+    q, k, v, normed = block.qkv(tokens, table)
     if prefix_is_enough and block.is_fused and (stage is None or (stage.keeps_all and not wants_scores)):
         attended = attend_prefix(q, k, v, tokens, block.scale)  # the others are keys and values, and no more
         left = left if stage is None else tokens.selection

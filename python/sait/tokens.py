@@ -26,6 +26,8 @@ class Tokens(NamedTuple):
     entered: int  # tokens of each image before the first block
     rows: Tensor | None = None  # (T,) int32, which of the B * entered rows each was, that number itself for none of
     # them; None: nobody has left yet
+    rope: Tensor | tuple[Tensor, ...] | None = None  # a rotary table, or one for each block; see sait_kernels.rotate
+    at: Tensor | None = None  # positions, where a rotary table is read at them
     state: Any = None  # what a method carries from one stage to the next
 
     @property
@@ -52,6 +54,8 @@ class Tokens(NamedTuple):
     def positions(self) -> Tensor:
         """(T,) int32: the patch number of each row within its image; -1 for prefix rows and for rows that are none of
         those that entered."""
+        if self.at is not None:
+            return self.at
         rows = self._first_rows() if self.rows is None else self.rows
         patch = rows % max(self.entered, 1) - self.num_prefix
         return patch.clamp_min(-1).where(rows < self.images * self.entered, -1)
@@ -71,10 +75,22 @@ class Tokens(NamedTuple):
         if self.rows is not None:
             none = self.rows.new_full((1,), self.images * self.entered)  # no row stays no row
             rows = torch.cat([self.rows, none]).index_select(0, rows)
+        at = self.at
+        if at is not None:
+            at = torch.cat([at, at.new_full((1,), -1)]).index_select(0, selection.indices)
         return Tokens(
             x.view(*shape, x.shape[1]),
-            *(selection.cu_seqlens, selection.max_seqlen, ragged, self.num_prefix, self.entered, rows, self.state),
+            *(selection.cu_seqlens, selection.max_seqlen, ragged, self.num_prefix, self.entered),
+            *(rows, self.rope, at, self.state),
         )
+
+    def with_rope(self, rope: Tensor | tuple[Tensor, ...]) -> Tokens:
+        """The same tokens, which carry their positions from here on."""
+        return self._replace(rope=rope, at=self.positions)
+
+    def table(self, block: int) -> Tensor | None:
+        """The rotary table of a block."""
+        return self.rope[block] if isinstance(self.rope, tuple) else self.rope
 
     def dropping(self, ragged: bool) -> Tokens:
         """These, as an After sees them: ``ragged`` says already whether those that stay may differ in number."""

@@ -41,8 +41,6 @@ def assert_refused(model, error, message, **changes):
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("eva02_tiny_patch14_224", {"img_size": 56}, "Eva: its rotary position embeddings"),
-        ("vit_small_patch16_dinov3", {"img_size": 64}, "Eva: its rotary position embeddings"),
         ("beit_base_patch16_224", {"img_size": 64}, "Beit: its attention adds a relative position bias"),
         ("vit_relpos_small_patch16_224", {"img_size": 64}, "RelPos: its attention adds a relative position bias"),
         ("naflexvit_base_patch16_gap", {}, "NaFlexVit: it already runs on padded sequences"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sait.execution.modules import is_gelu_mlp, is_linear, is_untouched
@@ -17,9 +18,14 @@ from sait.execution.watch import HOOKS
 from sait.families.base import Family
 
 
-def linear(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x)."""
-    return _fused(module, x, "none") if _serves(module, x) else module(x)
+def linear(module: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """module(x), plus a bias that the module has not."""
+    if bias is None:
+        return _fused(module, x, "none") if _serves(module, x) else module(x)
+    if _serves(module, x) and module.bias is None:
+        return torch.ops.mkldnn._linear_pointwise(x, module.weight, bias.detach(), "none", [], "none")
+    plain = is_linear(module) and module.bias is None and not any(getattr(module, hooks) for hooks in HOOKS)
+    return F.linear(x, module.weight, bias) if plain else module(x) + bias
 
 
 def mlp(module: nn.Module, x: Tensor, family: Family) -> Tensor:

@@ -38,8 +38,10 @@ def is_gelu_mlp(mlp: Any, family: Family) -> bool:
     )
 
 
-def gamma_of(scale: nn.Module, family: Family) -> Tensor | None:
-    """Of a LayerScale; None of an Identity."""
+def gamma_of(scale: Any, family: Family) -> Tensor | None:
+    """Of a LayerScale, or the vector itself; None of an Identity."""
+    if scale is None or isinstance(scale, Tensor):
+        return scale
     name = family.scales.get(type(scale))
     return None if name is None else getattr(scale, name)
 
@@ -60,7 +62,9 @@ def is_untouched(module: Any) -> bool:
 def is_plain_block(block: Any, view: BlockView, family: Family) -> bool:
     """LayerNorm, attention, LayerNorm, erf-GELU MLP and nothing else that does anything in eval mode."""
     return (
-        is_linear(view.qkv)
+        view.rotates is None
+        and is_linear(view.qkv)
+        and view.qkv_bias is None
         and is_linear(view.proj)
         and view.gate is None
         and all(is_layer_norm(norm, family) for norm in (view.norm1, view.norm2))

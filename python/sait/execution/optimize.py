@@ -105,8 +105,9 @@ class Products:
             None if type(norm) is nn.Identity else norm for norm in (view.q_norm, view.k_norm, view.norm)
         )
 
-    def qkv(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, None]:
+    def qkv(self, tokens: Tokens, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
         """q, k and v (T, H, D)."""
+        assert table is None, "is_plain_block takes no rotary blocks"
         qkv = self.project(tokens.packed)
         q, k, v = qkv.view(qkv.shape[0], *self._heads).unbind(1)
         q = q if self._q_norm is None else self._q_norm(q)

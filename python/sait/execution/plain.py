@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,13 +29,22 @@ class PlainBlock:
     def __init__(self, view: BlockView, family: Family) -> None:
         self._view, self._family, self.scale = view, family, view.scale
 
-    def qkv(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def qkv(self, tokens: Tokens, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k and v (T, H, D), and what they were projected from."""
         view = self._view
         normed = view.norm1(tokens.x)
-        qkv = linear(view.qkv, normed).flatten(0, 1)
-        q, k, v = qkv.view(qkv.shape[0], 3, view.heads, view.head_dim).unbind(1)
-        return view.q_norm(q), view.k_norm(k), v, normed
+        if isinstance(view.qkv, tuple):
+            q, k, v = (self._heads(linear(module, normed)) for module in view.qkv)
+        else:
+            qkv = linear(view.qkv, normed, view.qkv_bias).flatten(0, 1)
+            q, k, v = qkv.view(qkv.shape[0], 3, view.heads, view.head_dim).unbind(1)
+        q, k = view.q_norm(q), view.k_norm(k)
+        if table is not None:
+            q, k = sk.rotate(q, k, tokens.positions, table, pairs=view.rotates == "pairs")
+        return q, k, v, normed
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1).view(-1, self._view.heads, self._view.head_dim)
 
     def finish(self, attended: Attended, normed: Tensor | None, tokens: Tokens, after: After | None) -> Tokens:
         """Projection, residual, whatever comes after, and the MLP; of the rows that stay."""
@@ -41,7 +52,7 @@ class PlainBlock:
         assert normed is not None
         if selection is None or (after is not None and after.needs_dropped):
             y = self._project(attended.out.view(*tokens.x.shape[:2], view.width), normed)
-            x = tokens.x + drop_path(view.drop_path1, view.scale1(y), tokens)
+            x = tokens.x + drop_path(view.drop_path1, scaled(view.scale1, y), tokens)
             if selection is None or after is None:
                 return self._feed_forward(tokens.with_x(x), view.norm2(x))
             assert attended.scores is not None
@@ -59,7 +70,7 @@ class PlainBlock:
             )
             return self._feed_forward(left.with_x(x.view(y.shape)), normed.view(y.shape))
         x = sk.gather_tokens(tokens.packed, selection).view(y.shape)
-        left = left.with_x(x + drop_path(view.drop_path1, view.scale1(y), left))
+        left = left.with_x(x + drop_path(view.drop_path1, scaled(view.scale1, y), left))
         if after is not None:
             assert attended.scores is not None
             left = after(left.packed, attended.scores, selection, left)
@@ -74,12 +85,19 @@ class PlainBlock:
 
     def _feed_forward(self, tokens: Tokens, normed: Tensor) -> Tokens:
         view = self._view
-        y = view.scale2(mlp(view.mlp, normed, self._family))
+        y = scaled(view.scale2, mlp(view.mlp, normed, self._family))
         return tokens.with_x(tokens.x + drop_path(view.drop_path2, y, tokens))
 
     def _fuses_residual(self) -> bool:
         """Whether residual and norm2 of the kept rows are what gather_add_norm computes."""
         return is_layer_norm(self._view.norm2, self._family) and not drops_paths(self._view.drop_path1)
+
+
+def scaled(scale: Any, y: Tensor) -> Tensor:
+    """LayerScale."""
+    if scale is None:
+        return y
+    return scale * y if isinstance(scale, Tensor) else scale(y)
 
 
 def drop_path(module: nn.Module, branch: Tensor, tokens: Tokens) -> Tensor:

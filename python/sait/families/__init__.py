@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from sait.families.base import BlockView, Family, FeedForward
+from sait.families.timm_eva import TIMM_EVA
 from sait.families.timm_vit import TIMM_VIT
 
 __all__ = ["BlockView", "Family", "FeedForward", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (TIMM_VIT,)
+FAMILIES: tuple[Family, ...] = (TIMM_VIT, TIMM_EVA)
 
 
 def family_of(cls: type) -> Family | None:

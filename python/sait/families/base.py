@@ -23,7 +23,8 @@ class BlockView(NamedTuple):
     """
 
     norm1: Module
-    qkv: Module  # (T, C) -> (T, 3 * heads * head_dim): q of all heads, then k, then v
+    qkv: Any  # (T, C) -> (T, 3 * heads * head_dim): q of all heads, then k, then v;
+    # or a tuple of three modules
     heads: int
     head_dim: int
     q_norm: Module
@@ -32,13 +33,15 @@ class BlockView(NamedTuple):
     gate: Module | None
     proj: Module
     proj_drop: Module
-    scale1: Module
+    scale1: Module | Tensor | None  # LayerScale, or its vector
     drop_path1: Module
     norm2: Module
     mlp: Module
-    scale2: Module
+    scale2: Module | Tensor | None
     drop_path2: Module
     scale: float | None = None  # of q . k; None: head_dim ** -0.5
+    qkv_bias: Tensor | None = None  # of one projection that has none itself
+    rotates: str | None = None  # "halves" or "pairs": what a rotary table turns together
 
     @property
     def width(self) -> int:

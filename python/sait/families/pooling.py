@@ -17,6 +17,11 @@ def prefix_is_enough(model: Any) -> bool:
     return model.attn_pool is None and model.global_pool == "token"
 
 
+def pools_prefix(model: Any) -> bool:
+    """Whether pooling sees prefix tokens, too: a VisionTransformer says so, and an Eva's attention pooling does."""
+    return getattr(model, "pool_include_prefix", model.attn_pool is not None)
+
+
 def check_ragged_head(model: Any) -> None:
     """ValueError if the model's pooling has no meaning for images of different token counts."""
     cure = "Use a fixed share instead: sait.set_density(model, keep=...)."
@@ -47,7 +52,7 @@ def ragged_head(model: Any, tokens: Tokens, forward_head: Callable[[Tensor], Any
 
 def _pooled_rows(model: Any, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """The rows that pooling sees, (R, C), and how many each image has, (B,); behind these may be rows of no image."""
-    skip = 0 if model.pool_include_prefix else model.num_prefix_tokens
+    skip = 0 if pools_prefix(model) else model.num_prefix_tokens
     rows = tokens.packed
     if skip == 0:
         return rows, tokens.lengths
@@ -79,7 +84,7 @@ def _pool(model: Any, tokens: Tokens) -> Tensor:
 def _attention_pool(model: Any, tokens: Tokens) -> Tensor:
     rows, lengths = _pooled_rows(model, tokens)
     # Up to the bound, not to the batch's longest image: the result must not depend on batch mates.
-    width = tokens.max_seqlen if model.pool_include_prefix else tokens.max_seqlen - model.num_prefix_tokens
+    width = tokens.max_seqlen if pools_prefix(model) else tokens.max_seqlen - model.num_prefix_tokens
     padded = pad(rows, lengths, width)
     absent = torch.arange(width, device=rows.device) >= lengths[:, None]
     mask = torch.zeros_like(absent, dtype=rows.dtype).masked_fill(absent, -math.inf)

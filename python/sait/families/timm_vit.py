@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sait_kernels as sk
 from sait.families.base import BlockView, Cost, FeedForward, weights
-from sait.families.pooling import check_ragged_head, prefix_is_enough, ragged_head
+from sait.families.pooling import check_ragged_head, pools_prefix, prefix_is_enough, ragged_head
 from sait.tokens import Tokens, pad
 
 # The parts that see one token at a time, so that dropping the others changes nothing.
@@ -47,7 +47,6 @@ ROW_MLPS = (Mlp, GluMlp, SwiGLU)  # SwiGLUPacked is a GluMlp
 
 # class name -> why such a model or block cannot be patched
 REASONS = {
-    "Eva": "its rotary position embeddings would have to be gathered with the kept tokens",
     "Beit": "its attention adds a relative position bias for every pair of patches",
     "NaFlexVit": "it already runs on padded sequences with masks",
     "VisionTransformerRelPos": "its attention adds a relative position bias for every pair of patches",
@@ -58,6 +57,7 @@ REASONS = {
     "OptimizedModule": "it is compiled already; call sparsify first and torch.compile on the result",
     "DataParallel": "it wraps the model; call sparsify on model.module",
     "DistributedDataParallel": "it wraps the model; call sparsify on model.module",
+    "EvaBlockPostNorm": "it normalises after attention, not before",
     "ResPostBlock": "it normalises after attention, not before",
     "ParallelScalingBlock": "attention and MLP run side by side on the same tokens",
     "DiffParallelScalingBlock": "attention and MLP run side by side on the same tokens",
@@ -66,36 +66,41 @@ REASONS = {
     "AttentionRope": "its rotary position embeddings would have to be gathered with the kept tokens",
     "GlobalResponseNormMlp": "it normalises over all tokens",
 }
-METHODS = ("forward", "forward_features", "pool")
+OWN = (VisionTransformer,)
+METHODS = {
+    **dict.fromkeys(("forward", "forward_features", "pool"), OWN),
+    **dict.fromkeys(("forward_head", "_pos_embed"), (*OWN, VisionTransformerDistilled)),
+}
 DENSE = "Use the dense model: sait.set_density(model)."
 
 
-class SparseVisionTransformer(VisionTransformer):
-    """What a sparse timm ViT does in place of its own class's methods."""
+class SparseTimm:
+    """What a sparse timm model does in place of its own class's methods, which are super's."""
 
     _sait: Any
+    norm: nn.Module
 
     def _sparse_tokens(self, images: Tensor, for_head: bool = False) -> Tokens:
         raise NotImplementedError  # sait.sparsify has it
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         if self._sait.active is None:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
         _check_no_mask(attn_mask, is_causal)
         tokens = self._sparse_tokens(x, for_head=True)
-        tokens = tokens._replace(x=self.norm(tokens.x))
+        tokens = tokens.with_x(self.norm(tokens.x))
         if tokens.ragged:
-            return ragged_head(self, tokens, super().forward_head)
-        return super().forward_head(tokens.x)
+            return ragged_head(self, tokens, super().forward_head)  # type: ignore[misc]
+        return super().forward_head(tokens.x)  # type: ignore[misc]
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         plan = self._sait.active
         if plan is None:
             self._sait.publish(None)
-            return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+            return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
         _check_no_mask(attn_mask, is_causal)
         tokens = self._sparse_tokens(x)
-        tokens = tokens._replace(x=self.norm(tokens.x))
+        tokens = tokens.with_x(self.norm(tokens.x))
         if not tokens.ragged:
             return tokens.x
         longest = tokens.max_seqlen
@@ -110,12 +115,12 @@ class SparseVisionTransformer(VisionTransformer):
                 "forward_head: with mass, features of images are padded, and pooling would count the padding. "
                 "Call the model itself, or use a fixed share: sait.set_density(model, keep=...)."
             )
-        return super().forward_head(x, pre_logits=pre_logits)
+        return super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         if self._sait.active is not None:
             raise ValueError(f"forward_intermediates: where tokens are dropped there are no full feature maps. {DENSE}")
-        return super().forward_intermediates(*args, **kwargs)
+        return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
 
 
 def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -129,7 +134,7 @@ class TimmVit:
     """The family of timm's VisionTransformer."""
 
     name = "timm VisionTransformer"
-    mixin = SparseVisionTransformer
+    mixin: type = SparseTimm
     layer_norms = (nn.LayerNorm, LayerNorm, LayerNormFp32)
     idle_in_eval = (nn.Identity, nn.Dropout, DropPath)
     scales: Mapping[type, str] = {LayerScale: "gamma"}
@@ -138,10 +143,10 @@ class TimmVit:
         return issubclass(cls, VisionTransformer)
 
     def check(self, model: nn.Module) -> None:
-        _check_class(model)
+        keeps_methods(model, VisionTransformer, METHODS)
         vit: Any = model
-        _require_type("patch_drop", vit.patch_drop, (nn.Identity,), "Build the model with patch_drop_rate=0.")
-        _require_type("norm", vit.norm, ROW_NORMS)
+        require_type("patch_drop", vit.patch_drop, (nn.Identity,), "Build the model with patch_drop_rate=0.")
+        require_type("norm", vit.norm, ROW_NORMS)
         if vit.attn_pool is not None and getattr(vit.attn_pool, "pos_embed", None) is not None:
             raise ValueError("sparsify: model: its attention pooling adds position embeddings for the full patch grid.")
         for i, block in enumerate(vit.blocks):
@@ -221,7 +226,7 @@ class TimmVit:
         pool = getattr(model, "attn_pool", None)
         if pool is None:
             return Cost("head", moved, of_heads, of_heads)
-        n = tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens)
+        n = tokens - (0 if pools_prefix(model) else model.num_prefix_tokens)
         width = pool.num_heads * pool.head_dim
         moved += n * model.embed_dim
         if model.global_pool == "prr":
@@ -238,36 +243,35 @@ def reason_against(model: nn.Module) -> str:
     return REASONS.get(type(model).__name__, "its class defines another forward")
 
 
-def _check_class(model: nn.Module) -> None:
-    name = f"{type(model).__module__}.{type(model).__qualname__}"
-    if not isinstance(model, VisionTransformer):
-        raise TypeError(f"sparsify: model: expected a timm VisionTransformer, got {name}: {reason_against(model)}.")
-    cls = type(model)
-    changed = [method for method in METHODS if not _keeps(model, method, VisionTransformer)]
-    for method in ("forward_head", "_pos_embed"):
-        if not any(_keeps(model, method, base) for base in (VisionTransformer, VisionTransformerDistilled)):
-            changed.append(method)
+def keeps_methods(model: nn.Module, base: type, methods: Mapping[str, tuple[type, ...]]) -> None:
+    """TypeError unless each of these methods is that of one of its classes."""
+    changed = [name for name, owners in methods.items() if not any(_keeps(model, name, owner) for owner in owners)]
     if changed:
         raise TypeError(
-            f"sparsify: model: expected the methods of timm's VisionTransformer, but {cls.__qualname__} has its own "
-            f"{', '.join(changed)}, which dropping tokens would bypass."
+            f"sparsify: model: expected the methods of timm's {base.__name__}, but {type(model).__qualname__} has its "
+            f"own {', '.join(changed)}, which dropping tokens would bypass."
         )
 
 
 def _check_block(name: str, block: Any) -> None:
-    _require(name, block, Block)
+    require(name, block, Block)
     attn = block.attn
-    _require(f"{name}.attn", attn, Attention)
+    require(f"{name}.attn", attn, Attention)
     for path in ("norm1", "norm2"):
-        _require_type(f"{name}.{path}", getattr(block, path), ROW_NORMS)
+        require_type(f"{name}.{path}", getattr(block, path), ROW_NORMS)
     for path in ("q_norm", "k_norm", "norm"):
-        _require_type(f"{name}.attn.{path}", getattr(attn, path), ROW_NORMS)
+        require_type(f"{name}.attn.{path}", getattr(attn, path), ROW_NORMS)
     for path in ("ls1", "ls2"):
-        _require_type(f"{name}.{path}", getattr(block, path), (nn.Identity, LayerScale))
+        require_type(f"{name}.{path}", getattr(block, path), (nn.Identity, LayerScale))
     for path in ("drop_path1", "drop_path2"):
-        _require_type(f"{name}.{path}", getattr(block, path), (nn.Identity, DropPath))
-    _require_type(f"{name}.mlp", block.mlp, ROW_MLPS)
-    _require_type(f"{name}.mlp.norm", block.mlp.norm, ROW_NORMS)
+        require_type(f"{name}.{path}", getattr(block, path), (nn.Identity, DropPath))
+    require_type(f"{name}.mlp", block.mlp, ROW_MLPS)
+    require_type(f"{name}.mlp.norm", block.mlp.norm, ROW_NORMS)
+    check_attention(name, attn)
+
+
+def check_attention(name: str, attn: Any) -> None:
+    """No dropout of its weights, heads that the ops take, the usual scale."""
     if attn.attn_drop.p != 0:
         raise ValueError(
             f"sparsify: model: {name}.attn: expected no dropout of attention weights, got p={attn.attn_drop.p}. "
@@ -287,7 +291,7 @@ def _keeps(module: Any, method: str, base: type) -> bool:
     return getattr(type(module), method, None) is getattr(base, method) and method not in vars(module)
 
 
-def _require(name: str, module: nn.Module, base: type) -> None:
+def require(name: str, module: nn.Module, base: type) -> None:
     if not _keeps(module, "forward", base):
         reason = REASONS.get(type(module).__name__, "its forward is not timm's")
         raise TypeError(
@@ -295,7 +299,7 @@ def _require(name: str, module: nn.Module, base: type) -> None:
         )
 
 
-def _require_type(name: str, module: nn.Module, types: tuple[type, ...], cure: str = "") -> None:
+def require_type(name: str, module: nn.Module, types: tuple[type, ...], cure: str = "") -> None:
     if not any(type(module) is t and _keeps(module, "forward", t) for t in types):
         names = ", ".join(dict.fromkeys(t.__name__ for t in types))
         reason = REASONS.get(type(module).__name__, "it may mix tokens")
