@@ -145,7 +145,7 @@ gpu-library: $(GPU_LIBRARY)/_build_info.py
 oldest: $(GPU_LIBRARY)/_build_info.py
 	PYTHONPATH=.:python SAIT_LIBRARY=$(GPU_LIBRARY) TRITON_INTERPRET=0 $(OLDEST) tools/aot.py --limits-only
 	PYTHONPATH=.:python SAIT_LIBRARY=$(GPU_LIBRARY) $(OLDEST) -m pytest -n $(WORKERS) --dist worksteal \
-		tests/ops tests/models tests/test_backend.py
+		tests/ops tests/models tests/extension tests/test_backend.py
 
 OTHER_MODELS := --model deit_tiny_patch16_224 --model deit_base_patch16_224 --model vit_large_patch16_224
 OURS := --peer ours-dense --peer ours --peer ours-optimized-dense --peer ours-optimized

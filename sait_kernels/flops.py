@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,114 +19,68 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from sait_kernels.ops.select import kept_bound, mass_bound
 from sait_kernels.registration import NAMESPACES
 
-Formula = Callable[..., int]
-GEMMS_OF_BACKWARD = 5  # of attention: the logits again, and the gradients of weights, q, k and v
+Formula = Callable[[Any, Any], int]  # of the op's arguments by their names in its schema, and its result
 
 
-def compact_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    indices: Tensor | None = None,
-    kept_cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
-    *,
-    out_val: Any = None,
-    gemms: int = 2,
-) -> int:
-    kept = cu_seqlens if kept_cu_seqlens is None else kept_cu_seqlens
-    if _has_values(cu_seqlens):
-        pairs = int((cu_seqlens.diff().long() * kept.diff().long()).sum())
+def attention(op: Any, kept: Tensor | None, rows: int, gemms: int = 2) -> int:
+    """``kept``: offsets of the rows that stay, None: all; ``rows``: how many these are where offsets have no values."""
+    if _has_values(op.cu_seqlens):
+        kept = op.cu_seqlens if kept is None else kept
+        pairs = int((op.cu_seqlens.diff().long() * kept.diff().long()).sum())
     else:
-        rows = q.shape[0] if indices is None else indices.shape[0]
-        pairs = rows * max_seqlen
-    return 2 * gemms * pairs * _width(q)
+        pairs = rows * op.max_seqlen
+    return 2 * gemms * pairs * _width(op.q)
 
 
-def compact_attention_backward(grad: Tensor, *arguments: Any, out_val: Any = None) -> int:
-    return compact_attention(*arguments, gemms=GEMMS_OF_BACKWARD)
+def compact_attention(op: Any, result: Any, gemms: int = 2) -> int:
+    rows = op.q.shape[0] if op.indices is None else op.indices.shape[0]
+    return attention(op, op.kept_cu_seqlens, rows, gemms)
 
 
-def score_tokens(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    kind: str,
-    *_: Any,
-    out_val: Any = None,
-    gemms: int = 1,
-) -> int:
+def compact_attention_backward(op: Any, result: Any) -> int:
+    """The logits again, and the gradients of weights, q, k and v."""
+    return compact_attention(op, result, gemms=5)
+
+
+def score_tokens(op: Any, result: Any, gemms: int = 1) -> int:
     """Rows of the attention matrix: the first one, or for column scores all of them."""
-    images = cu_seqlens.shape[0] - 1
-    lengths = cu_seqlens.diff().long() if _has_values(cu_seqlens) else torch.full((images,), max_seqlen, device="cpu")
-    pairs = int((lengths * lengths).sum() if kind == "column" else lengths.sum())
-    return 2 * gemms * pairs * _width(q)
+    if _has_values(op.cu_seqlens):
+        lengths = op.cu_seqlens.diff().long()
+    else:
+        lengths = torch.full((op.cu_seqlens.shape[0] - 1,), op.max_seqlen, device="cpu")
+    pairs = int((lengths * lengths).sum() if op.kind == "column" else lengths.sum())
+    return 2 * gemms * pairs * _width(op.q)
 
 
-def score_tokens_backward(grad: Tensor, *arguments: Any, out_val: Any = None) -> int:
+def score_tokens_backward(op: Any, result: Any) -> int:
     """The logits again, and the gradients of q and k."""
-    return score_tokens(*arguments, gemms=3)
+    return score_tokens(op, result, gemms=3)
 
 
-def prune_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    rate: float | None = None,
-    count: int | None = None,
-    mass: float | None = None,
-    kind: str = "cls",
-    num_prefix: int = 1,
-    scale: float | None = None,
-    min_keep: int = 1,
-    max_keep: int | None = None,
-    static: bool = False,
-    *,
-    out_val: Any = None,
-) -> int:
-    scored = score_tokens(q, k, v, cu_seqlens, max_seqlen, kind)
-    kept = out_val[2] if out_val is not None else None
-    if kept is not None and _has_values(kept):
-        return scored + compact_attention(q, k, v, cu_seqlens, max_seqlen, None, kept)
-    bounds = (rate, count) if mass is None else (max_keep,)
-    bound = (kept_bound if mass is None else mass_bound)(max_seqlen, num_prefix, *bounds)
-    return scored + 4 * (cu_seqlens.shape[0] - 1) * bound * max_seqlen * _width(q)
+def prune_attention(op: Any, result: Any) -> int:
+    limits = (op.rate, op.count) if op.mass is None else (op.max_keep,)
+    bound = (kept_bound if op.mass is None else mass_bound)(op.max_seqlen, op.num_prefix, *limits)
+    return score_tokens(op, result) + attention(op, result[2], (op.cu_seqlens.shape[0] - 1) * bound)
 
 
-def norm_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, *_: Any, **__: Any
-) -> int:
-    return 2 * x.shape[0] * weight.numel()
+def norm_linear(op: Any, result: Any) -> int:
+    return 2 * op.x.shape[0] * op.weight.numel()
 
 
-def linear_residual(
-    y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, indices: Tensor | None, *_: Any, **__: Any
-) -> int:
-    return 2 * y.shape[0] * weight.numel()
+def linear_residual(op: Any, result: Any) -> int:
+    return 2 * op.y.shape[0] * op.weight.numel()
 
 
-def packed_linear(x: Tensor, packed: Tensor, out_features: int, *_: Any, **__: Any) -> int:
-    return 2 * x.shape[0] * x.shape[1] * out_features
+def packed_linear(op: Any, result: Any) -> int:
+    return 2 * op.x.numel() * op.out_features
 
 
-def packed_block(y: Tensor, x: Tensor, *arguments: Any, **__: Any) -> int:
-    hidden_features = arguments[9]
-    channels = x.shape[1]
-    return 2 * y.shape[0] * (y.shape[1] * channels + 2 * channels * hidden_features)
+def packed_block(op: Any, result: Any) -> int:
+    channels = op.x.shape[1]
+    return 2 * op.y.shape[0] * channels * (op.y.shape[1] + 2 * op.hidden_features)
 
 
-def linear_pointwise(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    """Of oneDNN, which sait calls for linear layers on a CPU; torch has no formula for it."""
-    return 2 * math.prod(x.shape[:-1]) * weight.numel()
-
-
-def no_products(*_: Any, **__: Any) -> int:
+def no_products(op: Any, result: Any) -> int:
     return 0
 
 
@@ -149,6 +104,11 @@ FORMULAS: dict[str, Formula] = {
 }
 
 
+def linear_pointwise(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    """Of oneDNN, which sait calls for linear layers on a CPU; torch has no formula for it."""
+    return 2 * math.prod(x.shape[:-1]) * weight.numel()
+
+
 def _width(q: Tensor) -> int:
     return math.prod(q.shape[1:])
 
@@ -157,12 +117,24 @@ def _has_values(offsets: Tensor) -> bool:
     return not isinstance(offsets, FakeTensor) and offsets.device.type != "meta"
 
 
+def _by_name(op: str, formula: Formula) -> Callable[..., int]:
+    """The formula as torch calls it. Both libraries that hold an op take the same arguments in the same order."""
+    schema = getattr(torch.ops.sait, op).default._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema}
+
+    def counted(*given: Any, out_val: Any = None, **named: Any) -> int:
+        positional = {argument.name: value for argument, value in zip(schema, given, strict=False)}
+        return formula(SimpleNamespace(**(defaults | positional | named)), out_val)
+
+    return counted
+
+
 def register() -> None:
     """Tells torch; when all ops are defined."""
-    for namespace in NAMESPACES:
-        for op, formula in FORMULAS.items():
-            packet = getattr(getattr(torch.ops, namespace), op, None)
-            if packet is not None and packet not in flop_registry:
-                register_flop_formula(packet, get_raw=True)(formula)
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
-        register_flop_formula(torch.ops.mkldnn._linear_pointwise, get_raw=True)(linear_pointwise)
+    for op, formula in FORMULAS.items():
+        packets = [getattr(getattr(torch.ops, namespace), op, None) for namespace in NAMESPACES]
+        for packet in filter(None, packets):
+            register_flop_formula(packet, get_raw=True)(_by_name(op, formula))
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if product is not None and product not in flop_registry:
+        register_flop_formula(product, get_raw=True)(linear_pointwise)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from sait.execution.optimize import is_optimized
+from sait.execution.optimize import runs_fused
 from sait.families import Family, family_of
 from sait.families.base import Cost, weights
 from sait.methods.plan import Plan
@@ -40,7 +40,7 @@ def macs(
 
     Per block with n tokens in and m out, A = heads * head_dim: the linear layers (queries are computed for all n, since
     one layer makes q, k and v), 2 * m * n * A for attention, and the MLP on m tokens. A score of the class row costs
-    n * A more, one of the columns n * n * A; what a scorer of another kind costs, it says (``macs(tokens, channels)``).
+    n * A more, one of the columns n * n * A; what a scorer of another kind costs is what its ``macs`` says, or nothing.
     Attention pooling counts the tokens that are left, not their padding. In a static plan the linear layers compute all
     the rows that there is room for, and attention those that are kept.
     DeiT-S at 224: 4.60 G dense, 2.74 G at block=3, keep=0.45.
@@ -52,7 +52,7 @@ def macs(
         kept: tokens of an image after each stage of the plan, prefix included; for plans with ``mass``, where the
             density of the image decides. None there: the mean cost over the images of the model's last forward.
         executed: False: what the method computes. True: what this model executes; its last block, under sait.optimize,
-            computes only what the head reads. This is what torch's FlopCounterMode counts, halved.
+            computes only what the head reads. This is what torch's FlopCounterMode counts in inference, halved.
 
     Returns:
         The count, rounded.
@@ -61,14 +61,17 @@ def macs(
         TypeError, ValueError: an unsupported model, a plan that does not fit it, or a plan with mass and neither
             ``kept`` nor a forward at that plan.
     """
+    family = family_of(type(model))
+    if family is None:
+        raise TypeError(f"macs: model: expected a timm VisionTransformer or Eva, got {type(model).__name__}.")
     state = getattr(model, "_sait", None)
-    family = supported_family(model)
-    if plan is None and isinstance(state, State):
+    if not isinstance(state, State):
+        family.check(model)
+    elif plan is None:
         plan = state.active
     vit: Any = model
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
-    rows, columns = family.grid(vit, size)
-    tokens = rows * columns + family.num_prefix(vit)
+    tokens, prefix = tokens_of(vit, size), family.num_prefix(vit)
     per_image: list[Sequence[float] | None] = [None]
     if plan is not None:
         check_blocks(plan, len(family.blocks(vit)))
@@ -76,24 +79,27 @@ def macs(
             per_image = [_checked_counts(plan, tokens, kept)]
         elif plan.ragged:
             per_image = [*_recorded_counts(plan, tokens, state)]
+    for_head = executed and family.prefix_is_enough(vit) and runs_fused(family.blocks(vit)[-1], family)
+    pooled = _widest(plan, tokens, prefix) if executed and plan is not None and plan.ragged else None
     total = 0.0
     for counts in per_image:
-        computed = plan_rows(vit, plan, counts, tokens)
-        if executed and family.prefix_is_enough(vit) and is_optimized(family.blocks(vit)[-1]):
-            computed = rows_for_head(vit, computed, plan)
-        padded = executed and plan is not None and plan.ragged
-        pooled = _widest(plan, tokens, family.num_prefix(vit)) if padded else None
-        total += sum(part.macs for part in parts(vit, computed, size, pooled))
-    return round(total / len(per_image))
+        rows = plan_rows(vit, plan, counts, tokens)
+        rows = rows_for_head(vit, rows, plan) if for_head else rows
+        head = family.head_cost(vit, rows[-1].queries if pooled is None else pooled)
+        total += sum(part.macs for part in block_parts(vit, rows)) + head.macs
+    return round(family.embedding_cost(vit, size).macs + total / len(per_image))
 
 
-def supported_family(model: nn.Module) -> Family:
-    """TypeError or ValueError with the reason if sparsify does not take the model, and it is not sparse already."""
+def tokens_of(model: Any, size: tuple[int, int] | None = None) -> int:
+    """Of an image of a (height, width) in front of the first block; None: the size that the model was built for."""
+    family = _family(model)
+    rows, columns = family.grid(model, size)
+    return rows * columns + family.num_prefix(model)
+
+
+def _family(model: Any) -> Family:
     family = family_of(type(model))
-    if family is None:
-        raise TypeError(f"macs: model: expected a timm VisionTransformer, got {type(model).__name__}.")
-    if not isinstance(getattr(model, "_sait", None), State):
-        family.check(model)
+    assert family is not None, type(model)
     return family
 
 
@@ -107,11 +113,9 @@ def plan_rows(
         kept: tokens after each stage, prefix included; needed for a plan with mass.
         tokens: that enter the first block; None: of the size that the model was built for.
     """
-    family = supported_family(model)
+    family = _family(model)
     prefix = family.num_prefix(model)
-    if tokens is None:
-        rows, columns = family.grid(model)
-        tokens = rows * columns + prefix
+    tokens = tokens_of(model) if tokens is None else tokens
     stages = {} if plan is None else {stage.block: stage for stage in plan.stages}
     given = iter(kept) if kept is not None else None
     keeps_room = plan is not None and plan.ragged and plan.static
@@ -125,7 +129,8 @@ def plan_rows(
             left = _bound(stage.selector, n, prefix) if given is None else next(given)
             room_left = _bound(stage.selector, room, prefix) if keeps_room else left
             if not stage.keeps_all:
-                choosing = _score_macs(stage.scorer, n, family.view(block).width, _channels(family.view(block)))
+                view = family.view(block)
+                choosing = _score_macs(stage.scorer, n, view.width, _channels(view))
             if stage.before:
                 entering, room = left, room_left
         found.append(Rows(entering, left, room_left, room_left, choosing, room if keeps_room else None))
@@ -159,24 +164,24 @@ def rows_for_head(model: Any, rows: Sequence[Rows], plan: Plan | None = None) ->
     stage = plan.stage_at(last) if plan is not None else None
     if stage is not None and not stage.keeps_all:
         return list(rows)
-    prefix = supported_family(model).num_prefix(model)
+    prefix = _family(model).num_prefix(model)
     return [*rows[:-1], rows[-1]._replace(queries=prefix, projected=prefix, left=prefix)]
 
 
-def parts(
-    model: Any, rows: Sequence[Rows], size: tuple[int, int] | None = None, pooled: float | None = None
-) -> list[Cost]:
-    """What an image costs in each part of the model, given the rows of its blocks.
+def parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:
+    """What an image of the size that the model was built for costs in each part of it, given the rows of its blocks."""
+    family = _family(model)
+    return [family.embedding_cost(model), *block_parts(model, rows), family.head_cost(model, rows[-1].queries)]
+
+
+def block_parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:
+    """What an image costs in each part of the blocks.
 
     What is row-wise and can hide in another part does: norm1 in the projection to q, k and v, GELU in fc1, the second
     residual in fc2.
-
-    Args:
-        size: (height, width); None: what the model was built for.
-        pooled: tokens that the head sees, with their padding; None: those that are left.
     """
-    family = supported_family(model)
-    found = [family.embedding_cost(model, size)]
+    family = _family(model)
+    found: list[Cost] = []
     for i, (block, r) in enumerate(zip(family.blocks(model), rows, strict=True)):
         view = family.view(block)
         A, C = view.width, _channels(view)
@@ -200,7 +205,6 @@ def parts(
             hidden = fc1 // C
             found.append(Cost(f"{i} fc1 + GELU", r.left * (C + hidden), fc1, r.left * fc1))
             found.append(Cost(f"{i} fc2 + residual", r.left * (hidden + 2 * C), fc2, r.left * fc2))
-    found.append(family.head_cost(model, rows[-1].queries if pooled is None else pooled))
     return found
 
 

@@ -47,7 +47,7 @@ def sparsify(
     >>> model = restore(model)
 
     Args:
-        model: a timm VisionTransformer or VisionTransformerDistilled.
+        model: a timm VisionTransformer, VisionTransformerDistilled or Eva.
         plan: what to drop where; or, for one stage, the other arguments instead:
         block: 0-based; its attention sees all tokens, its kept rows go on.
         keep: a float in (0, 1], a share of the patches, or an int, their number.

@@ -8,6 +8,7 @@ import timm
 import torch
 import zoo
 from sait import Plan, Stage
+from tiers import full_only
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -49,6 +50,9 @@ def test_torch_counts_what_is_executed(name, grad):
             )
 
 
+@full_only(
+    lambda name, ops: ops == "triton" and name != "registers"
+)  # counts are of shapes: one model is enough
 @pytest.mark.parametrize("name", ["vit", "distilled", "registers", "layerscale_qknorm", "siglip"])
 @torch.no_grad()
 def test_torch_counts_what_an_optimized_model_executes(name, ops, calls):
@@ -63,6 +67,14 @@ def test_torch_counts_what_an_optimized_model_executes(name, ops, calls):
             assert executed < 2 * sait.macs(model)
         sait.deoptimize(model)
     assert calls
+
+
+@pytest.mark.parametrize("name", ["gated", "clip", "rms_norm"])
+@torch.no_grad()
+def test_optimized_blocks_that_run_their_modules_execute_all_rows(name):
+    model, x = zoo.build(name), zoo.images(name, count=2)
+    sait.optimize(sait.sparsify(model, block=1, keep=0.45))
+    assert counted(model, x) == 2 * sait.macs(model, executed=True) == 2 * sait.macs(model)
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

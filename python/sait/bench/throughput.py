@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from sait.bench.measure import interleave, samples_in
 from sait.bench.peers import PEERS, Setting
 from sait.bench.plain import share
-from sait.cost import macs
+from sait.cost import macs, tokens_of
 from sait.sparsify import sparsify
-from sait.state import Density, selections, set_density, sparse_family
+from sait.state import Density, selections, set_density
 
 BASELINE = "timm dense"
 CHECKED_IMAGES = 2
@@ -210,8 +210,7 @@ def _cost(model: nn.Module, images: Tensor, density: Density | None) -> tuple[li
     """(tokens of each image, GMAC of an image)."""
     size = (images.shape[2], images.shape[3])
     if density in (None, Density()):
-        rows, columns = sparse_family(model).grid(model, size)
-        tokens = [rows * columns + sparse_family(model).num_prefix(model)] * len(images)
+        tokens = [tokens_of(model, size)] * len(images)
         set_density(model)
     else:
         set_density(model, **asdict(density))(images)

@@ -21,24 +21,27 @@ from sait.families.base import Family
 def linear(module: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """module(x), plus a bias that the module has not."""
     if bias is None:
-        return _fused(module, x, "none") if _serves(module, x) else module(x)
-    if _serves(module, x) and module.bias is None:
-        return torch.ops.mkldnn._linear_pointwise(x, module.weight, bias.detach(), "none", [], "none")
-    plain = is_linear(module) and module.bias is None and not any(getattr(module, hooks) for hooks in HOOKS)
-    return F.linear(x, module.weight, bias) if plain else module(x) + bias
+        return _fused(module, x) if _fuses(x) and _is_plain(module) and x.dtype == module.weight.dtype else module(x)
+    if not _is_plain(module) or module.bias is not None:
+        return module(x) + bias
+    if _fuses(x) and x.dtype == module.weight.dtype:
+        return _fused(module, x, bias=bias)
+    return F.linear(x, module.weight, bias)
 
 
 def mlp(module: nn.Module, x: Tensor, family: Family) -> Tensor:
     """module(x)."""
-    if not _may_fuse(x):
+    if module.training or not _fuses(x):
         return module(x)
     parts = family.feed_forward(module)
-    if parts is None or not (_serves(parts.fc1, x) and _serves(parts.fc2, x) and _is_plain_mlp(module, family)):
+    if parts is None or not (is_gelu_mlp(module, family) and is_untouched(module)):
         return module(x)
-    return _fused(parts.fc2, _fused(parts.fc1, x, "gelu"), "none")
+    if not x.dtype == parts.fc1.weight.dtype == parts.fc2.weight.dtype:
+        return module(x)
+    return _fused(parts.fc2, _fused(parts.fc1, x, "gelu"))
 
 
-def _may_fuse(x: Tensor) -> bool:
+def _fuses(x: Tensor) -> bool:
     """Plain inference on a CPU. Compiled code fuses for itself."""
     return bool(
         x.device.type == "cpu"
@@ -51,19 +54,11 @@ def _may_fuse(x: Tensor) -> bool:
     )
 
 
-def _serves(module: Any, x: Tensor) -> bool:
-    """One dtype, and nobody listening."""
-    return bool(
-        _may_fuse(x)
-        and is_linear(module)
-        and x.dtype == module.weight.dtype
-        and not any(getattr(module, hooks) for hooks in HOOKS)
-    )
+def _is_plain(module: Any) -> bool:
+    """A linear layer, and nobody listening."""
+    return is_linear(module) and not any(getattr(module, hooks) for hooks in HOOKS)
 
 
-def _fused(module: Any, x: Tensor, activation: str) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, activation, [], "none")
-
-
-def _is_plain_mlp(module: Any, family: Family) -> bool:
-    return not module.training and is_gelu_mlp(module, family) and is_untouched(module)
+def _fused(module: Any, x: Tensor, activation: str = "none", bias: Tensor | None = None) -> Tensor:
+    bias = module.bias if bias is None else bias
+    return torch.ops.mkldnn._linear_pointwise(x, module.weight, bias, activation, [], "none")

@@ -55,8 +55,9 @@ def optimize(model: Any) -> Any:
     these alone: for them the others are keys and values. ``forward_features`` returns them all.
 
     This serves blocks of LayerNorm and erf-GELU in plain inference: eval mode, no gradient, no autocast, no
-    torch.export. Blocks with gates, hooks or changed modules run their modules, and so does a dense model (set_density
-    without arguments), which is the unpatched one bit for bit; keep=1.0 keeps all tokens in fused products.
+    torch.export. Blocks with gates, rotary positions, hooks or changed modules run their modules, and so does a dense
+    model (set_density without arguments), which is the unpatched one bit for bit; keep=1.0 keeps all tokens in fused
+    products.
 
     >>> import sait, timm
     >>> model = sait.sparsify(timm.create_model("deit_tiny_patch16_224"), block=3, keep=0.45).eval()
@@ -89,8 +90,11 @@ def deoptimize(model: Any) -> Any:
     return model
 
 
-def is_optimized(block: Any) -> bool:
-    return HOLDER in vars(block)
+@torch.inference_mode()
+def runs_fused(block: Any, family: Family) -> bool:
+    """Whether inference on tokens of the weights' type, where these lie, computes the block by fused products."""
+    x = next(block.parameters()).new_empty(0)
+    return block_for(block, family, products_for(x), x).is_fused
 
 
 class Products:

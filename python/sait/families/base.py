@@ -23,8 +23,7 @@ class BlockView(NamedTuple):
     """
 
     norm1: Module
-    qkv: Any  # (T, C) -> (T, 3 * heads * head_dim): q of all heads, then k, then v;
-    # or a tuple of three modules
+    qkv: Any  # a module (T, C) -> (T, 3 * width), q of all heads, then k, then v; or three of them, (T, width) each
     heads: int
     head_dim: int
     q_norm: Module

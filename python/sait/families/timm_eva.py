@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from timm.layers import (
     AttentionRope,
-    DropPath,
     RotaryEmbeddingCat,
     RotaryEmbeddingDinoV3,
     RotaryEmbeddingMixed,
@@ -16,17 +15,8 @@ from timm.layers import (
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-import sait_kernels as sk
 from sait.families.base import BlockView
-from sait.families.timm_vit import (
-    ROW_MLPS,
-    ROW_NORMS,
-    TimmVit,
-    check_attention,
-    keeps_methods,
-    require,
-    require_type,
-)
+from sait.families.timm_vit import TimmVit, check_head, check_parts, entering, keeps_methods, require
 from sait.tokens import Tokens
 
 TABLES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed)
@@ -47,16 +37,21 @@ class TimmEva(TimmVit):
         keeps_methods(model, Eva, dict.fromkeys(METHODS, (Eva,)))
         if vit.patch_drop is not None:
             raise TypeError("sparsify: model: patch_drop: expected None. Build the model with patch_drop_rate=0.")
-        require_type("norm", vit.norm, ROW_NORMS)
+        check_head(vit)
         if vit.rope is not None and type(vit.rope) not in TABLES:
             raise TypeError(
                 f"sparsify: model: rope: expected one of {', '.join(table.__name__ for table in TABLES)}, got "
                 f"{type(vit.rope).__name__}, whose table may turn other channels together."
             )
-        if vit.attn_pool is not None and getattr(vit.attn_pool, "pos_embed", None) is not None:
-            raise ValueError("sparsify: model: its attention pooling adds position embeddings for the full patch grid.")
         for i, block in enumerate(vit.blocks):
-            _check_block(f"blocks.{i}", block)
+            name, attn = f"blocks.{i}", block.attn
+            require(name, block, EvaBlock)
+            require(f"{name}.attn", attn, AttentionRope if isinstance(attn, AttentionRope) else EvaAttention)
+            if getattr(attn, "num_kv_groups", 1) != 1:
+                raise ValueError(
+                    f"sparsify: model: {name}.attn: expected a key head for each query head, got grouped queries."
+                )
+            check_parts(name, block)
 
     def view(self, block: Any) -> BlockView:
         attn = block.attn
@@ -84,9 +79,7 @@ class TimmEva(TimmVit):
 
     def embed(self, model: Any, images: Tensor) -> Tokens:
         x, rope = model._pos_embed(model.patch_embed(images))
-        x = model.norm_pre(x).contiguous()
-        B, N, _ = x.shape
-        tokens = Tokens(x, sk.uniform_cu_seqlens(B, N, x.device), N, False, model.num_prefix_tokens, N)
+        tokens = entering(model, x)
         if rope is None:
             return tokens
         rope = rope if rope.dtype == torch.float64 else rope.float()
@@ -94,21 +87,3 @@ class TimmEva(TimmVit):
 
 
 TIMM_EVA = TimmEva()
-
-
-def _check_block(name: str, block: Any) -> None:
-    require(name, block, EvaBlock)
-    attn = block.attn
-    if not any(type(attn) is base for base in (EvaAttention, AttentionRope)):
-        require(f"{name}.attn", attn, EvaAttention)
-    if getattr(attn, "num_kv_groups", 1) != 1:
-        raise ValueError(f"sparsify: model: {name}.attn: expected a key head for each query head, got grouped queries.")
-    for path in ("norm1", "norm2"):
-        require_type(f"{name}.{path}", getattr(block, path), ROW_NORMS)
-    for path in ("q_norm", "k_norm", "norm"):
-        require_type(f"{name}.attn.{path}", getattr(attn, path), ROW_NORMS)
-    for path in ("drop_path1", "drop_path2"):
-        require_type(f"{name}.{path}", getattr(block, path), (nn.Identity, DropPath))
-    require_type(f"{name}.mlp", block.mlp, ROW_MLPS)
-    require_type(f"{name}.mlp.norm", block.mlp.norm, ROW_NORMS)
-    check_attention(name, attn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from timm.layers import (
     LayerNormFp32,
     LayerScale,
     Mlp,
+    PatchEmbed,
     RmsNorm,
     RmsNormFp32,
     SimpleNorm,
@@ -78,10 +79,8 @@ class SparseTimm:
     """What a sparse timm model does in place of its own class's methods, which are super's."""
 
     _sait: Any
+    _sparse_tokens: Callable[..., Tokens]  # sait.sparsify has it
     norm: nn.Module
-
-    def _sparse_tokens(self, images: Tensor, for_head: bool = False) -> Tokens:
-        raise NotImplementedError  # sait.sparsify has it
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         if self._sait.active is None:
@@ -146,11 +145,13 @@ class TimmVit:
         keeps_methods(model, VisionTransformer, METHODS)
         vit: Any = model
         require_type("patch_drop", vit.patch_drop, (nn.Identity,), "Build the model with patch_drop_rate=0.")
-        require_type("norm", vit.norm, ROW_NORMS)
-        if vit.attn_pool is not None and getattr(vit.attn_pool, "pos_embed", None) is not None:
-            raise ValueError("sparsify: model: its attention pooling adds position embeddings for the full patch grid.")
+        check_head(vit)
         for i, block in enumerate(vit.blocks):
-            _check_block(f"blocks.{i}", block)
+            require(f"blocks.{i}", block, Block)
+            require(f"blocks.{i}.attn", block.attn, Attention)
+            for path in ("ls1", "ls2"):
+                require_type(f"blocks.{i}.{path}", getattr(block, path), (nn.Identity, LayerScale))
+            check_parts(f"blocks.{i}", block)
 
     def check_pooling(self, model: Any) -> None:
         check_ragged_head(model)
@@ -192,10 +193,7 @@ class TimmVit:
         return rows, columns
 
     def embed(self, model: Any, images: Tensor) -> Tokens:
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        x = x.contiguous()  # without prefix tokens it is still the convolution's output, channels outermost
-        B, N, _ = x.shape
-        return Tokens(x, sk.uniform_cu_seqlens(B, N, x.device), N, False, model.num_prefix_tokens, N)
+        return entering(model, model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
     def prefix_is_enough(self, model: Any) -> bool:
         return prefix_is_enough(model)
@@ -209,15 +207,11 @@ class TimmVit:
         places = (rows * columns + self.num_prefix(model)) * model.embed_dim
         kernels = sum(p.numel() for p in model.patch_embed.parameters() if p.ndim > 1)
         moved = model.in_chans * height * width + places
-        return Cost("patch embedding", moved, kernels + places, self._embedding_macs(model, (height, width)))
-
-    def _embedding_macs(self, model: Any, size: tuple[int, int]) -> int:
-        """One convolution or a whole network, as torch counts it without computing it."""
-        twin = copy.deepcopy(model.patch_embed).eval().to("meta")
-        image = torch.empty(1, model.in_chans, *size, dtype=next(twin.parameters()).dtype, device="meta")
-        with FlopCounterMode(display=False) as counter:
-            twin(image)
-        return counter.get_total_flops() // 2
+        if type(model.patch_embed) is PatchEmbed:
+            macs = rows * columns * kernels  # one convolution
+        else:
+            macs = _counted(model.patch_embed, (model.in_chans, height, width))
+        return Cost("patch embedding", moved, kernels + places, macs)
 
     def head_cost(self, model: Any, tokens: float) -> Cost:
         heads = [m for m in (model.head, getattr(model, "head_dist", None)) if isinstance(m, nn.Linear)]
@@ -239,6 +233,21 @@ class TimmVit:
 TIMM_VIT = TimmVit()
 
 
+def entering(model: Any, x: Tensor) -> Tokens:
+    """(B, N, C) with their positions -> what enters the first block."""
+    x = model.norm_pre(x).contiguous()  # without prefix tokens it is a convolution's output, channels outermost
+    B, N, _ = x.shape
+    return Tokens(x, sk.uniform_cu_seqlens(B, N, x.device), N, False, model.num_prefix_tokens, N)
+
+
+def _counted(network: nn.Module, image: tuple[int, ...]) -> int:
+    """Multiply-accumulates of a network, as torch counts them without computing it."""
+    twin = copy.deepcopy(network).eval().to("meta")
+    with FlopCounterMode(display=False) as counter:
+        twin(torch.empty(1, *image, dtype=next(twin.parameters()).dtype, device="meta"))
+    return counter.get_total_flops() // 2
+
+
 def reason_against(model: nn.Module) -> str:
     return REASONS.get(type(model).__name__, "its class defines another forward")
 
@@ -253,25 +262,24 @@ def keeps_methods(model: nn.Module, base: type, methods: Mapping[str, tuple[type
         )
 
 
-def _check_block(name: str, block: Any) -> None:
-    require(name, block, Block)
+def check_head(vit: Any) -> None:
+    """The final norm and the pooling."""
+    require_type("norm", vit.norm, ROW_NORMS)
+    if vit.attn_pool is not None and getattr(vit.attn_pool, "pos_embed", None) is not None:
+        raise ValueError("sparsify: model: its attention pooling adds position embeddings for the full patch grid.")
+
+
+def check_parts(name: str, block: Any) -> None:
+    """What all blocks of timm call the same."""
     attn = block.attn
-    require(f"{name}.attn", attn, Attention)
     for path in ("norm1", "norm2"):
         require_type(f"{name}.{path}", getattr(block, path), ROW_NORMS)
     for path in ("q_norm", "k_norm", "norm"):
         require_type(f"{name}.attn.{path}", getattr(attn, path), ROW_NORMS)
-    for path in ("ls1", "ls2"):
-        require_type(f"{name}.{path}", getattr(block, path), (nn.Identity, LayerScale))
     for path in ("drop_path1", "drop_path2"):
         require_type(f"{name}.{path}", getattr(block, path), (nn.Identity, DropPath))
     require_type(f"{name}.mlp", block.mlp, ROW_MLPS)
     require_type(f"{name}.mlp.norm", block.mlp.norm, ROW_NORMS)
-    check_attention(name, attn)
-
-
-def check_attention(name: str, attn: Any) -> None:
-    """No dropout of its weights, heads that the ops take, the usual scale."""
     if attn.attn_drop.p != 0:
         raise ValueError(
             f"sparsify: model: {name}.attn: expected no dropout of attention weights, got p={attn.attn_drop.p}. "

@@ -30,8 +30,9 @@ class Seen(NamedTuple):
 class Scorer(Protocol):
     """Ranks tokens. An nn.Module's parameters become the sparse model's.
 
-    Of its attributes two are read where it has them: ``needs_prefix = True`` asks for a model with a class token, and
-    ``reads`` names the fields of Seen that it needs: ("x",) allows a stage before its block.
+    What else is read where it has it: ``needs_prefix = True`` asks for a model with a class token; ``reads`` names the
+    fields of Seen that it needs, where one of q, k and v forbids a stage before its block; ``macs(tokens, width,
+    channels)`` are its multiply-accumulates for an image whose q and x have so many channels.
     """
 
     def __call__(self, seen: Seen) -> Tensor:

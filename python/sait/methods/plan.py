@@ -14,6 +14,8 @@ from sait.methods.base import After, Scorer, Selector, build, describe
 from sait.methods.scorers import ClassAttention
 from sait.methods.selectors import TopK, TopP, selector_of
 
+ROLES = ("scorer", "selector", "after")
+
 
 @dataclass(frozen=True, init=False)
 class Stage:
@@ -159,7 +161,7 @@ class Stage:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Stage:
         given = dict(document)
-        for kind in ("scorer", "selector", "after"):
+        for kind in ROLES:
             if given.get(kind) is not None:
                 given[kind] = build(kind, given[kind])
         try:
@@ -242,8 +244,7 @@ class Plan:
 
     def learned(self) -> dict[str, nn.Module]:
         """Those of its objects that are modules, by role and block: their parameters become a sparse model's."""
-        roles = ("scorer", "selector", "after")
-        found = {f"{role}{stage.block}": getattr(stage, role) for stage in self.stages for role in roles}
+        found = {f"{role}{stage.block}": getattr(stage, role) for stage in self.stages for role in ROLES}
         return {name: method for name, method in found.items() if isinstance(method, nn.Module)}
 
     def sharing(self, other: Plan) -> Plan:
@@ -251,8 +252,7 @@ class Plan:
         theirs = other.learned()
         stages = []
         for stage in self.stages:
-            roles = ("scorer", "selector", "after")
-            found = {role: theirs.get(f"{role}{stage.block}", getattr(stage, role)) for role in roles}
+            found = {role: theirs.get(f"{role}{stage.block}", getattr(stage, role)) for role in ROLES}
             stages.append(stage._with(**found) if theirs else stage)
         return replace(self, stages=tuple(stages))
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sait.cost import macs
-from sait.state import Density, selections, set_density, sparse_family, state_of
+from sait.cost import macs, tokens_of
+from sait.state import Density, selections, set_density, state_of
 from sait.train.data import Data
 from sait.train.processes import Processes
 
@@ -99,8 +99,7 @@ class Totals:
         self.right += int((logits.argmax(1) == labels).sum())
         size = (images.shape[2], images.shape[3])
         if density == Density():  # the model's own forward leaves no selection
-            rows, columns = sparse_family(model).grid(model, size)
-            self.tokens += len(images) * (rows * columns + sparse_family(model).num_prefix(model))
+            self.tokens += len(images) * tokens_of(model, size)
         else:
             self.tokens += int(selections(model)[-1].cu_seqlens[-1])
         if density.mass is not None or self.macs == 0:
