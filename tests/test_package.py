@@ -126,7 +126,7 @@ LAYERS = (
     ("sait.state",),
     ("sait.execution",),
     ("sait.forward",),
-    ("sait.sparsify", "sait.vit", "sait.cost"),
+    ("sait.sparsify", "sait.vit", "sait.cost", "sait.maps"),
     ("sait.environment", "sait.checkpoint", "sait.bench", "sait.data"),
     ("sait.train",),
     ("sait.cli",),

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from sait.families.base import BlockView, Family, FeedForward
+from sait.families.base import BlockView, Cost, Family, FeedForward, entering, weights
 from sait.families.timm_eva import TIMM_EVA
 from sait.families.timm_vit import TIMM_VIT
 
-__all__ = ["BlockView", "Family", "FeedForward", "family_of"]
+__all__ = ["BlockView", "Cost", "Family", "FeedForward", "entering", "family_of", "register", "weights"]
 
-FAMILIES: tuple[Family, ...] = (TIMM_VIT, TIMM_EVA)
+FAMILIES: list[Family] = [TIMM_VIT, TIMM_EVA]
+
+
+def register(family: Family) -> Family:
+    """Makes sait.sparsify take the models of a family. One that is registered later is asked first.
+
+    Raises:
+        TypeError: it is not a Family.
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"register: family: expected a sait.families.Family, got {family!r}.")
+    FAMILIES.insert(0, family)
+    return family
 
 
 def family_of(cls: type) -> Family | None:
