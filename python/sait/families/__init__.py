@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from sait.families.base import BlockView, Cost, Family, FeedForward, entering, weights
+from sait.families.base import BlockView, Cost, Family, FeedForward, LinearParameters, entering, weights
 from sait.families.timm_eva import TIMM_EVA
 from sait.families.timm_vit import TIMM_VIT
 
-__all__ = ["BlockView", "Cost", "Family", "FeedForward", "entering", "family_of", "register", "weights"]
+__all__ = [
+    "BlockView",
+    "Cost",
+    "Family",
+    "FeedForward",
+    "LinearParameters",
+    "entering",
+    "family_of",
+    "register",
+    "weights",
+]
 
 FAMILIES: list[Family] = [TIMM_VIT, TIMM_EVA]
 

@@ -7,15 +7,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sait_kernels as sk
 from sait.tokens import Tokens
 
 Module = Any  # an nn.Module, of whose attributes the type checker knows nothing
+
+
+@dataclass(frozen=True)
+class LinearParameters:
+    """A linear layer that is no module of its own."""
+
+    weight: Tensor  # (outputs, inputs)
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class BlockView(NamedTuple):
@@ -26,7 +39,7 @@ class BlockView(NamedTuple):
     """
 
     norm1: Module
-    qkv: Any  # a module (T, C) -> (T, 3 * width), q of all heads, then k, then v; or three of them, (T, width) each
+    qkv: Any  # a linear layer (T, C) -> (T, 3 * width), q of all heads, then k, then v; or three, (T, width) each
     heads: int
     head_dim: int
     q_norm: Module
@@ -164,8 +177,10 @@ def entering(x: Tensor, num_prefix: int) -> Tokens:
     return Tokens(x.contiguous(), sk.uniform_cu_seqlens(B, N, x.device), N, False, num_prefix, N)
 
 
-def weights(module: nn.Module | None) -> int:
-    """Multiply-accumulates of the module's linear layers for one token."""
-    if module is None:
+def weights(layer: nn.Module | LinearParameters | None) -> int:
+    """Multiply-accumulates of its linear layers for one token."""
+    if layer is None:
         return 0
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    if isinstance(layer, LinearParameters):
+        return layer.weight.numel()
+    return sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
