@@ -28,12 +28,14 @@ def rotate(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, *, pairs: boo
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device; on the CPU also a position out of range.
     """
+    if not isinstance(pairs, bool):
+        raise TypeError(f"rotate: pairs: expected True or False, got {pairs!r}. Pass False for the halves of a head.")
     served = choose("rotate", {"q": q, "k": k, "positions": positions, "table": table})
     if served == "reference":
         return rotate_reference(q, k, positions, table, pairs=pairs)
     if positions.dtype == torch.int64:
         positions = positions.int()
-    return kernels(served).rotate(q, k, positions, table, bool(pairs))
+    return kernels(served).rotate(q, k, positions, table, pairs)
 
 
 def rotate_reference(
@@ -85,8 +87,19 @@ def _backward(ops: Any, ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, 
     return dq, dk, None, dtable, None
 
 
+def _second_backward(ops: Any, ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
+    """Of rotate_backward, the transpose of rotate; q and k are the gradients that it took."""
+    positions, table, q, k = ctx.saved_tensors
+    grad_q, grad_k = grad_q.contiguous(), grad_k.contiguous()
+    dq, dk = ops.rotate(grad_q, grad_k, positions, table, ctx.pairs)
+    dtable = None
+    if ctx.needs_input_grad[3]:
+        dtable = _table_gradient(table, positions, ctx.pairs, (grad_q, q), (grad_k, k))
+    return dq, dk, None, dtable, None
+
+
 def _table_gradient(table: Tensor, positions: Tensor, pairs: bool, *sides: tuple[Tensor, Tensor]) -> Tensor:
-    """dsin = grad turned(x) and dcos = grad x, added up over q and k, the rows of a position and the heads of a table."""
+    """dsin = grad turned(x) and dcos = grad x: sums over q and k, rows of one position and heads of one table."""
 
     def of(x: Tensor, grad: Tensor) -> Tensor:
         wide, grad = x.to(table.dtype), grad.to(table.dtype)
@@ -103,4 +116,5 @@ def _table_gradient(table: Tensor, positions: Tensor, pairs: bool, *sides: tuple
 register_op("rotate", _fake, __name__)
 register_op("rotate_backward", _backward_fake, __name__)
 register_backward("rotate", _backward, _context)
+register_backward("rotate_backward", _second_backward, _context)
 register("rotate")

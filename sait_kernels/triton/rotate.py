@@ -14,7 +14,7 @@ from sait_kernels.registration import INTERPRETED
 from sait_kernels.triton.launch import Variant, cdiv, next_power_of_2, on_device, variant
 from sait_kernels.triton.numeric import rounded, widened
 
-TILE = 1024  # elements of a block: 16-byte accesses of 128 threads in 16 bits
+TILE = 2048  # elements of a block: two 16-byte accesses a thread in 16 bits
 PROGRAMS = 2048  # wanted at least, 15 warps on each SM: with fewer rows, programs share out the heads
 
 
@@ -60,18 +60,38 @@ def _launch(
 
 
 @triton.jit
-def _entry(p_table, m, D: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """(cos1, cos2, w1, w2) (ROWS, WIDTH / 2) for _turn, from pointers (ROWS, 1) to rows of the table."""
-    o_i = tl.arange(0, WIDTH // 2)[None, :]
-    if PAIRS:
-        o_1, o_2 = 2 * o_i, 2 * o_i + 1
+def _load(p, m, D: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
+    """What turns together of D channels, two blocks (ROWS, WIDTH / 2), from pointers (ROWS, 1)."""
+    if PAIRS:  # neighbours come in one access
+        o_d = tl.arange(0, WIDTH)[None, :]
+        both = tl.load(p + o_d, m & (o_d < D), other=0.0)
+        first, second = tl.split(tl.reshape(both, [both.shape[0], WIDTH // 2, 2]))
     else:
-        o_1, o_2 = o_i, o_i + D // 2
-    m = m & (o_i < D // 2)
-    sin1 = tl.load(p_table + o_1, m, other=0.0)
-    sin2 = tl.load(p_table + o_2, m, other=0.0)
-    cos1 = tl.load(p_table + D + o_1, m, other=0.0)
-    cos2 = tl.load(p_table + D + o_2, m, other=0.0)
+        o_d = tl.arange(0, WIDTH // 2)[None, :]
+        m = m & (o_d < D // 2)
+        first = tl.load(p + o_d, m, other=0.0)
+        second = tl.load(p + o_d + D // 2, m, other=0.0)
+    return first, second
+
+
+@triton.jit
+def _store(p, first, second, m, D: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
+    if PAIRS:
+        o_d = tl.arange(0, WIDTH)[None, :]
+        both = tl.reshape(tl.join(first, second), [first.shape[0], WIDTH])
+        tl.store(p + o_d, both, m & (o_d < D))
+    else:
+        o_d = tl.arange(0, WIDTH // 2)[None, :]
+        m = m & (o_d < D // 2)
+        tl.store(p + o_d, first, m)
+        tl.store(p + o_d + D // 2, second, m)
+
+
+@triton.jit
+def _entry(p_table, m, D: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """(cos1, cos2, w1, w2) for _turn."""
+    sin1, sin2 = _load(p_table, m, D, WIDTH, PAIRS)
+    cos1, cos2 = _load(p_table + D, m, D, WIDTH, PAIRS)
     if TRANSPOSED:
         w1, w2 = sin2, -sin1
     else:
@@ -80,26 +100,13 @@ def _entry(p_table, m, D: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr
 
 
 @triton.jit
-def _turn(
-    p_x, p_out, m, turns, cos1, cos2, w1, w2, D: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr
-):  # fmt: skip
-    """out = (x1 cos1 + x2 w1, x2 cos2 + x1 w2) of one head, from pointers (ROWS, 1); x where it does not turn."""
-    if PAIRS:  # neighbours come in one access
-        o_d = tl.arange(0, WIDTH)[None, :]
-        m_d = m & (o_d < D)
-        b_x = tl.load(p_x + o_d, m_d, other=0.0)
-        x1, x2 = tl.split(tl.reshape(widened(b_x), [b_x.shape[0], WIDTH // 2, 2]))
-        both = tl.reshape(tl.join(x1 * cos1 + x2 * w1, x2 * cos2 + x1 * w2), b_x.shape)
-        tl.store(p_out + o_d, tl.where(turns, rounded(both, b_x.dtype), b_x), m_d)
-    else:
-        o_1 = tl.arange(0, WIDTH // 2)[None, :]
-        o_2 = o_1 + D // 2
-        m_d = m & (o_1 < D // 2)
-        b_1 = tl.load(p_x + o_1, m_d, other=0.0)
-        b_2 = tl.load(p_x + o_2, m_d, other=0.0)
-        x1, x2 = widened(b_1), widened(b_2)
-        tl.store(p_out + o_1, tl.where(turns, rounded(x1 * cos1 + x2 * w1, b_1.dtype), b_1), m_d)
-        tl.store(p_out + o_2, tl.where(turns, rounded(x2 * cos2 + x1 * w2, b_2.dtype), b_2), m_d)
+def _turn(p_x, p_out, m, turns, cos1, cos2, w1, w2, D: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
+    """out = (x1 cos1 + x2 w1, x2 cos2 + x1 w2) of one head; x as it is where it does not turn."""
+    b_1, b_2 = _load(p_x, m, D, WIDTH, PAIRS)
+    x1, x2 = widened(b_1), widened(b_2)
+    out1 = tl.where(turns, rounded(x1 * cos1 + x2 * w1, b_1.dtype), b_1)
+    out2 = tl.where(turns, rounded(x2 * cos2 + x1 * w2, b_2.dtype), b_2)
+    _store(p_out, out1, out2, m, D, WIDTH, PAIRS)
 
 
 @triton.jit(do_not_specialize=["T", "P"])
@@ -136,7 +143,8 @@ def _rotate(
     first = tl.program_id(1)
     if not EACH_HEAD:
         cos1, cos2, w1, w2 = _entry(p_entry, turns, D, WIDTH, PAIRS, TRANSPOSED)
-    for h in range(first, H, tl.num_programs(1)):
+    for head in range(first, H, tl.num_programs(1)):
+        h = tl.cast(head, tl.int64)
         if EACH_HEAD:
             cos1, cos2, w1, w2 = _entry(p_entry + h * s_table_head, turns, D, WIDTH, PAIRS, TRANSPOSED)
         o_out = (o_t * H + h) * D
