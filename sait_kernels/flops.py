@@ -1,7 +1,7 @@
 """What torch's FlopCounterMode counts of each op: two operations for each multiply-accumulate of its products.
 
 Images may have different lengths, so the formulas read the offsets; where these have no values (fake tensors), every
-image is as long as max_seqlen allows. Normalising, choosing and moving rows has no products.
+image is as long as max_seqlen allows. Normalising, rotating, choosing and moving rows has no products.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ FORMULAS: dict[str, Formula] = {
     "packed_block": packed_block,
     "packed_linear": packed_linear,
     "prune_attention": prune_attention,
+    "rotate": no_products,
+    "rotate_backward": no_products,
     "scatter_tokens": no_products,
     "score_tokens": score_tokens,
     "score_tokens_backward": score_tokens_backward,
