@@ -3,7 +3,10 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include <algorithm>
+#include <cstring>
 #include <iterator>
+#include <utility>
 #include <vector>
 
 #include "cpu/runtime.h"
@@ -16,6 +19,46 @@
 #define SAIT_CUDA_ARCHS ""
 #endif
 
+namespace {
+
+// Some words of each of several pieces of memory, which somebody else keeps alive: at most kWords of one, evenly spread,
+// its first and last among them. An optimizer's step changes nearly every weight, so their hash tells that there was one
+// whoever made it.
+class Sample {
+ public:
+  explicit Sample(std::vector<std::pair<uintptr_t, int64_t>> pieces) : pieces_(std::move(pieces)) {}
+
+  uint64_t hash() const {
+    uint64_t hash = 0xcbf29ce484222325;
+    for (const auto& [address, bytes] : pieces_) {
+      const char* data = reinterpret_cast<const char*>(address);
+      const int64_t words = bytes / kWordBytes, taken = std::min(words, kWords);
+      for (int64_t i = 0; i < taken; ++i) {
+        const int64_t word = taken == 1 ? 0 : i * (words - 1) / (taken - 1);
+        uint64_t value;
+        std::memcpy(&value, data + word * kWordBytes, kWordBytes);
+        hash = mixed(hash, value);
+      }
+      uint64_t rest = 0;
+      std::memcpy(&rest, data + words * kWordBytes, bytes - words * kWordBytes);
+      hash = mixed(hash, rest);
+    }
+    return hash;
+  }
+
+ private:
+  static constexpr int64_t kWords = 64, kWordBytes = 8;
+
+  static uint64_t mixed(uint64_t hash, uint64_t value) {
+    hash = (hash ^ value) * 0x9e3779b97f4a7c15;
+    return hash ^ (hash >> 32);
+  }
+
+  std::vector<std::pair<uintptr_t, int64_t>> pieces_;
+};
+
+}  // namespace
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace sait::cpu;
   m.doc() = "Build facts and CPU features of sait_kernels; the ops are torch.ops.sait.*";
@@ -24,6 +67,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("cuda_archs") = SAIT_CUDA_ARCHS;
   m.attr("compiler") = __VERSION__;
   m.attr("cuda_head_dims") = std::vector<int64_t>(std::begin(sait::cuda::kHeadDims), std::end(sait::cuda::kHeadDims));
+  pybind11::class_<Sample>(m, "Sample", "Some words of pieces of memory: (address, bytes) each.")
+      .def(pybind11::init<std::vector<std::pair<uintptr_t, int64_t>>>())
+      .def("hash", &Sample::hash, "Of what lies there now.");
   m.def("best_isa", [] { return isa_name(best_isa()); }, "The widest instruction set of this CPU that kernels use.");
   m.def("isa", [] { return isa_name(isa()); }, "The instruction set in force.");
   m.def("set_isa", [](const char* name) { set_isa(isa_from_name(name)); }, "Lowers the instruction set (tests).");

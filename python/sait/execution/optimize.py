@@ -46,10 +46,11 @@ def optimize(model: Any) -> Any:
     lies:
 
     - On a CPU the weights are packed, which takes one more copy of them; float32 or bfloat16, no torch.compile, whose
-      code fuses for itself, and no bfloat16 where the CPU has AMX, which oneDNN uses and these kernels do not. A
-      parameter that was replaced or updated in place is packed anew by the next forward. What is written through
-      ``weight.data`` or a NumPy array, or into a weight that was made in inference mode, torch itself does not see:
-      call optimize again after that.
+      code fuses for itself, and no bfloat16 where the CPU has AMX, which oneDNN uses and these kernels do not. After a
+      change of a weight the next forward packs anew: a replaced parameter, an update in place, an optimizer's step of
+      any kind, training in between. Torch does not count all of these, so a sample of each weight is looked at, too;
+      only a write through ``weight.data`` or a NumPy array that changes a few values in the middle of inference can
+      miss it: call optimize again after that.
     - On a GPU norm_linear and linear_residual read the modules' own weights; float32 (exact, without TF32), bfloat16 or
       float16. Under torch.compile, too: who calls optimize asks for these kernels; compiled code saves the host's time
       between them. No GPU has measured this. Known is a count: five launches a block in place of ten, so it should pay
@@ -158,7 +159,7 @@ class PackedBlock(Products):
         layers = projections(view)
         self.dtype = layers[0].weight.dtype
         qkv = layers[0] if len(layers) == 1 else _side_by_side(layers)
-        bias = qkv.bias if view.qkv_bias is None else view.qkv_bias
+        bias = qkv.bias if view.qkv_bias is None else torch.cat(view.qkv_bias)
         self._qkv, self._qkv_features = _packed(qkv.weight, bias), qkv.weight.shape[0]
         self._norm1 = _norm_in_float(view.norm1)
         self._layers: dict[str, Any] = {
@@ -208,7 +209,7 @@ class FusedBlock(Products):
         )
 
     def project(self, x: Tensor) -> list[Tensor]:
-        norm, bias = self._norm1, self._qkv_bias
+        norm, bias = self._norm1, None if self._qkv_bias is None else torch.cat(self._qkv_bias)
         return [
             sk.norm_linear(
                 *(x, norm["weight"], norm["bias"], self._eps1, layer["weight"]), layer["bias"] if bias is None else bias
@@ -247,9 +248,14 @@ class Optimized:
             found = plain_parts(block, family)
             made = None
             if found is not None and _are_all(found, x):
-                made = (PackedBlock(*found, family), Watch(block, HOLDER), WatchOfParameters(block))
+                watches = Watch(block, HOLDER), WatchOfParameters(block)  # first: what changes meanwhile shows later
+                made = (PackedBlock(*found, family), *watches)
             self._packed = made
         return None if made is None or made[0].dtype != x.dtype else made[0]
+
+    def forget(self) -> None:
+        """Weights are being trained: whoever updates them, they are packed anew."""
+        self._packed = None
 
     def traced(self, block: Any, family: Family, x: Tensor) -> FusedBlock | None:
         found = plain_parts(block, family)  # the guards of compiled code are the watch
@@ -267,8 +273,9 @@ class Optimized:
         found = plain_parts(block, family)
         made = None
         if found is not None:
+            watches = Watch(block, HOLDER), WatchOfParameters(block)
             products = FusedBlock(*found, family)
-            made = (products, Watch(block, HOLDER), None if products.follows else WatchOfParameters(block))
+            made = (products, watches[0], None if products.follows else watches[1])
         self._fused = made
         return None if made is None else made[0]
 
@@ -309,9 +316,11 @@ def products_for(x: Tensor) -> Way | None:
 def block_for(block: Any, family: Family, way: Way | None, x: Tensor, after: After | None = None) -> Block:
     """How this forward computes the block: by fused products, if it was optimized and they compute the same; else by
     its modules."""
-    if way is not None and after is None:
-        optimized = vars(block).get(HOLDER)
-        products = None if optimized is None else way(optimized, block, family, x)
+    optimized = vars(block).get(HOLDER)
+    if optimized is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        optimized.forget()
+    if optimized is not None and way is not None and after is None:
+        products = way(optimized, block, family, x)
         if products is not None:
             return products
     return PlainBlock(family.view(block), family)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,7 +37,8 @@ class PlainBlock:
         if isinstance(view.qkv, tuple):
             q, k, v = (self._heads(linear(module, normed)) for module in view.qkv)
         else:
-            qkv = linear(view.qkv, normed, view.qkv_bias).flatten(0, 1)
+            bias = None if view.qkv_bias is None else torch.cat(view.qkv_bias)
+            qkv = linear(view.qkv, normed, bias).flatten(0, 1)
             q, k, v = qkv.view(qkv.shape[0], 3, view.heads, view.head_dim).unbind(1)
         q, k = view.q_norm(q), view.k_norm(k)
         if table is not None:

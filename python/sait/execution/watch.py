@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sait_kernels import library
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -53,28 +55,46 @@ class Watch:
 class WatchOfParameters:
     """Which parameters and buffers a module has, and what lies in them.
 
-    Noticed: a parameter that was replaced, updated in place or lies elsewhere. Not noticed, since torch does not see it
-    either: what is written through ``parameter.data`` or a NumPy array, or into a parameter that was made in inference
-    mode.
+    Noticed: one that was replaced, updated in place or lies elsewhere. What torch does not count, as the steps of fused
+    optimizers, collectives and writes through ``parameter.data`` or a NumPy array, shows in a sample of the values: 64
+    words of each tensor on a CPU. A write that misses these is not noticed.
     """
 
     def __init__(self, module: nn.Module) -> None:
         parts = [vars(part) for part in module.modules()]
         self._owns = [own["_parameters"] for own in parts] + [own["_buffers"] for own in parts if own["_buffers"]]
         self._found = self._now()
-        # The detached tensor keeps the memory: while it does, no other parameter can be at its address.
         tensors = (*module.parameters(), *module.buffers())
+        # The detached tensor keeps the memory: while it does, no other parameter can be at its address.
         self._parameters = [(parameter, parameter.detach(), _state(parameter)) for parameter in tensors]
+        on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        self._sample = None if library.module is None else library.module.Sample(list(map(_memory, on_host)))
+        self._hash = self._hashed()
 
     def unchanged(self) -> bool:
         same = self._found == self._now()
-        return same and all(_state(parameter) == state for parameter, _, state in self._parameters)
+        return (
+            same
+            and all(_state(parameter) == state for parameter, _, state in self._parameters)
+            and self._hashed() == self._hash
+        )
 
     def _now(self) -> tuple[list[int], list[int]]:
         """How many each part has, and which."""
         return list(map(len, self._owns)), [id(parameter) for own in self._owns for parameter in own.values()]
 
+    def _hashed(self) -> int:
+        return 0 if self._sample is None else self._sample.hash()
+
 
 def _state(parameter: Tensor) -> tuple[Any, ...]:
     version = 0 if parameter.is_inference() else parameter._version
     return version, parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Address and bytes of all that a tensor reaches."""
+    if not tensor.numel():
+        return 0, 0
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), reach * tensor.element_size()

@@ -61,7 +61,7 @@ class BlockView(NamedTuple):
     scale2: Module | Tensor | None
     drop_path2: Module
     scale: float | None = None  # of q . k; None: head_dim ** -0.5
-    qkv_bias: Tensor | None = None  # of one projection that has none itself
+    qkv_bias: tuple[Tensor, Tensor, Tensor] | None = None  # of q, k and v, of one projection that has none itself
     rotates: str | None = None  # "halves" or "pairs": what a rotary table turns together
 
     @property

@@ -72,7 +72,7 @@ class TimmEva(TimmVit):
             block.mlp,
             block.gamma_2,
             block.drop_path2,
-            qkv_bias=None if q_bias is None else torch.cat((q_bias, attn.k_bias, attn.v_bias)),
+            qkv_bias=None if q_bias is None else (q_bias, attn.k_bias, attn.v_bias),
             rotates="halves" if attn.rotate_half else "pairs",
         )
 
