@@ -25,6 +25,7 @@ SCORE = f"{OPS}score_tokens.py"
 SELECT = f"{OPS}select.py"
 GATHER = f"{OPS}gather_tokens.py"
 GATHER_ADD_NORM = f"{OPS}gather_add_norm.py"
+ROTATE = f"{OPS}rotate.py"
 PACKED = f"{OPS}packed_linear.py"
 LINEAR = f"{OPS}norm_linear.py"
 PRUNE = f"{OPS}prune_attention.py"
@@ -81,6 +82,20 @@ PYTHON = (
         "b_y = widened(tl.load(p_y + o_row * s_y + o_c[None, :], m, other=0.0))",
         "b_y = widened(tl.load(p_y + o_row * C + o_c[None, :], m, other=0.0))",
         f"{GATHER_ADD_NORM} -k triton",
+    ),
+    Fault(
+        "rotate's gradient: each of two that turn together keeps its own sine",
+        "sait_kernels/triton/rotate.py",
+        "w1, w2 = sin2, -sin1",
+        "w1, w2 = sin1, -sin2",
+        f"{ROTATE} -k triton",
+    ),
+    Fault(
+        "rotate: the table's gradient counts rows without a position",
+        "sait_kernels/ops/rotate.py",
+        ".masked_fill((positions < 0)[:, None, None], 0)",
+        "",
+        f"{ROTATE} -k values",
     ),
     Fault(
         "scatter: the empty places of the last block count as row 0",
@@ -458,6 +473,20 @@ CPU = (
         f"{GATHER_ADD_NORM} -k 'cpu and values'",
     ),
     Fault(
+        "rotate's gradient: neighbours turn on, where they should turn back",
+        "csrc/cpu/rotate.cpp",
+        "    if (p.transposed) w = swap_neighbours(w);\n",
+        "",
+        f"{ROTATE} -k 'cpu and values'",
+    ),
+    Fault(
+        "rotate: the heads of k lie as far apart as those of q",
+        "csrc/cpu/rotate.cpp",
+        "const int64_t stride = views[side].head_stride;",
+        "const int64_t stride = views[0].head_stride;",
+        f"{ROTATE} -k 'cpu and values'",
+    ),
+    Fault(
         "LayerNorm: lanes behind the last channel count for the variance",
         "csrc/cpu/rows.h",
         "const Vec centred = first(load_lanes<E>(row + i, n) - set(mean), n, 0.f);",
@@ -628,6 +657,13 @@ CUDA = (
         "index < p.total",
         "index <= p.total",
         f"{TAIL} -k 'cuda and (norm or row)'",
+    ),
+    Fault(
+        "rotate: a thread with several heads takes the first one's table for all",
+        "csrc/cuda/rotate.cu",
+        "if (!shared) load_entry(head);",
+        "if (!shared && head == blockIdx.y) load_entry(head);",
+        "tests/emulation/test_emulated_launches.py -k rotate",
     ),
     Fault(
         "offsets behind a shorter image: its prefix rows are not counted",

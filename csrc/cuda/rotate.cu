@@ -69,7 +69,9 @@ __global__ void __launch_bounds__(kThreads) rotate_rows(const RotateParams p) {
       w1 = p.transposed ? sin2 : -sin1, w2 = p.transposed ? -sin1 : sin2;
     }
   };
-  const auto turn = [&](T* to, Pieces<kWidth>& x) {
+  const auto turn = [&](T* to, const T* from) {
+    Pieces<kWidth> x;
+    load_pieces(x, from, apart);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       float &x1 = first_of<kPairs>(x, j), &x2 = second_of<kPairs>(x, j);
@@ -92,12 +94,9 @@ __global__ void __launch_bounds__(kThreads) rotate_rows(const RotateParams p) {
       copy<kWidth>(k_to, k), copy<kWidth>(k_to + apart, k + apart);
       continue;
     }
-    Pieces<kWidth> of_q, of_k;
-    load_pieces(of_q, q, apart);
-    load_pieces(of_k, k, apart);
     if (!shared) load_entry(head);
-    turn(q_to, of_q);
-    turn(k_to, of_k);
+    turn(q_to, q);
+    turn(k_to, k);
   }
 }
 

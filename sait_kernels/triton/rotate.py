@@ -154,7 +154,6 @@ def _rotate(
 
 def variants() -> Iterator[Variant]:
     """DINOv3's halves, EVA-02's pairs, a table for each head; the gradients; 88 channels, as no power of two."""
-    types = {"p_positions": "*i32", "p_table": "*fp32"}
     for dtype, D, what in (
         ("bf16", 64, {}),
         ("bf16", 64, {"PAIRS": True}),
@@ -165,4 +164,4 @@ def variants() -> Iterator[Variant]:
     ):
         flags = {"EACH_HEAD": False, "PAIRS": False, "TRANSPOSED": False, **what}
         name = " ".join([dtype, f"D={D}", *(flag.lower().replace("_", " ") for flag in what)])
-        yield variant(_rotate, name, dtype, {**flags, **_options(D)}, **types)
+        yield variant(_rotate, name, dtype, {**flags, **_options(D)}, p_positions="*i32", p_table="*fp32")

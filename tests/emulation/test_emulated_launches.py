@@ -117,3 +117,19 @@ def test_gather_add_norm_reads_vectors_as_they_are(
     if vectors != torch.float32:  # two types among the vectors
         for g, w in zip(call(weight, bias.float(), gamma), got, strict=True):
             assert_same_bits("mixed", g, w)
+
+
+@needs_library
+@pytest.mark.parametrize("each_head", [False, True])
+def test_rotate_walks_along_the_heads(each_head: bool) -> None:
+    """With rows enough, a thread has several heads of its row; with few, each head has threads of its own."""
+    T, H, D = 1400, 3, 254
+    q, k, _ = randn(T, 3, H, D).unbind(1)
+    positions = torch.arange(T, dtype=torch.int32) % 6 - 1
+    table = randn(H, 5, 2 * D, seed=1) if each_head else randn(5, 2 * D, seed=1)
+    with sk.backend("cuda"):
+        many = sk.rotate(q, k, positions, table)
+        few = sk.rotate(q[-50:], k[-50:], positions[-50:], table)
+    for name, m, f in zip("qk", many, few, strict=True):
+        assert_same_bits(name, m[-50:], f)
+        assert m.isfinite().all()
