@@ -49,9 +49,6 @@ def register_op(op: str, fake: Callable[..., Any], file: str) -> None:
             _gradients.impl(op, _kernel(module, op), "CUDA")
     for namespace in _holding(op):
         torch.library.register_fake(f"{namespace}::{op}", fake)
-        if op.endswith("_backward"):
-            refuse = functools.partial(_refuse_second, op.removesuffix("_backward"))
-            torch.library.register_autograd(f"{namespace}::{op}", refuse)
 
 
 def register_backward(op: str, backward: Callable[..., Any], context: Callable[..., None]) -> None:
@@ -61,9 +58,15 @@ def register_backward(op: str, backward: Callable[..., Any], context: Callable[.
         torch.library.register_autograd(f"{namespace}::{op}", formula, setup_context=context)
 
 
+def refuse_second_derivative(op: str) -> None:
+    """Of an op whose gradient is a kernel that has none itself: an error that names the op, when it is asked for."""
+    for namespace in _holding(f"{op}_backward"):
+        torch.library.register_autograd(f"{namespace}::{op}_backward", functools.partial(_refuse_second, op))
+
+
 def _refuse_second(op: str, *_: Any) -> None:
     raise RuntimeError(
-        f"{op}: its kernels have no second derivative. Use `with sait_kernels.backend(\"reference\")` around the "
+        f'{op}: its kernels have no second derivative. Use `with sait_kernels.backend("reference")` around the '
         "forward, which is plain torch and has derivatives of any order."
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sait_kernels import library
 from sait_kernels.backend import autocast, choose, kernels, register
-from sait_kernels.registration import register_backward, register_op
+from sait_kernels.registration import refuse_second_derivative, register_backward, register_op
 from sait_kernels.selection import Selection, check_selection, image_bounds
 
 CUDA_HEAD_DIMS: tuple[int, ...] = tuple(library.module.cuda_head_dims) if library.module else ()
@@ -123,6 +123,7 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 register_op("compact_attention", _fake, __name__)
 register_op("compact_attention_backward", _backward_fake, __name__)
 register_backward("compact_attention", _backward, _context)
+refuse_second_derivative("compact_attention")
 
 
 def cuda_limits(q: Tensor) -> str | None:

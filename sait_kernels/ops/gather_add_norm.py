@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sait_kernels.backend import choose, kernels, register
-from sait_kernels.registration import register_backward, register_op
+from sait_kernels.registration import refuse_second_derivative, register_backward, register_op
 from sait_kernels.selection import Selection, check_selection, with_no_row
 
 
@@ -120,4 +120,5 @@ def _backward(ops: Any, ctx: Any, grad_residual: Tensor, grad_normed: Tensor) ->
 register_op("gather_add_norm", _fake, __name__)
 register_op("gather_add_norm_backward", _backward_fake, __name__)
 register_backward("gather_add_norm", _backward, _context)
+refuse_second_derivative("gather_add_norm")
 register("gather_add_norm")

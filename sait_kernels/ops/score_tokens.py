@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sait_kernels.backend import autocast, choose, kernels, register
-from sait_kernels.registration import register_backward, register_op
+from sait_kernels.registration import refuse_second_derivative, register_backward, register_op
 from sait_kernels.selection import image_bounds
 
 KINDS = ("cls", "column", "cls_value")
@@ -122,4 +122,5 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 register_op("score_tokens", _fake, __name__)
 register_op("score_tokens_backward", _backward_fake, __name__)
 register_backward("score_tokens", _backward, _context)
+refuse_second_derivative("score_tokens")
 register("score_tokens")
