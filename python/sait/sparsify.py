@@ -87,8 +87,10 @@ def sparsify(
     if not sparse:
         family.check(model)
     check_plan(model, plan, family)
-    model._sait = State(plan, active=plan)
-    model.__class__ = sparse_class(original)
+    state = State(plan, active=plan)
+    for part in family.parts(model):
+        part._sait = state
+        part.__class__ = sparse_class(type(part)._sait_original if isinstance(part, SparseModel) else type(part))
     _adopt(model, plan)
     return model
 
@@ -110,8 +112,10 @@ def restore(model: Any) -> Any:
         raise TypeError(f"restore: model: expected one that sait.sparsify changed, got {type(model).__name__}.")
     deoptimize(model)
     vars(model)["_modules"].pop(LEARNED, None)
-    model.__class__ = type(model)._sait_original
-    del model._sait
+    for part in model._sait_family.parts(model):
+        if isinstance(part, SparseModel):
+            part.__class__ = type(part)._sait_original
+            del part._sait
     return model
 
 
@@ -123,12 +127,15 @@ class SparseModel:
     _sait_family: Family
     _sait: State
 
-    def _sparse_tokens(self, images: Tensor, for_head: bool = False) -> Tokens:
-        """What the last block leaves; where it is for a head that reads prefix tokens only, there may be no others."""
+    def _sparse_tokens(self, images: Tensor, for_head: bool = False, tokens: Tokens | None = None) -> Tokens:
+        """What the last block leaves; where it is for a head that reads prefix tokens only, there may be no others.
+
+        ``tokens``: what enters the first block, if it is not simply what the family makes of the images.
+        """
         family, plan = self._sait_family, self._sait.active
         assert plan is not None
         check_blocks(plan, len(family.blocks(self)))
-        tokens = family.embed(self, images)
+        tokens = family.embed(self, images) if tokens is None else tokens
         enough = for_head and family.prefix_is_enough(self)
         tokens, kept = run(self, family, plan, tokens, self._sait.recorded, enough)
         grid = family.grid(self, (images.shape[-2], images.shape[-1]))

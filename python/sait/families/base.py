@@ -104,6 +104,10 @@ class Family(Protocol):
         """ValueError if what follows the blocks has no meaning for images of different token counts."""
         ...
 
+    def parts(self, model: Any) -> Sequence[Any]:
+        """The modules whose class changes: the model, and an encoder in it if that has a forward of its own."""
+        ...
+
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         """In their order."""
         ...

@@ -29,8 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sait_kernels as sk
 from sait.families.base import BlockView, Cost, FeedForward, weights
-from sait.families.pooling import check_ragged_head, pools_prefix, prefix_is_enough, ragged_head
-from sait.tokens import Tokens, pad
+from sait.families.pooling import check_ragged_head, features, pools_prefix, prefix_is_enough, ragged_head
+from sait.tokens import Tokens
 
 # The parts that see one token at a time, so that dropping the others changes nothing.
 ROW_NORMS = (
@@ -99,13 +99,7 @@ class SparseTimm:
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
         _check_no_mask(attn_mask, is_causal)
         tokens = self._sparse_tokens(x)
-        tokens = tokens.with_x(self.norm(tokens.x))
-        if not tokens.ragged:
-            return tokens.x
-        longest = tokens.max_seqlen
-        if not plan.static:
-            longest = int(tokens.lengths.max()) if tokens.images else 0
-        return pad(tokens.packed, tokens.lengths, longest)
+        return features(tokens.with_x(self.norm(tokens.x)), plan.static)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         plan = self._sait.active
@@ -155,6 +149,9 @@ class TimmVit:
 
     def check_pooling(self, model: Any) -> None:
         check_ragged_head(model)
+
+    def parts(self, model: Any) -> Sequence[Any]:
+        return (model,)
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         return model.blocks
