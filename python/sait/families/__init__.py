@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
+
+import timm
 
 from sait.families.base import BlockView, Family, FeedForward
 from sait.families.timm_eva import TIMM_EVA
 from sait.families.timm_vit import TIMM_VIT
 
-__all__ = ["BlockView", "Family", "FeedForward", "family_of"]
+__all__ = ["BlockView", "Family", "FeedForward", "build", "family_of"]
 
 TIMM: tuple[Family, ...] = (TIMM_VIT, TIMM_EVA)
 
@@ -22,9 +26,21 @@ def family_of(cls: type) -> Family | None:
     return next((family for family in (_hf() if of_transformers else TIMM) if family.matches(cls)), None)
 
 
+def build(name: str, kwargs: Mapping[str, Any]) -> Any:
+    """A model of timm's registry, or one of transformers by its class's name: ``transformers.ViTModel``."""
+    if not name.startswith("transformers."):
+        return timm.create_model(name, **kwargs)
+    from sait.families import hf
+
+    return hf.build(name, kwargs)
+
+
 @functools.cache
 def _hf() -> tuple[Family, ...]:
     """Those of transformers, which is imported only where one of its models is."""
+    from sait.families import hf
+
+    hf.check_version()
     from sait.families.hf_clip import HF_CLIP, HF_SIGLIP
     from sait.families.hf_dino import HF_DINOV2, HF_DINOV2_REGISTERS, HF_DINOV3
     from sait.families.hf_vit import HF_DEIT, HF_VIT

@@ -108,6 +108,10 @@ class Family(Protocol):
         """The modules whose class changes: the model, and an encoder in it if that has a forward of its own."""
         ...
 
+    def recipe(self, model: Any) -> tuple[str, dict[str, Any]] | None:
+        """Name and arguments that ``sait.families.build`` makes such a model from, if the model knows them."""
+        ...
+
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         """In their order."""
         ...

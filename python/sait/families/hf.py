@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,12 +25,6 @@ from sait.families.pooling import features, mean_of_patches
 from sait.families.timm_vit import DENSE, require_type
 from sait.tokens import Tokens, prefix_rows
 
-OLDEST = (5, 18)
-if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
-    raise ImportError(
-        f"sait: expected transformers {'.'.join(map(str, OLDEST))} or newer, got {transformers.__version__}."
-    )
-
 NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm)
 NOTHING = nn.Identity()
 # What these blocks have not, or some of them.
@@ -41,6 +36,8 @@ ABSENT: Mapping[str, Any] = {
 GELU = nn.GELU()
 KNOWN = ("interpolate_pos_encoding", "num_items_in_batch", "use_cache")  # arguments that no token is dropped against
 
+OLDEST = (5, 18)  # where blocks have the names that are read here
+
 # how a class's name ends -> why such a model cannot be patched
 REASONS = {
     "Backbone": "its feature maps need all tokens of several blocks",
@@ -48,6 +45,28 @@ REASONS = {
     "CLIPModel": "it has a text model, too; call sparsify on model.vision_model",
     "SiglipModel": "it has a text model, too; call sparsify on model.vision_model",
 }
+
+
+def check_version() -> None:
+    """ImportError if the library is older than what is read here."""
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        raise ImportError(f"sait: expected transformers {needed} or newer, got {transformers.__version__}.")
+
+
+PREFIX = "transformers."  # of the names of its models
+
+
+def build(name: str, config: Mapping[str, Any]) -> Any:
+    """A model of transformers, from its class's name and its configuration.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    cls: Any = getattr(transformers, name.removeprefix(PREFIX), None)
+    if PreTrainedModel not in getattr(cls, "__mro__", ()):
+        raise ValueError(f"transformers {transformers.__version__} has no model {name}")
+    return cls(cls.config_class.from_dict(dict(config)))
 
 
 class Head(NamedTuple):
@@ -190,6 +209,10 @@ class Hf:
     def encoder(self, model: Any) -> Any:
         head = self._head(model)
         return model if head is None else getattr(model, head.encoder)
+
+    def recipe(self, model: Any) -> tuple[str, dict[str, Any]] | None:
+        cls = getattr(type(model), "_sait_original", type(model))
+        return f"{PREFIX}{cls.__name__}", json.loads(model.config.to_json_string(use_diff=False))
 
     def reads(self, model: Any) -> str:
         head = self._head(model)

@@ -153,6 +153,9 @@ class TimmVit:
     def parts(self, model: Any) -> Sequence[Any]:
         return (model,)
 
+    def recipe(self, model: Any) -> tuple[str, dict[str, Any]] | None:
+        return None
+
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         return model.blocks
 
