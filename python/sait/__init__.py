@@ -1,10 +1,11 @@
 """Vision Transformers that drop the tokens they do not need: methods, plans, sparsify, and a reference ViT."""
 
-from sait import data, methods
+from sait import data, families, methods
 from sait.checkpoint import load, save
 from sait.cost import macs
 from sait.execution.graphs import graphed
 from sait.execution.optimize import deoptimize, optimize
+from sait.maps import FullMaps, full_maps
 from sait.methods.base import Seen
 from sait.methods.plan import Plan, Stage
 from sait.sparsify import restore, sparsify
@@ -13,6 +14,7 @@ from sait.tokens import Tokens
 from sait.vit import SaitViT  # registers the sait_deit models with timm
 
 __all__ = [
+    "FullMaps",
     "Plan",
     "SaitViT",
     "Seen",
@@ -21,6 +23,8 @@ __all__ = [
     "data",
     "density",
     "deoptimize",
+    "families",
+    "full_maps",
     "graphed",
     "kept_mask",
     "load",

@@ -13,8 +13,29 @@ from sait.families.base import Family
 from sait.methods.base import Seen
 from sait.methods.fusion import Attended, attend, score, select
 from sait.methods.plan import Plan, Stage
-from sait.tokens import Tokens, prefix_selection
+from sait.state import Record, check_blocks, sparse_family
+from sait.tokens import Homes, Tokens, prefix_selection
 from sait_kernels import Selection
+
+
+def forward(
+    model: Any, images: Tensor, for_head: bool = False, homes: Homes | None = None, tokens: Tokens | None = None
+) -> Tokens:
+    """What the last block of a sparse model leaves of images (B, 3, height, width).
+
+    ``for_head``: for a head that reads prefix tokens only there may be no others. ``homes``: as in run. ``tokens``:
+    what enters the first block, if that is not simply what the family makes of the images.
+    """
+    state, family = model._sait, sparse_family(model)
+    plan = state.active
+    if plan is not None:
+        check_blocks(plan, len(family.blocks(model)))
+    tokens = family.embed(model, images) if tokens is None else tokens
+    enough = for_head and family.prefix_is_enough(model)
+    tokens, kept = run(model, family, plan, tokens, state.recorded, enough, homes)
+    grid = family.grid(model, (images.shape[-2], images.shape[-1]))
+    state.publish(Record(kept, tokens.entered, tokens.num_prefix, grid) if kept else None)
+    return tokens
 
 
 def run(
@@ -24,6 +45,7 @@ def run(
     tokens: Tokens,
     recorded: list[Tensor] | None = None,
     prefix_is_enough: bool = False,
+    homes: Homes | None = None,
 ) -> tuple[Tokens, tuple[Selection, ...]]:
     """All blocks of a model, with the stages of a plan.
 
@@ -34,6 +56,7 @@ def run(
         tokens: what enters the first block.
         recorded: grows by the scores of each stage; None: nobody wants them.
         prefix_is_enough: the last block may leave prefix tokens only.
+        homes: takes the tokens home behind the blocks that it wants, and ends the loop where it wants no more.
 
     Returns:
         What leaves the last block, and for each stage who was left behind it, in rows of the batch that entered.
@@ -44,12 +67,16 @@ def run(
     way, again = products_for(tokens.x), family.checkpoints(model)
     for i, block in enumerate(blocks):
         stage = stages.get(i)
+        if homes is not None and stage is not None:
+            homes.leave(tokens)
         arguments = (block, family, way, tokens, tokens.table(i), stage, recorded is not None, i == last)
         tokens, left, scores = checkpoint(step, *arguments, use_reentrant=False) if again else step(*arguments)
         if recorded is not None and scores is not None:
             recorded.append(scores)
         if left is not None:
             kept.append(left)
+        if homes is not None and homes.arrive(i, tokens):
+            break
     return tokens, tuple(kept)
 
 

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from sait.execution.optimize import deoptimize
-from sait.families import Family, family_of
+from sait.families import FAMILIES, Family, family_of
 from sait.families.timm_vit import reason_against
-from sait.forward import run
+from sait.forward import forward
 from sait.methods.base import Scorer
 from sait.methods.plan import Plan, Stage
-from sait.state import Record, State, check_blocks, check_plan
-from sait.tokens import Tokens
+from sait.state import State, check_plan
+from sait.tokens import Homes, Tokens
 
 LEARNED = "sait_methods"  # the module of a sparse model that holds what its scorers learn
 
@@ -83,7 +83,8 @@ def sparsify(
     family = family_of(original)
     if family is None or (not sparse and hasattr(original, "_sait_family")):
         name = f"{original.__module__}.{original.__qualname__}"
-        raise TypeError(f"sparsify: model: expected a timm VisionTransformer, got {name}: {reason_against(model)}.")
+        known = ", ".join(dict.fromkeys(one.name for one in FAMILIES))
+        raise TypeError(f"sparsify: model: expected a {known}, got {name}: {_reason_against(model)}.")
     if not sparse:
         family.check(model)
     check_plan(model, plan, family)
@@ -93,6 +94,16 @@ def sparsify(
         part.__class__ = sparse_class(type(part)._sait_original if isinstance(part, SparseModel) else type(part))
     _adopt(model, plan)
     return model
+
+
+def _reason_against(model: Any) -> str:
+    """Why no family takes it: a wrapper has the model inside."""
+    if isinstance(model, nn.Module) and not hasattr(type(model), "_sait_family"):
+        for path, inner in model.named_modules():
+            if path and family_of(type(inner)) is not None:
+                order = "; compile what sparsify returns" if path == "_orig_mod" else ""
+                return f"it wraps the model; call sparsify on its .{path}, a {type(inner).__name__}{order}"
+    return reason_against(model)
 
 
 def _adopt(model: Any, plan: Plan) -> None:
@@ -127,20 +138,10 @@ class SparseModel:
     _sait_family: Family
     _sait: State
 
-    def _sparse_tokens(self, images: Tensor, for_head: bool = False, tokens: Tokens | None = None) -> Tokens:
-        """What the last block leaves; where it is for a head that reads prefix tokens only, there may be no others.
-
-        ``tokens``: what enters the first block, if it is not simply what the family makes of the images.
-        """
-        family, plan = self._sait_family, self._sait.active
-        assert plan is not None
-        check_blocks(plan, len(family.blocks(self)))
-        tokens = family.embed(self, images) if tokens is None else tokens
-        enough = for_head and family.prefix_is_enough(self)
-        tokens, kept = run(self, family, plan, tokens, self._sait.recorded, enough)
-        grid = family.grid(self, (images.shape[-2], images.shape[-1]))
-        self._sait.publish(Record(kept, tokens.entered, tokens.num_prefix, grid))
-        return tokens
+    def _sparse_tokens(
+        self, images: Tensor, for_head: bool = False, homes: Homes | None = None, tokens: Tokens | None = None
+    ) -> Tokens:
+        return forward(self, images, for_head, homes, tokens)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = super().__reduce_ex__(protocol)[2:]

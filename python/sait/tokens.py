@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import sait_kernels as sk
 from sait_kernels import Selection
+from sait_kernels.selection import with_no_row
 
 
 class Tokens(NamedTuple):
@@ -98,6 +100,41 @@ class Tokens(NamedTuple):
 
     def _first_rows(self) -> Tensor:
         return torch.arange(self.images * self.entered, dtype=torch.int32, device=self.x.device)
+
+
+class Homes:
+    """Brings the rows of some blocks' results home to where they entered, (B, N, C).
+
+    A row that was dropped is as it was when it entered the block that dropped it.
+
+    Args:
+        blocks: the numbers of the blocks.
+        until: the last block that has to run.
+    """
+
+    def __init__(self, blocks: Iterable[int], until: int) -> None:
+        self._blocks, self._until = frozenset(blocks), until
+        self.maps: dict[int, Tensor] = {}
+        self._base: Tensor | None = None
+
+    def leave(self, tokens: Tokens) -> None:
+        """Some of these are about to be dropped."""
+        self._base = self.home(tokens)
+
+    def arrive(self, block: int, tokens: Tokens) -> bool:
+        """These left the block. Whether it is the last one."""
+        if block in self._blocks:
+            self.maps[block] = self.home(tokens)
+        return block == self._until
+
+    def home(self, tokens: Tokens) -> Tensor:
+        """(B, N, C): what became of these, and of those that were dropped."""
+        if tokens.rows is None:
+            return tokens.x
+        assert self._base is not None, "tokens of which none has left have no rows"
+        base = with_no_row(self._base.flatten(0, 1))
+        home = base.index_copy(0, tokens.rows.long(), tokens.packed.to(base.dtype))
+        return home[:-1].view(self._base.shape)
 
 
 def prefix_selection(tokens: Tokens) -> Selection:

@@ -16,12 +16,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-import sait_kernels as sk
+from sait.families.base import entering
 from sait.families.timm_vit import TimmVit
-from sait.forward import run
+from sait.forward import forward
 from sait.methods.base import Scorer
 from sait.methods.plan import Plan, Stage
-from sait.state import Record, State, check_blocks
+from sait.state import State, check_blocks
 from sait.tokens import Tokens
 
 __all__ = ["SaitViT"]
@@ -40,9 +40,8 @@ class SaitVitFamily(TimmVit):
 
     def embed(self, model: Any, images: Tensor) -> Tokens:
         patches = model.patch_embed(images)
-        B, N = patches.shape[0], patches.shape[1] + 1
-        x = torch.cat([model.cls_token.expand(B, -1, -1), patches], dim=1) + model.pos_embed
-        return Tokens(x, sk.uniform_cu_seqlens(B, N, x.device), N, False, 1, N)
+        x = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], dim=1) + model.pos_embed
+        return entering(x, 1)
 
     def prefix_is_enough(self, model: Any) -> bool:
         return True
@@ -114,20 +113,13 @@ class SaitViT(nn.Module):
 
         Of a static stage there may be more rows than the last offset tells: those behind it belong to no image.
         """
-        tokens = self._tokens(images, for_head=False)
+        tokens = forward(self, images)
         return self.norm(tokens.packed), tokens.cu_seqlens
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self._tokens(images, for_head=True)
+        tokens = forward(self, images, for_head=True)
         x = self.norm(tokens.packed)
         return self.head(x.index_select(0, tokens.cu_seqlens[:-1]))  # each image's first row is its class token
-
-    def _tokens(self, images: Tensor, for_head: bool) -> Tokens:
-        family, plan = self._sait_family, self._sait.active
-        tokens, kept = run(self, family, plan, family.embed(self, images), self._sait.recorded, for_head)
-        record = Record(kept, tokens.entered, 1, self.patch_embed.grid_size) if kept else None
-        self._sait.publish(record)
-        return tokens
 
 
 def _cfg(hub_id: str) -> dict[str, Any]:

@@ -17,14 +17,17 @@ import pytest
 import sait
 import timm
 import torch
+import torchvision_vit
 from helpers import assert_as_exact_as_torch, assert_same_bits
 from predictor import Predictor, predictor_plan
 from sait.methods import ClassAttention, ColumnAttention, TopK, TopP
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torchvision.models.vision_transformer import VisionTransformer as VisionTransformerOfTorchvision
 
 import sait_kernels as sk
 
+FILES = (predictor, cells, farewell, torchvision_vit)
 LEARNED = ("norm.weight", "norm.bias", "hidden.weight", "hidden.bias", "out.weight", "out.bias")
 SMALL = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 4, "num_classes": 10}  # 16 patches, a class token
 
@@ -67,15 +70,15 @@ def leaving(model: Any, block: Any, x: Tensor) -> Tensor:
     return model.forward_head(model.norm(x))[0]
 
 
-@pytest.mark.parametrize("file", [predictor, cells, farewell])
+@pytest.mark.parametrize("file", FILES)
 def test_public_names_are_enough(file: Any) -> None:
-    """Of sait what `sait` and `sait.methods` list, of sait_kernels what it lists."""
+    """Of sait what `sait`, `sait.methods` and `sait.families` list, of sait_kernels what it lists."""
     tree = ast.parse(Path(file.__file__).read_text(encoding="utf-8"))
     public = {"sait": set(sait.__all__), "sk": set(sk.__all__)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sait"):
-            assert node.module == "sait.methods"
-            assert {alias.name for alias in node.names} <= set(sait.methods.__all__)
+            module = {"sait.methods": sait.methods, "sait.families": sait.families}[node.module or ""]
+            assert {alias.name for alias in node.names} <= set(module.__all__)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in public:
             assert node.attr in public[node.value.id]
 
@@ -84,9 +87,68 @@ def test_the_page_shows_these_files() -> None:
     root = Path(__file__).parents[2]
     page = (root / "docs" / "extending.md").read_text(encoding="utf-8")
     shown = re.findall(r"`(tests/extension/\w+\.py)`:\n\n```python\n(.*?)```\n", page, re.DOTALL)
-    assert {path for path, _ in shown} == {f"tests/extension/{name}.py" for name in ("predictor", "cells", "farewell")}
+    assert {path for path, _ in shown} == {f"tests/extension/{file.__name__}.py" for file in FILES}
     for path, code in shown:
         assert code == (root / path).read_text(encoding="utf-8"), f"docs/extending.md shows another {path}"
+
+
+def of_torchvision() -> Any:
+    torch.manual_seed(0)
+    model = VisionTransformerOfTorchvision(64, 16, num_layers=4, num_heads=2, hidden_dim=64, mlp_dim=128, num_classes=9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def torchvision_oracle(model: Any, x: Tensor, kept: list[Tensor]) -> Tensor:
+    """torchvision's own blocks, image by image; behind the second of them the rows that ``kept`` names."""
+    logits = []
+    for image, rows in zip(x, kept, strict=True):
+        tokens = torch.cat([model.class_token, model._process_input(image[None])], 1) + model.encoder.pos_embedding
+        for i, block in enumerate(model.encoder.layers):
+            tokens = block(tokens)
+            tokens = tokens[:, rows] if i == 1 else tokens
+        logits.append(model.heads(model.encoder.ln(tokens)[:, 0]))
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("density", [{"keep": 0.5}, {"mass": 0.7}], ids=str)
+@torch.no_grad()
+def test_a_family_of_another_library(density: dict[str, float], backend: str) -> None:
+    """torchvision's ViT: pruned, optimized, its maps, its cost, and restored."""
+    model, x = of_torchvision(), images()
+    plain, wide = copy.deepcopy(model), copy.deepcopy(model).double()
+    dense = plain(x)
+    sait.sparsify(model, block=1, **density)
+    for optimized in (False, True):
+        got = (sait.optimize(model) if optimized else model)(x)
+        mask, grid = sait.kept_mask(model)
+        assert grid == (4, 4)
+        kept = [torch.cat([torch.tensor([0]), 1 + row.nonzero()[:, 0]]) for row in mask]
+        exact, in_torch = torchvision_oracle(wide, x.double(), kept), torchvision_oracle(plain, x, kept)
+        assert_as_exact_as_torch("logits", got, exact, in_torch)
+    assert sait.full_maps(model, x).maps[0].shape == (3, 64, 4, 4)
+    of_block = 17 * 3 * 64**2 + 2 * 17 * 17 * 64 + 17 * (64**2 + 2 * 64 * 128)
+    assert sait.macs(model, plan=sait.Plan([sait.Stage(1, 1.0)])) == 4 * of_block + 16 * 16**2 * 3 * 64 + 64 * 9
+    assert_same_bits("dense", sait.set_density(model)(x), dense)
+    assert_same_bits("restored", sait.restore(model)(x), dense)
+    assert type(model) is VisionTransformerOfTorchvision
+
+
+def test_a_family_refuses_what_it_does_not_know() -> None:
+    class OwnForward(VisionTransformerOfTorchvision):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    size = {"num_layers": 2, "num_heads": 2, "hidden_dim": 64, "mlp_dim": 64}
+    with pytest.raises(TypeError, match="OwnForward has a forward of its own"):
+        sait.sparsify(OwnForward(64, 16, **size), block=0, keep=0.5)
+    with pytest.raises(ValueError, match="encoder_layer_0: expected attention_dropout=0"):
+        sait.sparsify(VisionTransformerOfTorchvision(64, 16, **size, attention_dropout=0.1), block=0, keep=0.5)
+    wrapped = torch.nn.Sequential(of_torchvision())
+    with pytest.raises(TypeError, match=r"it wraps the model; call sparsify on its \.0, a VisionTransformer"):
+        sait.sparsify(wrapped, block=0, keep=0.5)
 
 
 def test_the_best_of_each_cell(backend: str) -> None:

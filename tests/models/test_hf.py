@@ -10,6 +10,7 @@ import io
 import json
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,7 +244,7 @@ def test_gradients_are_the_oracles(name: str) -> None:
     for plan in plans(name)[:3]:
         model = sait.sparsify(copy.deepcopy(plain), plan)
         if plan.ragged and name != "dinov3":  # whose positions are drawn at random in training
-            model.gradient_checkpointing_enable()
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             model.train()
         leaf = x.clone().requires_grad_()
         with sk.backend("reference"):
@@ -364,6 +365,23 @@ def test_the_heads_code_is_transformers() -> None:
     assert scores[0].shape == (3 * 26,)
 
 
+@pytest.mark.parametrize("name", ["vit", "dinov3", "clip", "siglip_classes"])
+@torch.no_grad()
+def test_full_maps(name: str) -> None:
+    """Of a dense model they are the encoder's last_hidden_state; other sizes are taken as they come."""
+    model, x = build(name), images()
+    encoder = family_of(type(model)).encoder(model)
+    want = encoder(x).last_hidden_state
+    maps = sait.full_maps(sait.set_density(sait.sparsify(model, plans(name)[0])), x)
+    P = want.shape[1] - 25
+    got = torch.cat([maps.prefix[0], maps.maps[0].flatten(2).mT], 1)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    sait.sparsify(model, plans(name)[3])
+    maps = sait.full_maps(model, images(2, 64, 112), blocks=[0, 2])
+    assert [tuple(part.shape) for part in maps.maps] == [(2, 64, 4, 7)] * 2
+    assert maps.prefix[1].shape == (2, P, 64)
+
+
 @torch.no_grad()
 def test_optimize_changes_nothing_yet() -> None:
     """Three projections are no fused product: the modules run."""
@@ -474,7 +492,7 @@ def test_an_encoder_that_was_changed_behind_the_models_back() -> None:
 
 
 def test_transformers_is_imported_by_nobody_else() -> None:
-    program = "import sys, sait, timm\n"
+    program = f"import sys; sys.path.insert(0, {str(Path(sait.__file__).parent.parent)!r}); import sait, timm\n"
     program += "sait.sparsify(timm.create_model('deit_tiny_patch16_224', depth=2), block=0, keep=0.5)\n"
     program += "assert not any(name.partition('.')[0] == 'transformers' for name in sys.modules)\n"
     done = run_python("-c", program)

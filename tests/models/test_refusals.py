@@ -11,6 +11,7 @@ import torch
 import zoo
 from timm.layers import DiffAttention, GlobalResponseNormMlp, LayerNorm2d
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.utils import ModelEmaV3
 from torch import nn
 
 TINY = {"embed_dim": 64, "num_heads": 2, "depth": 2, "num_classes": 5}
@@ -53,14 +54,40 @@ def test_other_transformers(name, changes, reason):
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
 def test_models_that_are_no_vit(name):
     assert_refused(
-        timm.create_model(name, num_classes=5), TypeError, "expected a timm VisionTransformer, got timm.models"
+        timm.create_model(name, num_classes=5), TypeError, "expected a timm VisionTransformer, .*, got timm.models"
     )
 
 
-def test_wrapped_models():
-    model = zoo.build("vit")
-    assert_refused(torch.compile(model, backend="eager"), TypeError, "compiled already; call sparsify first")
-    assert_refused(nn.DataParallel(model), TypeError, "call sparsify on model.module")
+class Task(nn.Module):
+    """As a trainer has them: the model two levels down, among other things."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.criterion, self.parts = nn.CrossEntropyLoss(), nn.ModuleDict({"student": model})
+
+
+@pytest.mark.parametrize(
+    ("wrap", "path"),
+    [
+        (nn.DataParallel, "module"),
+        (ModelEmaV3, "module"),
+        (lambda model: nn.Sequential(nn.Identity(), model), "1"),
+        (Task, "parts.student"),
+        (lambda model: torch.compile(model, backend="eager"), "_orig_mod"),
+        (torch.optim.swa_utils.AveragedModel, "module"),
+    ],
+)
+def test_wrapped_models(wrap, path):
+    reason = rf"it wraps the model; call sparsify on its \.{path}, a VisionTransformer"
+    assert_refused(wrap(zoo.build("vit")), TypeError, reason + ("; compile" if path == "_orig_mod" else "$|\\."))
+
+
+def test_wrapped_in_feature_extractors():
+    net = timm.create_model("vit_tiny_patch16_224", features_only=True, img_size=64, depth=4)
+    assert_refused(net, TypeError, r"call sparsify on its \.model, a VisionTransformer")
+
+
+def test_no_models():
     assert_refused(nn.Linear(3, 3), TypeError, r"got torch.nn.modules.linear.Linear")
     assert_refused(sait.SaitViT(80, block=1, **TINY), TypeError, "call sait.set_density on it")
 
@@ -148,10 +175,8 @@ def test_what_needs_all_tokens_names_the_cure():
             model(x, attn_mask=torch.ones(26, 26, dtype=torch.bool))
         with pytest.raises(ValueError, match=r"attn_mask and is_causal .* sait.set_density\(model\)"):
             model.forward_features(x, is_causal=True)
-        with pytest.raises(ValueError, match=r"forward_intermediates: .* sait.set_density\(model\)"):
-            model.forward_intermediates(x)
-        with pytest.raises(ValueError, match=r"forward_intermediates: .* sait.set_density\(model\)"):
-            model.get_intermediate_layers(x)
+        with pytest.raises(ValueError, match=r"attn_mask and is_causal .* sait.set_density\(model\)"):
+            model.forward_intermediates(x, is_causal=True)
 
 
 def test_padded_features_are_not_pooled():

@@ -12,6 +12,7 @@ import sait
 import timm
 import torch
 from timm.layers import Attention, RmsNorm, SwiGLU
+from timm.models.vitamin import VitCfg, VitConvCfg
 from torch import Tensor
 
 
@@ -23,6 +24,13 @@ class GatedAttention(Attention):
 
 
 SMALL = {"embed_dim": 64, "num_heads": 2, "depth": 4, "num_classes": 24, "img_size": 80}
+STEM = VitCfg(
+    embed_dim=(16, 32, 64),
+    depths=(1, 1, 1),
+    stem_width=16,
+    conv_cfg=VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6),
+    head_type="1d",
+)
 # name -> timm model and what is different from SMALL
 ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_small_patch16_224", {}),
@@ -44,8 +52,9 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "rms_norm": ("vit_small_patch16_224", {"norm_layer": RmsNorm, "init_values": 1e-5}),
     "hybrid": ("vit_tiny_r_s16_p8_224", {"img_size": 160}),
     "prr": ("vit_small_patch16_224", {"global_pool": "prr"}),
+    "vitamin": ("vitamin_small_224", {"embed_cfg": STEM}),
 }
-NO_PREFIX = ("gap", "siglip")
+NO_PREFIX = ("gap", "siglip", "vitamin")
 
 
 @functools.cache

@@ -5,14 +5,30 @@ A family is one library's kind of Vision Transformer. Its file is the only place
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sait_kernels as sk
 from sait.tokens import Tokens
 
 Module = Any  # an nn.Module, of whose attributes the type checker knows nothing
+
+
+@dataclass(frozen=True)
+class LinearParameters:
+    """A linear layer that is no module of its own."""
+
+    weight: Tensor  # (outputs, inputs)
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class BlockView(NamedTuple):
@@ -23,7 +39,7 @@ class BlockView(NamedTuple):
     """
 
     norm1: Module
-    qkv: Any  # a module (T, C) -> (T, 3 * width), q of all heads, then k, then v; or three of them, (T, width) each
+    qkv: Any  # a linear layer (T, C) -> (T, 3 * width), q of all heads, then k, then v; or three, (T, width) each
     heads: int
     head_dim: int
     q_norm: Module
@@ -66,95 +82,113 @@ class Cost(NamedTuple):
     macs: float  # multiply-accumulates of its products
 
 
-class Family(Protocol):
-    """One kind of model."""
+class SparseForward:
+    """What a sparse model does in place of its own class's forward, which is super's."""
 
-    @property
-    def name(self) -> str: ...
+    _sait: Any
+    _sait_family: Any
+    _sparse_tokens: Callable[..., Tokens]  # sait.sparsify has it
 
-    @property
-    def layer_norms(self) -> tuple[type, ...]:
-        """Classes that compute LayerNorm."""
-        ...
+    def forward(self, images: Tensor) -> Any:
+        if self._sait.active is None:
+            return super().forward(images)  # type: ignore[misc]
+        return self._sait_family.head(self, self._sparse_tokens(images, for_head=True))
 
-    @property
-    def idle_in_eval(self) -> tuple[type, ...]:
-        """Classes that do nothing in eval mode."""
-        ...
 
-    @property
-    def scales(self) -> Mapping[type, str]:
-        """Class of a LayerScale -> its parameter."""
-        ...
+class Family(ABC):
+    """One kind of model. What has no default here, a family has to say."""
 
-    @property
-    def mixin(self) -> type:
-        """The methods of a sparse model that are not its own class's; they end in self._sparse_tokens."""
-        ...
+    name: str
+    # Classes that compute LayerNorm, and that do nothing in eval mode; class of a LayerScale -> its parameter.
+    layer_norms: tuple[type, ...] = (nn.LayerNorm,)
+    idle_in_eval: tuple[type, ...] = (nn.Identity, nn.Dropout)
+    scales: Mapping[type, str] = MappingProxyType({})
+    # The methods of a sparse model that are not its own class's; they end in self._sparse_tokens.
+    mixin: type = SparseForward
 
+    @abstractmethod
     def matches(self, cls: type) -> bool:
         """Whether models of a class are of this kind; they may be refused all the same."""
-        ...
 
-    def check(self, model: nn.Module) -> None:
+    @abstractmethod
+    def check(self, model: Any) -> None:
         """TypeError or ValueError with the reason if tokens cannot be dropped from the model rightly."""
-        ...
 
-    def check_pooling(self, model: Any) -> None:
-        """ValueError if what follows the blocks has no meaning for images of different token counts."""
-        ...
+    @abstractmethod
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
+        """In their order."""
+
+    @abstractmethod
+    def view(self, block: Any) -> BlockView:
+        """What the block is made of now."""
+
+    @abstractmethod
+    def num_prefix(self, model: Any) -> int:
+        """Class, distillation and register tokens at the start of each image."""
+
+    @abstractmethod
+    def grid(self, model: Any, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Rows and columns of patches of images of a (height, width); None: what the model was built for."""
+
+    @abstractmethod
+    def embed(self, model: Any, images: Tensor) -> Tokens:
+        """(B, 3, height, width) -> what enters the first block: sait.families.entering, perhaps with_rope."""
+
+    @abstractmethod
+    def embedding_cost(self, model: Any, size: tuple[int, int] | None = None) -> Cost:
+        """Of ``embed``, for images of a (height, width); None: what the model was built for."""
+
+    @abstractmethod
+    def head_cost(self, model: Any, tokens: float) -> Cost:
+        """Of what follows the last block, which leaves so many tokens of an image."""
 
     def parts(self, model: Any) -> Sequence[Any]:
         """The modules whose class changes: the model, and an encoder in it if that has a forward of its own."""
-        ...
+        return (model,)
 
     def recipe(self, model: Any) -> tuple[str, dict[str, Any]] | None:
         """Name and arguments that ``sait.families.build`` makes such a model from, if the model knows them."""
-        ...
+        return None
 
-    def blocks(self, model: Any) -> Sequence[nn.Module]:
-        """In their order."""
-        ...
+    def head(self, model: Any, tokens: Tokens) -> Any:
+        """The model's result, of what the last block leaves; for SparseForward."""
+        raise NotImplementedError(f"{self.name}: a family has a head, or a mixin of its own.")
 
-    def view(self, block: Any) -> BlockView:
-        """What the block is made of now."""
-        ...
+    def norm(self, model: Any) -> Module:
+        """The norm behind the last block, row by row."""
+        return nn.Identity()
+
+    def check_pooling(self, model: Any) -> None:
+        """ValueError if what follows the blocks has no meaning for images of different token counts."""
+        if not self.prefix_is_enough(model):
+            raise ValueError(
+                f"sait: mass: the head of a {self.name} wants as many tokens of each image. Use a fixed share "
+                "instead: sait.set_density(model, keep=...)."
+            )
 
     def feed_forward(self, mlp: Any) -> FeedForward | None:
         """An MLP's parts, if it is fc1, activation, fc2."""
-        ...
-
-    def num_prefix(self, model: Any) -> int:
-        """Class, distillation and register tokens at the start of each image."""
-        ...
-
-    def grid(self, model: Any, size: tuple[int, int] | None = None) -> tuple[int, int]:
-        """Rows and columns of patches of images of a (height, width); None: what the model was built for."""
-        ...
-
-    def embed(self, model: Any, images: Tensor) -> Tokens:
-        """(B, 3, height, width) -> what enters the first block."""
-        ...
+        return None
 
     def prefix_is_enough(self, model: Any) -> bool:
         """Whether the model's own result reads no patch tokens of the last block."""
-        ...
+        return False
 
     def checkpoints(self, model: Any) -> bool:
         """Whether activations of a block are to be computed again in the backward pass."""
-        ...
-
-    def embedding_cost(self, model: Any, size: tuple[int, int] | None = None) -> Cost:
-        """Of ``embed``, for images of a (height, width); None: what the model was built for."""
-        ...
-
-    def head_cost(self, model: Any, tokens: float) -> Cost:
-        """Of what follows the last block, which leaves so many tokens of an image."""
-        ...
+        return False
 
 
-def weights(module: nn.Module | None) -> int:
-    """Multiply-accumulates of the module's linear layers for one token."""
-    if module is None:
+def entering(x: Tensor, num_prefix: int) -> Tokens:
+    """(B, N, C) with their positions, prefix tokens first -> what enters the first block."""
+    B, N, _ = x.shape
+    return Tokens(x.contiguous(), sk.uniform_cu_seqlens(B, N, x.device), N, False, num_prefix, N)
+
+
+def weights(layer: nn.Module | LinearParameters | None) -> int:
+    """Multiply-accumulates of its linear layers for one token."""
+    if layer is None:
         return 0
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    if isinstance(layer, LinearParameters):
+        return layer.weight.numel()
+    return sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))

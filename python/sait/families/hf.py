@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +20,7 @@ from transformers.activations import GELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
-import sait_kernels as sk
-from sait.families.base import BlockView, Cost, FeedForward, weights
+from sait.families.base import Cost, Family, FeedForward, entering, weights
 from sait.families.pooling import features, mean_of_patches
 from sait.families.timm_vit import DENSE, require_type
 from sait.tokens import Tokens, prefix_rows
@@ -125,7 +125,7 @@ class SparseHf:
         family, plan, head = self._sait_family, self._sait.active, _sait_head or self
         tokens = family.embed(self, pixel_values, interpolate=bool(others.get("interpolate_pos_encoding")))
         tokens = head._sparse_tokens(pixel_values, for_head=True, tokens=tokens)
-        tokens = tokens.with_x(family.final_norm(self, tokens.x))
+        tokens = tokens.with_x(family.norm(self)(tokens.x))
         reads = family.reads(head)
         if not tokens.ragged or reads == "all":
             hidden = features(tokens, plan.static)
@@ -142,7 +142,7 @@ def prefix(tokens: Tokens) -> Tensor:
     return tokens.x[0][prefix_rows(tokens)] if tokens.ragged else tokens.x[:, : tokens.num_prefix]
 
 
-class Hf:
+class Hf(Family):
     """A family of transformers: one encoder, and the heads that there are for it.
 
     Args:
@@ -154,8 +154,7 @@ class Hf:
         drop_path: classes of stochastic depth.
     """
 
-    mixin: type = SparseHf
-    layer_norms = (nn.LayerNorm,)
+    mixin = SparseHf
 
     def __init__(
         self,
@@ -171,32 +170,19 @@ class Hf:
         self.scales = scales or {}
         self._encoder, self._heads, self._parts, self._block_parts = encoder, heads, parts, block_parts
 
-    # What the library's file says.
-
-    def blocks(self, model: Any) -> Sequence[nn.Module]:
-        raise NotImplementedError
-
-    def view(self, block: Any) -> BlockView:
-        raise NotImplementedError
-
+    @abstractmethod
     def attention(self, block: Any) -> Any:
-        raise NotImplementedError
+        """Of a block."""
 
-    def final_norm(self, encoder: Any, x: Tensor) -> Tensor:
-        """What last_hidden_state is of the last block's rows."""
-        raise NotImplementedError
-
+    @abstractmethod
     def pooled(self, encoder: Any, tokens: Tokens) -> Tensor | None:
-        """pooler_output, of tokens after final_norm."""
-        raise NotImplementedError
+        """pooler_output, of tokens after the norm."""
 
     def hidden(self, encoder: Any, images: Tensor, interpolate: bool) -> Tensor:
         """(B, N, C): what enters the first block."""
         if interpolate:
             return encoder.embeddings(images, interpolate_pos_encoding=True)
         return encoder.embeddings(images)
-
-    # What all have in common.
 
     def matches(self, cls: type) -> bool:
         module = self._encoder.__module__
@@ -253,11 +239,13 @@ class Hf:
         (height, width), (rows, columns) = size or _pair(encoder.config.image_size), _patches(encoder).kernel_size
         return height // rows, width // columns
 
-    def embed(self, model: Any, images: Tensor, interpolate: bool = False) -> Tokens:
+    def embed(self, model: Any, images: Tensor, interpolate: bool | None = None) -> Tokens:
+        """``interpolate``: whether position embeddings follow the images' size; None: where it is not the model's."""
         encoder = self.encoder(model)
-        x = self.hidden(encoder, images.to(_patches(encoder).weight.dtype), interpolate).contiguous()
-        B, N, _ = x.shape
-        return Tokens(x, sk.uniform_cu_seqlens(B, N, x.device), N, False, self.num_prefix(model), N)
+        if interpolate is None:
+            interpolate = images.shape[-2:] != _pair(encoder.config.image_size)
+        x = self.hidden(encoder, images.to(_patches(encoder).weight.dtype), interpolate)
+        return entering(x, self.num_prefix(model))
 
     def prefix_is_enough(self, model: Any) -> bool:
         return self.reads(model) == "prefix"

@@ -45,9 +45,6 @@ class HfClip(Hf):
     def hidden(self, encoder: Any, images: Tensor, interpolate: bool) -> Tensor:
         return encoder.pre_layrnorm(super().hidden(encoder, images, interpolate))
 
-    def final_norm(self, encoder: Any, x: Tensor) -> Tensor:
-        return x
-
     def pooled(self, encoder: Any, tokens: Tokens) -> Tensor | None:
         return encoder.post_layernorm(prefix(tokens)[:, 0])
 
@@ -68,8 +65,8 @@ class HfSiglip(HfClip):
     def hidden(self, encoder: Any, images: Tensor, interpolate: bool) -> Tensor:
         return Hf.hidden(self, encoder, images, interpolate)
 
-    def final_norm(self, encoder: Any, x: Tensor) -> Tensor:
-        return encoder.post_layernorm(x)
+    def norm(self, model: Any) -> nn.Module:
+        return self.encoder(model).post_layernorm
 
     def pooled(self, encoder: Any, tokens: Tokens) -> Tensor | None:
         if not encoder.use_head:

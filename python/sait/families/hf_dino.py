@@ -45,8 +45,8 @@ class HfDino(Hf):
     def attention(self, block: Any) -> Any:
         return block.attention
 
-    def final_norm(self, encoder: Any, x: Tensor) -> Tensor:
-        return encoder.layernorm(x)
+    def norm(self, model: Any) -> nn.Module:
+        return self.encoder(model).layernorm
 
     def pooled(self, encoder: Any, tokens: Tokens) -> Tensor:
         return prefix(tokens)[:, 0]
@@ -66,10 +66,10 @@ class HfDinoV3(HfDino):
     def view(self, block: Any) -> BlockView:
         return super().view(block)._replace(rotates="halves")
 
-    def final_norm(self, encoder: Any, x: Tensor) -> Tensor:
-        return encoder.norm(x)
+    def norm(self, model: Any) -> nn.Module:
+        return self.encoder(model).norm
 
-    def embed(self, model: Any, images: Tensor, interpolate: bool = False) -> Tokens:
+    def embed(self, model: Any, images: Tensor, interpolate: bool | None = None) -> Tokens:
         tokens, encoder = super().embed(model, images), self.encoder(model)
         cos, sin = encoder.rope_embeddings(images.to(encoder.embeddings.patch_embeddings.weight.dtype))
         table = torch.cat([sin, cos], dim=-1)

@@ -39,8 +39,8 @@ class HfVit(Hf):
     def attention(self, block: Any) -> Any:
         return block.attention
 
-    def final_norm(self, encoder: Any, x: Tensor) -> Tensor:
-        return encoder.layernorm(x)
+    def norm(self, model: Any) -> nn.Module:
+        return self.encoder(model).layernorm
 
     def pooled(self, encoder: Any, tokens: Tokens) -> Tensor | None:
         return None if encoder.pooler is None else encoder.pooler(prefix(tokens))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from timm.layers import (
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from sait.families.base import BlockView
-from sait.families.timm_vit import TimmVit, check_head, check_parts, entering, keeps_methods, require
+from sait.families.base import BlockView, entering
+from sait.families.timm_vit import TimmVit, check_head, check_parts, keeps_methods, require
 from sait.tokens import Tokens
 
 TABLES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed)
@@ -27,7 +27,7 @@ class TimmEva(TimmVit):
     """The family of timm's Eva."""
 
     name = "timm Eva"
-    scales: Mapping[type, str] = {}
+    scales = MappingProxyType({})
 
     def matches(self, cls: type) -> bool:
         return issubclass(cls, Eva)
@@ -79,7 +79,7 @@ class TimmEva(TimmVit):
 
     def embed(self, model: Any, images: Tensor) -> Tokens:
         x, rope = model._pos_embed(model.patch_embed(images))
-        tokens = entering(model, x)
+        tokens = entering(model.norm_pre(x), model.num_prefix_tokens)
         if rope is None:
             return tokens
         rope = rope if rope.dtype == torch.float64 else rope.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,15 +23,16 @@ from timm.layers import (
     SimpleNormFp32,
     SwiGLU,
 )
+from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import sait_kernels as sk
-from sait.families.base import BlockView, Cost, FeedForward, weights
+from sait.families.base import BlockView, Cost, Family, FeedForward, entering, weights
 from sait.families.pooling import check_ragged_head, features, pools_prefix, prefix_is_enough, ragged_head
-from sait.tokens import Tokens
+from sait.tokens import Homes, Tokens
 
 # The parts that see one token at a time, so that dropping the others changes nothing.
 ROW_NORMS = (
@@ -44,7 +46,7 @@ ROW_NORMS = (
     SimpleNorm,
     SimpleNormFp32,
 )
-ROW_MLPS = (Mlp, GluMlp, SwiGLU)  # SwiGLUPacked is a GluMlp
+ROW_MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)  # SwiGLUPacked is a GluMlp
 
 # class name -> why such a model or block cannot be patched
 REASONS = {
@@ -55,9 +57,6 @@ REASONS = {
     "SwinTransformer": "its attention works in windows of the patch grid",
     "SwinTransformerV2": "its attention works in windows of the patch grid",
     "SaitViT": "it drops tokens without being changed; call sait.set_density on it",
-    "OptimizedModule": "it is compiled already; call sparsify first and torch.compile on the result",
-    "DataParallel": "it wraps the model; call sparsify on model.module",
-    "DistributedDataParallel": "it wraps the model; call sparsify on model.module",
     "EvaBlockPostNorm": "it normalises after attention, not before",
     "ResPostBlock": "it normalises after attention, not before",
     "ParallelScalingBlock": "attention and MLP run side by side on the same tokens",
@@ -80,7 +79,10 @@ class SparseTimm:
 
     _sait: Any
     _sparse_tokens: Callable[..., Tokens]  # sait.sparsify has it
-    norm: nn.Module
+    norm: Any
+    blocks: Any
+    patch_embed: Any
+    num_prefix_tokens: int
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         if self._sait.active is None:
@@ -93,13 +95,11 @@ class SparseTimm:
         return super().forward_head(tokens.x)  # type: ignore[misc]
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        plan = self._sait.active
-        if plan is None:
+        if self._sait.active is None:
             self._sait.publish(None)
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
         _check_no_mask(attn_mask, is_causal)
-        tokens = self._sparse_tokens(x)
-        return features(tokens.with_x(self.norm(tokens.x)), plan.static)
+        return self._left(self._sparse_tokens(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         plan = self._sait.active
@@ -110,10 +110,52 @@ class SparseTimm:
             )
         return super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
 
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        if self._sait.active is not None:
-            raise ValueError(f"forward_intermediates: where tokens are dropped there are no full feature maps. {DENSE}")
-        return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._sait.active is None:
+            return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
+        return self._full_intermediates(x, *args, **kwargs)
+
+    def _full_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """As timm's, with maps of full size: dropped rows are as they were when they entered the block that dropped
+        them. The final features hold the rows that are left, as those of forward_features do."""
+        _check_no_mask(attn_mask, is_causal)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"forward_intermediates: output_fmt: expected NCHW or NLC, got {output_fmt!r}.")
+        depth, P = len(self.blocks), self.num_prefix_tokens
+        wanted, last = feature_take_indices(depth, indices)
+        homes = Homes(wanted, last if stop_early else depth - 1)
+        tokens = self._sparse_tokens(x, homes=homes)
+        found = [self.norm(homes.maps[i]) if norm else homes.maps[i] for i in sorted(set(wanted))]
+        prefix, maps = [rows[:, :P] for rows in found], [rows[:, P:] for rows in found]
+        if output_fmt == "NCHW":
+            grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+            maps = [rows.transpose(1, 2).unflatten(2, grid).contiguous() for rows in maps]
+        returns_prefix = return_prefix_tokens and P > 0
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": maps}
+            if returns_prefix:
+                result["image_intermediates_prefix"] = prefix
+            if not intermediates_only:
+                result["image_features"] = self._left(tokens)
+            return result
+        intermediates = list(zip(maps, prefix, strict=True)) if returns_prefix else maps
+        return intermediates if intermediates_only else (self._left(tokens), intermediates)
+
+    def _left(self, tokens: Tokens) -> Tensor:
+        """(B, n, C): the rows that are left, after the final norm; padded where images keep different numbers."""
+        return features(tokens.with_x(self.norm(tokens.x)), self._sait.active.static)
 
 
 def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -123,14 +165,14 @@ def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         )
 
 
-class TimmVit:
+class TimmVit(Family):
     """The family of timm's VisionTransformer."""
 
     name = "timm VisionTransformer"
-    mixin: type = SparseTimm
+    mixin = SparseTimm
     layer_norms = (nn.LayerNorm, LayerNorm, LayerNormFp32)
     idle_in_eval = (nn.Identity, nn.Dropout, DropPath)
-    scales: Mapping[type, str] = {LayerScale: "gamma"}
+    scales = MappingProxyType({LayerScale: "gamma"})
 
     def matches(self, cls: type) -> bool:
         return issubclass(cls, VisionTransformer)
@@ -150,14 +192,11 @@ class TimmVit:
     def check_pooling(self, model: Any) -> None:
         check_ragged_head(model)
 
-    def parts(self, model: Any) -> Sequence[Any]:
-        return (model,)
-
-    def recipe(self, model: Any) -> tuple[str, dict[str, Any]] | None:
-        return None
-
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         return model.blocks
+
+    def norm(self, model: Any) -> Any:
+        return model.norm
 
     def view(self, block: Any) -> BlockView:
         attn = block.attn
@@ -193,7 +232,8 @@ class TimmVit:
         return rows, columns
 
     def embed(self, model: Any, images: Tensor) -> Tokens:
-        return entering(model, model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        return entering(x, model.num_prefix_tokens)  # without prefix tokens it is a convolution's, channels outermost
 
     def prefix_is_enough(self, model: Any) -> bool:
         return prefix_is_enough(model)
@@ -231,13 +271,6 @@ class TimmVit:
 
 
 TIMM_VIT = TimmVit()
-
-
-def entering(model: Any, x: Tensor) -> Tokens:
-    """(B, N, C) with their positions -> what enters the first block."""
-    x = model.norm_pre(x).contiguous()  # without prefix tokens it is a convolution's output, channels outermost
-    B, N, _ = x.shape
-    return Tokens(x, sk.uniform_cu_seqlens(B, N, x.device), N, False, model.num_prefix_tokens, N)
 
 
 def _counted(network: nn.Module, image: tuple[int, ...]) -> int:
