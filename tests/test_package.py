@@ -161,7 +161,7 @@ def test_arrows_point_one_way() -> None:
             assert not any(other.startswith("sait.methods") for other in others), name
 
 
-def test_only_families_know_the_names_of_timm() -> None:
+def test_only_families_know_the_names_of_libraries() -> None:
     """Models are built by timm's factory in a few places; what its modules are called is read in one folder."""
     parts = {"timm.layers", "timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"}
     allowed = {"sait.vit"}  # is made of timm's blocks
@@ -172,3 +172,5 @@ def test_only_families_know_the_names_of_timm() -> None:
             modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
             if not name.startswith("sait.families") and name not in allowed:
                 assert not modules & parts, f"{name} imports {modules & parts}"
+            if not name.startswith("sait.families.hf"):
+                assert not any(module and module.startswith("transformers") for module in modules), name

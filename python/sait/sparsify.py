@@ -35,7 +35,7 @@ def sparsify(
     static: bool = False,
     score: str | Scorer = "cls",
 ) -> Any:
-    """Makes a timm ViT drop tokens, in place; its state_dict stays the same.
+    """Makes a ViT of timm or transformers drop tokens, in place; its state_dict stays the same.
 
     Prefix tokens (class, distillation, register) are never dropped. A head that pools over patches pools over those
     that are kept. ``forward_features`` returns what is kept: (B, n, C) at a fixed share, and (B, longest, C) with zeros
@@ -47,7 +47,8 @@ def sparsify(
     >>> model = restore(model)
 
     Args:
-        model: a timm VisionTransformer, VisionTransformerDistilled or Eva.
+        model: a timm VisionTransformer, VisionTransformerDistilled or Eva; or of transformers a ViT, DeiT, Dinov2,
+            Dinov2WithRegisters, DINOv3ViT, CLIPVision or SiglipVision model, alone or in a head for classification.
         plan: what to drop where; or, for one stage, the other arguments instead:
         block: 0-based; its attention sees all tokens, its kept rows go on.
         keep: a float in (0, 1], a share of the patches, or an int, their number.
