@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sait_kernels import library, registration
 
@@ -146,6 +147,8 @@ def choose(op: str, required: dict[str, Any], optional: dict[str, Any] | None = 
         why_not = refusal(op, backend_name, first)
         if why_not is not None:
             raise RuntimeError(f"{op}: the forced backend {backend_name!r} cannot serve this call: {why_not}.")
+    if backend_name != "reference":
+        _refuse_transforms(op, tensors)
     device = first.device
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
@@ -153,6 +156,30 @@ def choose(op: str, required: dict[str, Any], optional: dict[str, Any] | None = 
                 f"{op}: {name}: expected device {device}, got {tensor.device}. Move all arguments to one device."
             )
     return backend_name
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives in forward mode may be wanted: a dual level is open."""
+    return forward_ad._current_level >= 0
+
+
+def _refuse_transforms(op: str, tensors: dict[str, Any]) -> None:
+    """RuntimeError for derivatives that the kernels would leave out, or for which torch's error names no op."""
+    if torch.compiler.is_compiling():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None and transform.key() == torch._C._functorch.TransformType.Grad:
+        asked = "torch.func.grad, vjp and jacrev"
+    elif in_forward_mode() and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors.values()
+    ):
+        asked = "forward mode (torch.func.jvp, dual numbers)"
+    else:
+        return
+    raise RuntimeError(
+        f"{op}: its kernels have no derivatives for {asked}; use loss.backward() or torch.autograd.grad, or "
+        '`with sait_kernels.backend("reference")`, which is plain torch and has derivatives of any kind.'
+    )
 
 
 def kernels(backend_name: str) -> Any:

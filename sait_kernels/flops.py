@@ -1,7 +1,7 @@
 """What torch's FlopCounterMode counts of each op: two operations for each multiply-accumulate of its products.
 
 Images may have different lengths, so the formulas read the offsets; where these have no values (fake tensors), every
-image is as long as max_seqlen allows. Normalising, choosing and moving rows has no products.
+image is as long as max_seqlen allows. Normalising, rotating, choosing and moving rows has no products.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def prune_attention(op: Any, result: Any) -> int:
 
 
 def norm_linear(op: Any, result: Any) -> int:
-    return 2 * op.x.shape[0] * op.weight.numel()
+    return 2 * op.x.shape[0] * op.weight.numel() * _matrices(op.gate is not None)
 
 
 def linear_residual(op: Any, result: Any) -> int:
@@ -72,12 +72,12 @@ def linear_residual(op: Any, result: Any) -> int:
 
 
 def packed_linear(op: Any, result: Any) -> int:
-    return 2 * op.x.numel() * op.out_features
+    return 2 * op.x.numel() * op.out_features * _matrices(op.gated)
 
 
 def packed_block(op: Any, result: Any) -> int:
     channels = op.x.shape[1]
-    return 2 * op.y.shape[0] * channels * (op.y.shape[1] + 2 * op.hidden_features)
+    return 2 * op.y.shape[0] * channels * (op.y.shape[1] + (1 + _matrices(op.gated)) * op.hidden_features)
 
 
 def no_products(op: Any, result: Any) -> int:
@@ -96,6 +96,8 @@ FORMULAS: dict[str, Formula] = {
     "packed_block": packed_block,
     "packed_linear": packed_linear,
     "prune_attention": prune_attention,
+    "rotate": no_products,
+    "rotate_backward": no_products,
     "scatter_tokens": no_products,
     "score_tokens": score_tokens,
     "score_tokens_backward": score_tokens_backward,
@@ -107,6 +109,11 @@ FORMULAS: dict[str, Formula] = {
 def linear_pointwise(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     """Of oneDNN, which sait calls for linear layers on a CPU; torch has no formula for it."""
     return 2 * math.prod(x.shape[:-1]) * weight.numel()
+
+
+def _matrices(gated: bool) -> int:
+    """A gate is one more weight of the same shape."""
+    return 2 if gated else 1
 
 
 def _width(q: Tensor) -> int:

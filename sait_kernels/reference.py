@@ -10,6 +10,7 @@ from sait_kernels.ops.packed_linear import pack_linear_reference as pack_linear
 from sait_kernels.ops.packed_linear import packed_block_reference as packed_block
 from sait_kernels.ops.packed_linear import packed_linear_reference as packed_linear
 from sait_kernels.ops.prune_attention import prune_attention_reference as prune_attention
+from sait_kernels.ops.rotate import rotate_reference as rotate
 from sait_kernels.ops.score_tokens import score_tokens_reference as score_tokens
 from sait_kernels.ops.select import select_mass_reference as select_mass
 from sait_kernels.ops.select import select_topk_reference as select_topk
@@ -24,6 +25,7 @@ __all__ = [
     "packed_block",
     "packed_linear",
     "prune_attention",
+    "rotate",
     "scatter_tokens",
     "score_tokens",
     "select_mass",

@@ -49,6 +49,9 @@ def register_op(op: str, fake: Callable[..., Any], file: str) -> None:
             _gradients.impl(op, _kernel(module, op), "CUDA")
     for namespace in _holding(op):
         torch.library.register_fake(f"{namespace}::{op}", fake)
+        if op.endswith("_backward"):
+            refuse = functools.partial(_refuse_second, op.removesuffix("_backward"))
+            torch.library.register_autograd(f"{namespace}::{op}", refuse)
 
 
 def register_backward(op: str, backward: Callable[..., Any], context: Callable[..., None]) -> None:
@@ -56,6 +59,13 @@ def register_backward(op: str, backward: Callable[..., Any], context: Callable[.
     for namespace in _holding(op):
         formula = functools.partial(backward, getattr(torch.ops, namespace))
         torch.library.register_autograd(f"{namespace}::{op}", formula, setup_context=context)
+
+
+def _refuse_second(op: str, *_: Any) -> None:
+    raise RuntimeError(
+        f"{op}: its kernels have no second derivative. Use `with sait_kernels.backend(\"reference\")` around the "
+        "forward, which is plain torch and has derivatives of any order."
+    )
 
 
 def has_kernel(op: str, key: str) -> bool:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import sait_kernels as sk
 
+POSITIONS = 2048  # of the rotary table: more than any image has rows
+
 
 @dataclass
 class Batch:
@@ -86,6 +88,12 @@ def run_everything(batch: Batch, keep: float = 0.45, mass: float = 0.8) -> dict[
         out, chosen = sk.prune_attention(q, k, v, cu, longest, **rule)
         note(name, chosen.cu_seqlens, out, **qkv)
         note_selection(name, chosen)
+
+    positions = torch.arange(batch.qkv[0].shape[0], dtype=torch.int32) - starts - 1  # an image's first row has none
+    (table,) = leaves(randn(POSITIONS, 2 * q.shape[2], seed=6))
+    for pairs in (False, True):
+        rotated = torch.cat(sk.rotate(q, k, positions, table, pairs=pairs), 1)
+        note(f"rotate {'pairs' if pairs else 'halves'}", cu, rotated, q=(q, cu), k=(k, cu), table=(table, None))
 
     x, y = leaves(batch.x, batch.x[selection.indices.long()].sin())
     C = x.shape[1]

@@ -131,3 +131,31 @@ def add_norms(dtype: torch.dtype) -> list[Callable[..., tuple[Tensor, Tensor]]]:
         return tuple(t[rows.argsort()][:, order.argsort()] for t in results)
 
     return [functools.partial(in_another_order, seed) for seed in range(16 if dtype == torch.float32 else 1)]
+
+
+def rotation(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, pairs: bool = False) -> tuple[Tensor, Tensor]:
+    """In the dtype of q, as timm does it."""
+    rows = table.to(q.dtype)[..., positions.long().clamp_min(0), :]
+    sin, cos = (rows[:, None] if table.dim() == 2 else rows.transpose(0, 1)).chunk(2, -1)
+
+    def turned(x: Tensor) -> Tensor:
+        if pairs:
+            return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        return torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+
+    without = (positions < 0)[:, None, None]
+    return tuple(torch.where(without, x, x * cos + turned(x) * sin) for x in (q, k))
+
+
+def rotations(dtype: torch.dtype) -> list[Callable[..., tuple[Tensor, Tensor]]]:
+    """What rotate is measured by: see attentions. Rows and heads, over which a table's gradient sums, change order."""
+
+    def in_another_order(
+        seed: int, q: Tensor, k: Tensor, positions: Tensor, table: Tensor, pairs: bool
+    ) -> tuple[Tensor, Tensor]:
+        rows, heads = _order(q.shape[0], seed), _order(q.shape[1], seed)
+        q, k = q[rows][:, heads], k[rows][:, heads]
+        results = rotation(q, k, positions[rows], table if table.dim() == 2 else table[heads], pairs)
+        return tuple(t[rows.argsort()][:, heads.argsort()] for t in results)
+
+    return [functools.partial(in_another_order, seed) for seed in range(16 if dtype == torch.float32 else 1)]

@@ -114,6 +114,13 @@ PYTHON = (
         f"{LINEAR} -k 'triton and test_norm_linear'",
     ),
     Fault(
+        "norm_linear: the gate's rows lie as far apart as the weight's",
+        "sait_kernels/triton/norm_linear.py",
+        "load_weight(p_gate, o_j, k + o_k, s_gate, m_j, m_k)",
+        "load_weight(p_gate, o_j, k + o_k, s_weight, m_j, m_k)",
+        f"{LINEAR} -k 'triton and test_activations'",
+    ),
+    Fault(
         "cls_value: the first patch is left out of the sum that is shared out",
         "sait_kernels/triton/score_tokens.py",
         "first + tl.arange(0, COLUMNS) >= num_prefix, b_u",
@@ -185,10 +192,17 @@ PYTHON = (
     ),
     Fault(
         "norm_linear's gradient: that of the tanh form of GELU",
-        "sait_kernels/ops/norm_linear.py",
-        "grad = torch.ops.aten.gelu_backward(grad, before)",
-        'grad = torch.ops.aten.gelu_backward(grad, before, approximate="tanh")',
+        "sait_kernels/activation.py",
+        "return torch.ops.aten.gelu_backward(grad, x)",
+        'return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")',
         f"{LINEAR} -k 'cpu and test_norm_linear'",
+    ),
+    Fault(
+        "norm_linear's gradient: the gate's, without what it multiplies",
+        "sait_kernels/ops/norm_linear.py",
+        "derivative(grad * linear(weight, bias), gates)",
+        "derivative(grad, gates)",
+        f"{LINEAR} -k 'cpu and test_activations'",
     ),
     Fault(
         "packed_block: the shape for the compiler has the rows from before the selection",
@@ -465,6 +479,20 @@ CPU = (
         f"{PACKED} -k 'gathered or stay'",
     ),
     Fault(
+        "packed_linear: a gated layer has as many blocks of columns as one without a gate",
+        "csrc/cpu/packed_linear.cpp",
+        "return packed_blocks(p.outputs, p.gated);",
+        "return packed_blocks(p.outputs, false);",
+        f"{PACKED} -k gated",
+    ),
+    Fault(
+        "packed_linear, GELU's tanh form: two digits of a coefficient are swapped",
+        "csrc/cpu/activation.h",
+        "0.102943239f",
+        "0.102934239f",
+        f"{PACKED} -k 'activations or far_out'",
+    ),
+    Fault(
         "products: where four rows are left over, three are computed",
         "csrc/cpu/gemm.h",
         "case 4: return tile(Int<4>{}, i);",
@@ -512,6 +540,13 @@ CPU = (
         "packed.size(0) == blocks && packed.size(1) == depth &&",
         "packed.size(0) == blocks &&",
         f"{PACKED} -k bad",
+    ),
+    Fault(
+        "packed_block: the hidden layer's norm has the eps of the one before fc1",
+        "csrc/ops/packed_linear.cpp",
+        ".eps = hidden_eps,",
+        ".eps = eps,",
+        f"{PACKED} -k inner_norm",
     ),
 )
 

@@ -60,6 +60,10 @@ def good(rng: random.Random, op: str) -> Arguments:
     if op == "scatter_tokens":
         base = rng.choice((None, randn(T, C, dtype=dtype)))
         return {"y": randn(S, C, dtype=dtype), "selection": selection, "total": T, "base": base}
+    if op == "rotate":
+        table = randn(9, 2 * D) if rng.random() < 0.5 else randn(9, H, 2 * D).transpose(0, 1)
+        positions = torch.randint(-1, 9, (T,), dtype=torch.int32)
+        return {"q": heads["q"], "k": heads["k"], "positions": positions, "table": table, "pairs": rng.random() < 0.5}
     vectors = {name: randn(C, dtype=rng.choice(KERNEL_DTYPES)) for name in ("weight", "bias", "gamma")}
     rows = {"x": randn(T, C, dtype=dtype), "y": randn(S, C, dtype=dtype)}
     return {**rows, "selection": selection, **vectors, "eps": 1e-6}
@@ -74,6 +78,7 @@ OPS = (
     "gather_tokens",
     "scatter_tokens",
     "gather_add_norm",
+    "rotate",
 )
 
 
@@ -98,7 +103,11 @@ def at_most_one(rng: random.Random, names: list[str]) -> list[str]:
 
 
 def change_to_stranger(rng: random.Random, op: str, arguments: Arguments) -> bool:
-    names = [n for n in (*HEADS, *ROWS, *VECTORS, "scores", "cu_seqlens", "selection") if n in arguments]
+    names = [
+        n
+        for n in (*HEADS, *ROWS, *VECTORS, "scores", "cu_seqlens", "selection", "positions", "table")
+        if n in arguments
+    ]
     for name in at_most_one(rng, names):
         arguments[name] = rng.choice(STRANGERS)
     return not names
@@ -116,7 +125,7 @@ def change_rank(rng: random.Random, op: str, arguments: Arguments) -> bool:
     for name in at_most_one(rng, plain_names(arguments)):
         value = arguments[name]
         arguments[name] = rng.choice((value.unsqueeze(0), value.unsqueeze(-1)))
-        return False
+        return name == "table"  # of a table for each head ``fits`` judges
     return True
 
 
@@ -127,6 +136,8 @@ def change_dtype(rng: random.Random, op: str, arguments: Arguments) -> bool:
     name, dtype = rng.choice(names), rng.choice((*KERNEL_DTYPES, *OTHER_DTYPES))
     value = arguments[name]
     arguments[name] = value.to(dtype)
+    if name == "positions":
+        return dtype in (torch.int32, torch.int64)
     # Of one floating-point type for another, ``fits`` judges: it depends on the other arguments.
     return dtype == value.dtype or (dtype in KERNEL_DTYPES and value.is_floating_point() and name != "scores")
 
@@ -209,6 +220,16 @@ def change_offsets(rng: random.Random, op: str, arguments: Arguments) -> bool:
     return True
 
 
+def change_positions(rng: random.Random, op: str, arguments: Arguments) -> bool:
+    """``fits`` judges the values."""
+    for name in plain_names(arguments, ("positions",)):
+        value = arguments[name]
+        if value.dtype == torch.int32 and value.dim() == 1 and len(value):
+            arguments[name] = value = value.clone()
+            value[rng.randrange(len(value))] = rng.choice((-1, 0, 5, 8, 9, -2, INT32, -INT32 - 1))
+    return True
+
+
 def change_selection(rng: random.Random, op: str, arguments: Arguments) -> bool:
     selection = arguments.get("selection")
     plain = isinstance(selection, sk.Selection) and isinstance(selection.indices, Tensor)
@@ -285,6 +306,7 @@ CHANGES: tuple[Callable[[random.Random, str, Arguments], bool], ...] = (
     change_values,
     change_offsets,
     change_offsets,
+    change_positions,
     change_selection,
     change_selection,
     change_number,

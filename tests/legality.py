@@ -22,6 +22,8 @@ def fits(op: str, a: Arguments) -> bool:
         return False
     if op in ("gather_tokens", "scatter_tokens", "gather_add_norm"):
         return op != "gather_add_norm" or (math.isfinite(a["eps"]) and a["eps"] > 0)
+    if op == "rotate":
+        return rotary_fits(a)
     rows = len(a["scores"] if "scores" in a else a["q"])
     offsets, num_prefix = a["cu_seqlens"].tolist(), a.get("num_prefix", 0)
     if not offsets or offsets[0] != 0 or offsets[-1] > rows or num_prefix < 0 or a["max_seqlen"] < 0:
@@ -42,7 +44,8 @@ def shapes_fit(op: str, a: Arguments) -> bool:
     heads = {(a[name].shape, a[name].dtype) for name in HEADS if isinstance(a.get(name), Tensor)}
     if heads:
         ((_, H, D), _) = next(iter(heads))
-        return len(heads) == 1 and H >= 1 and D % 8 == 0 and 8 <= D <= 256
+        sizes_fit = D % 2 == 0 and D >= 2 if op == "rotate" else D % 8 == 0 and 8 <= D <= 256
+        return len(heads) == 1 and H >= 1 and sizes_fit
     if op == "scatter_tokens" and a["base"] is not None:
         return a["base"].shape == (a["total"], a["y"].shape[1]) and a["base"].dtype == a["y"].dtype
     if op == "gather_add_norm":
@@ -51,12 +54,23 @@ def shapes_fit(op: str, a: Arguments) -> bool:
     return True
 
 
+def rotary_fits(a: Arguments) -> bool:
+    table, (T, H, D) = a["table"], a["q"].shape
+    if table.dim() not in (2, 3) or str(table.dtype) != "torch.float32":
+        return False
+    if table.shape[-1] != 2 * D or (table.dim() == 3 and table.shape[0] != H):
+        return False
+    return len(a["positions"]) == T and all(-1 <= at < table.shape[-2] for at in a["positions"].tolist())
+
+
 def strides_fit(a: Arguments) -> bool:
     for name, value in a.items():
-        if isinstance(value, Tensor) and name in (*HEADS, *ROWS):
+        if isinstance(value, Tensor) and name in (*HEADS, *ROWS, "table"):
             if value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:
                 return False
-        elif isinstance(value, Tensor) and name == "cu_seqlens" and not value.is_contiguous():
+        elif isinstance(value, Tensor) and name == "positions" and str(value.dtype) == "torch.int64":
+            continue  # converted
+        elif isinstance(value, Tensor) and name in ("cu_seqlens", "positions") and not value.is_contiguous():
             return False
     return True
 

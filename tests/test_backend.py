@@ -27,6 +27,7 @@ OPS = (
     "packed_block",
     "packed_linear",
     "prune_attention",
+    "rotate",
     "scatter_tokens",
     "score_tokens",
     "select_mass",

@@ -28,6 +28,10 @@ def heads() -> Tensor:
     return randn(T, H, D)
 
 
+def positions(*changed: int) -> Tensor:
+    return torch.tensor([*changed, *[-1, *range(9)][len(changed) :]], dtype=torch.int32)
+
+
 def batch() -> dict[str, Any]:
     return {"cu_seqlens": cu_of(LENGTHS), "max_seqlen": 6}
 
@@ -49,6 +53,7 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
         "eps": 1e-6,
         "gamma": randn(C),
     },
+    "rotate": lambda: {"q": heads(), "k": heads(), "positions": positions(), "table": randn(9, 2 * D)},
 }
 PACKED = ("score_tokens", "select_topk", "select_mass", "compact_attention", "prune_attention")
 ATTENTION = ("score_tokens", "compact_attention", "prune_attention")
@@ -291,6 +296,35 @@ CASES = [
             bad("gather_add_norm", name, torch.empty(C, device="meta"), ValueError, "device cpu", "meta"),
         )
     ),
+    bad("rotate", "q", randn(T, C), ValueError, "(T, H, D)", "(10, 32)"),
+    bad("rotate", "q", randn(2, 5, H, D), ValueError, "(T, H, D)", "(2, 5, 2, 16)"),
+    bad("rotate", "q", heads().long(), TypeError, "float32, bfloat16 or float16", "Long"),
+    bad("rotate", "q", heads().double(), TypeError, "float32, bfloat16 or float16", "Double", "reference"),
+    bad("rotate", "q", randn(T, 0, D), ValueError, "one head", "(10, 0, 16)"),
+    bad("rotate", "q", randn(T, H, 15), ValueError, "even", "15"),
+    bad("rotate", "q", randn(T, H, 0), ValueError, "even", "0"),
+    bad("rotate", "q", randn(T, D, H).transpose(1, 2), ValueError, "contiguous last dimension", "stride 2"),
+    bad("rotate", "k", randn(T, C), ValueError, "(10, 2, 16) as q", "(10, 32)"),
+    bad("rotate", "k", randn(T, H + 1, D), ValueError, "(10, 2, 16) as q", "(10, 3, 16)"),
+    bad("rotate", "k", heads().half(), TypeError, "dtype Float as q", "Half"),
+    bad("rotate", "k", randn(T, D, H).transpose(1, 2), ValueError, "contiguous last dimension", "stride 2"),
+    bad("rotate", "k", torch.empty(T, H, D, device="meta"), ValueError, "device cpu", "meta"),
+    bad("rotate", "positions", positions()[1:], ValueError, "10, one for each row", "9"),
+    bad("rotate", "positions", positions()[None], ValueError, "1-D", "(1, 10)"),
+    bad("rotate", "positions", positions().float(), TypeError, "int32", "Float"),
+    bad("rotate", "positions", positions().repeat_interleave(2)[::2], ValueError, "contiguous", "stride 2"),
+    bad("rotate", "positions", positions(0, 9), ValueError, "[0, 9), or -1", "9 at row 1"),
+    bad("rotate", "positions", positions(0, 9).long(), ValueError, "[0, 9), or -1", "9 at row 1"),
+    bad("rotate", "positions", positions(0, 1, -2), ValueError, "[0, 9), or -1", "-2 at row 2"),
+    bad("rotate", "positions", positions().to("meta"), ValueError, "device cpu", "meta"),
+    *(bad("rotate", "pairs", value, TypeError, "True or False", repr(value)) for value in (None, 1, "halves")),
+    bad("rotate", "table", randn(9, D), ValueError, "(P, 32) or (2, P, 32)", "(9, 16)"),
+    bad("rotate", "table", randn(3, 9, 2 * D), ValueError, "(P, 32) or (2, P, 32)", "(3, 9, 32)"),
+    bad("rotate", "table", randn(2 * D), ValueError, "(P, 32) or (2, P, 32)", "(32,)"),
+    bad("rotate", "table", randn(9, 2 * D).bfloat16(), TypeError, "float32", "BFloat16"),
+    bad("rotate", "table", randn(9, 2 * D).double(), TypeError, "float32", "Double", ".float()"),
+    bad("rotate", "table", randn(9, 4 * D)[:, ::2], ValueError, "contiguous last dimension", "stride 2"),
+    bad("rotate", "table", torch.empty(9, 2 * D, device="meta"), ValueError, "device cpu", "meta"),
     *(
         bad("gather_add_norm", "eps", value, ValueError, "> 0", f"{value:.0g}")
         for value in (0.0, -1e-6, float("nan"), float("inf"))
@@ -384,6 +418,8 @@ def test_same_messages_from_the_registered_ops() -> None:
         torch.ops.sait.score_tokens_backward(randn(3), q, q, None, cu_of(LENGTHS), 6, "cls", 1, None)
     with pytest.raises(ValueError, match="gather_add_norm_backward: grad_normed: expected shape"):
         torch.ops.sait.gather_add_norm_backward(x, x[:2], x, x, weight, None, 1e-6)
+    with pytest.raises(ValueError, match="rotate_backward: grad_k: expected shape"):
+        torch.ops.sait.rotate_backward(q, q[1:], positions(), randn(9, 2 * D), False)
     with pytest.raises(ValueError, match="prune_attention: mass: expected a mass, with min_keep, max_keep or static"):
         torch.ops.sait.prune_attention(q, q, q, cu_of(LENGTHS), 6, 0.5, None, None, "cls", 1, None, 1, None, True)
     with pytest.raises(ValueError, match="select_topk: keep: expected exactly one"):

@@ -38,7 +38,13 @@ def inputs(seed: int) -> dict[str, Tensor]:
         "weight": normal(C, C) * C**-0.5,
         "vector": normal(C),
         "scores": normal(B * N).float(),
+        "table": normal(N - 1, 2 * D).float(),
     }
+
+
+def positions() -> Tensor:
+    """Of the rows of equal images, whose first has none."""
+    return torch.arange(B * N, device="cuda", dtype=torch.int32) % N - 1
 
 
 def with_selection(call: Callable[..., object]) -> Callable[..., object]:
@@ -77,6 +83,7 @@ OPS: dict[str, Callable[[dict[str, Tensor], Tensor], object]] = {
     "gather_add_norm": with_selection(
         lambda t, kept, y: sk.gather_add_norm(t["x"], y, kept, t["vector"], t["vector"], 1e-6, gamma=t["vector"])
     ),
+    "rotate": lambda t, cu: sk.rotate(*t["qkv"].unbind(1)[:2], positions(), t["table"]),
     "norm_linear": lambda t, cu: sk.norm_linear(
         t["x"], t["vector"], t["vector"], 1e-6, t["weight"], t["vector"], gelu=True
     ),

@@ -142,6 +142,10 @@ def calls() -> dict[str, Callable[[], object]]:
         kept = sk.select_topk(scores, cu, N, keep=0.5)
     x = torch.randn(B * N, H * D, device=device).bfloat16()
     y, vector, weight = x[: len(kept.indices)], x[0], torch.randn(H * D, H * D, device=device).bfloat16()
+    positions, table = (
+        torch.arange(B * N, device=device, dtype=torch.int32) % N - 1,
+        torch.randn(N, 2 * D, device=device),
+    )
     return {
         "score_tokens": lambda: sk.score_tokens(q, k, cu, N),
         "select_topk": lambda: sk.select_topk(scores, cu, N, keep=0.5),
@@ -150,6 +154,7 @@ def calls() -> dict[str, Callable[[], object]]:
         "gather_tokens": lambda: sk.gather_tokens(x, kept),
         "scatter_tokens": lambda: sk.scatter_tokens(y, kept, B * N),
         "gather_add_norm": lambda: sk.gather_add_norm(x, y, kept, vector, vector, 1e-6),
+        "rotate": lambda: sk.rotate(q, k, positions, table),
         "norm_linear": lambda: sk.norm_linear(x, vector, vector, 1e-6, weight, vector),
         "linear_residual": lambda: sk.linear_residual(y, weight, vector, x, selection=kept),
     }

@@ -40,10 +40,12 @@ def calls() -> dict[str, tuple[Callable[[], object], int]]:
     kept = sk.select_topk(normal(B * N).float(), cu, N, keep=KEEP)
     y = normal(len(kept.indices), H * D)
     whole, part = x.nbytes, y.nbytes
+    positions, table = torch.arange(B * N, device="cuda", dtype=torch.int32) % N - 1, normal(N - 1, 2 * D).float()
     return {
         "compact_attention": (lambda: sk.compact_attention(q, k, v, cu, N), 4 * whole),
         "prune_attention": (lambda: sk.prune_attention(q, k, v, cu, N, keep=KEEP), 2 * whole + 2 * part),
         "score_tokens": (lambda: sk.score_tokens(q, k, cu, N), whole),
+        "rotate": (lambda: sk.rotate(q, k, positions, table), 4 * whole),
         "gather_tokens": (lambda: sk.gather_tokens(x, kept), 2 * part),
         "gather_add_norm": (lambda: sk.gather_add_norm(x, y, kept, vector, vector, 1e-6), 4 * part),
     }

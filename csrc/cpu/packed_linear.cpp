@@ -7,6 +7,7 @@
 #define SAIT_KERNEL_FILE "cpu/packed_linear.cpp"
 #include "cpu/foreach_isa.h"
 #include "cpu/vec.h"
+#include "cpu/activation.h"
 #include "cpu/rows.h"
 #include "cpu/gemm.h"
 #include "sait/packed_linear.h"
@@ -18,30 +19,6 @@ namespace linear {
 // a part of a block of columns fit in 1 MiB of L2. 102 is a multiple of a tile's 6 rows.
 constexpr int64_t kMaxBlock = 102;
 constexpr int64_t kBlockBytes = 832 * 1024;
-
-// x Phi(x) = max(x, 0) - a Phi(-a) with a = |x|, which loses no digits where Phi(x) is nearly 0. Phi(-a) = exp(-a^2 / 2)
-// M(a), and with y = 1 / (1 + c a) M(a) is y times a polynomial of y (minimax, a <= 8): of degree 7 off by 5e-8 of its
-// value, of degree 4 by 2.4e-5. For a bfloat16 result, rounded by 2e-3, that will do, and so will 6e-5 for y.
-template <bool kBFloat16Result>
-inline Vec gelu(Vec x) {
-  constexpr float kMills7[] = {0.11961029f,  0.12104787f, 0.09807437f,  0.13463151f,
-                               -0.06514996f, 0.21880573f, -0.16443044f, 0.03741066f};
-  constexpr float kMills4[] = {0.10177416f, 0.077224231f, 0.18940949f, -0.11425918f, 0.2458631f};
-  constexpr float kHalfLog2e = 0.72134752f;
-  const Vec a = min(max(x, set(0.f) - x), set(16.f));  // beyond 16 the second term is 0, and infinity times 0 is none
-  Vec y, mills;
-  if constexpr (kBFloat16Result) {
-    y = approximate_reciprocal(fma(a, set(0.25f), set(1.f)));
-    mills = set(kMills4[4]);
-    for (int i = 3; i >= 0; --i) mills = fma(mills, y, set(kMills4[i]));
-  } else {
-    y = reciprocal(fma(a, set(0.3f), set(1.f)));
-    mills = set(kMills7[7]);
-    for (int i = 6; i >= 0; --i) mills = fma(mills, y, set(kMills7[i]));
-  }
-  const Vec tail = exp2<kBFloat16Result>(a * a * set(-kHalfLog2e)) * mills * y;
-  return max(set(0.f), x) - a * tail;  // in this order a NaN stays a NaN
-}
 
 // What products of rows of type E compute with.
 #if defined(SAIT_VEC_AVX512_BF16)
@@ -133,32 +110,48 @@ inline void prefetch_tile(const PackedLinearParams& p, int64_t first, int64_t ro
   for (int64_t t = first; t < first + rows; ++t) {
     const T* residual = residual_of<E>(p, t, column);
     const T* out = static_cast<const T*>(p.out) + t * p.outputs + column;
-    for (int64_t i = 0; i < std::min(kPackedColumns, p.outputs - column); i += kLine) {
+    for (int64_t i = 0; i < std::min(packed_outputs(p.gated), p.outputs - column); i += kLine) {
       if (residual != nullptr) __builtin_prefetch(residual + i, 0);
       __builtin_prefetch(out + i, 1);
     }
   }
 }
 
-// Bias, GELU, gamma and residual of a tile of rows from `first` and columns from `column` on.
-template <typename E>
-inline void finish(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t column, const float* tile) {
+// Bias, activation, gate, gamma and residual of a tile of rows from `first` and outputs from `column` on.
+template <typename E, Activation kActivation, bool kGated>
+void finish(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t column, const float* tile) {
   using T = typename E::type;
+  constexpr bool kBFloat16 = std::is_same_v<E, BF16>;
   const auto from_column = [=](const float* vector) { return vector == nullptr ? nullptr : vector + column; };
-  const float *bias = from_column(p.bias), *gamma = from_column(p.gamma);
-  const int64_t columns = std::min(kPackedColumns, p.outputs - column);
+  const float *bias = from_column(p.bias), *gate_bias = from_column(p.gate_bias), *gamma = from_column(p.gamma);
+  constexpr int64_t kOutputs = packed_outputs(kGated);
+  const int64_t columns = std::min(kOutputs, p.outputs - column);
   for (int64_t t = first; t < first + rows; ++t, tile += kPackedColumns) {
     const T* residual = residual_of<E>(p, t, column);
     T* out = static_cast<T*>(p.out) + t * p.outputs + column;
-    for_each_vec(columns, [=, &p](int64_t i, int n) {
-      Vec value = load(tile + i);
+    for_each_vec(columns, [=](int64_t i, int n) {
+      Vec value = load(tile + (kGated ? kOutputs : 0) + i);
       if (bias != nullptr) value = value + load_lanes<F32>(bias + i, n);
-      if (p.gelu) value = gelu<std::is_same_v<E, BF16>>(value);
+      if constexpr (kGated) {
+        Vec gate = load(tile + i);
+        if (gate_bias != nullptr) gate = gate + load_lanes<F32>(gate_bias + i, n);
+        value = activate<kActivation, kBFloat16>(gate) * value;
+      } else {
+        value = activate<kActivation, kBFloat16>(value);
+      }
       if (gamma != nullptr) value = value * load_lanes<F32>(gamma + i, n);
       if (residual != nullptr) value = value + load_lanes<E>(residual + i, n);
       store_lanes<E>(out + i, value, n);
     });
   }
+}
+
+// finish() of a layer, chosen once for all its tiles.
+template <typename E>
+auto finish_of(const PackedLinearParams& p) {
+  return visit_activation(p.activation, [&](auto activation) {
+    return p.gated ? finish<E, activation, true> : finish<E, activation, false>;
+  });
 }
 
 // Asks for a share of `size` elements: what is multiplied next comes from the outer caches, or from memory.
@@ -177,6 +170,8 @@ template <typename E>
 void multiply(const PackedLinearParams& p, int64_t first, int64_t last) {
   using P = Products<E>;
   constexpr int64_t N = kPackedColumns, kInputs = Step<P>::kInputs;
+  const int64_t outputs = packed_outputs(p.gated);
+  const auto finish_tile = finish_of<E>(p);
   const int64_t depth = packed_depth(p.inputs, p.dtype), parts = parts_of_sum<P>(depth);
   const Rows<P> rows = load_rows<E, P>(p, depth);
   const int64_t tile_rows = (p.rows + kTileRows - 1) / kTileRows;
@@ -190,11 +185,11 @@ void multiply(const PackedLinearParams& p, int64_t first, int64_t last) {
       for (int64_t i = 0; i < p.rows; i += kTileRows) {
         const int64_t count = std::min<int64_t>(kTileRows, p.rows - i);
         float* tile = tiles + (parts == 1 ? 0 : i * N);
-        if (part == parts - 1) prefetch_tile<E>(p, i, count, b * N);
+        if (part == parts - 1) prefetch_tile<E>(p, i, count, b * outputs);
         if (more) prefetch_share(next, (to - from) * N, i / kTileRows, tile_rows);
         gemm<P>(count, N, to - from, rows.data + i * rows.stride + from, rows.stride, columns + from * N, N * kInputs,
                 tile, N, part > 0);
-        if (part == parts - 1) finish<E>(p, i, count, b * N, tile);
+        if (part == parts - 1) finish_tile(p, i, count, b * outputs, tile);
       }
     }
   }
@@ -232,15 +227,17 @@ struct Blocks {
 };
 
 // Few rows are shared out by columns: a weight that comes from memory then goes to one thread, not to all.
-inline bool goes_by_columns(int64_t rows, int64_t outputs) {
-  return rows <= num_threads() * kMaxBlock && packed_blocks(outputs) % num_threads() == 0;
+inline bool goes_by_columns(int64_t rows, int64_t blocks) {
+  return rows <= num_threads() * kMaxBlock && blocks % num_threads() == 0;
 }
+
+inline int64_t blocks_of(const PackedLinearParams& p) { return packed_blocks(p.outputs, p.gated); }
 
 // An element is one sum in one order, so no bit of it depends on who computes it.
 template <typename E>
 void packed_linear(const PackedLinearParams& p) {
-  const int64_t columns = packed_blocks(p.outputs), threads = num_threads();
-  const bool by_columns = goes_by_columns(p.rows, p.outputs);
+  const int64_t columns = blocks_of(p), threads = num_threads();
+  const bool by_columns = goes_by_columns(p.rows, columns);
   const Blocks blocks(p.rows, p.inputs * sizeof(typename Products<E>::type), by_columns ? 1 : threads);
   const int64_t groups = by_columns ? threads : std::clamp<int64_t>(threads / blocks.count, 1, columns);
   parallel_for(groups * blocks.count, 1, [&](int64_t begin, int64_t end) {
@@ -272,17 +269,18 @@ template <typename E>
 void packed_block(const PackedBlockParams& p) {
   using T = typename E::type;
   const int64_t rows = p.proj.rows, channels = p.fc1.inputs, hidden = p.fc1.outputs;
-  if (goes_by_columns(rows, channels) && goes_by_columns(rows, hidden)) {
+  if (goes_by_columns(rows, blocks_of(p.proj)) && goes_by_columns(rows, blocks_of(p.fc1))) {
     const Layers<E> layers(p, 0, rows, scratch<T, 2>(rows * hidden));
     for (const PackedLinearParams* layer : {&layers.proj, &layers.fc1, &layers.fc2}) packed_linear<E>(*layer);
     return;
   }
-  const Blocks blocks(rows, (channels + hidden) * sizeof(typename Products<E>::type), num_threads());
+  const int64_t normed = p.fc2.norm_weight == nullptr ? 0 : hidden;  // lies beside the hidden rows
+  const Blocks blocks(rows, (channels + hidden + normed) * sizeof(typename Products<E>::type), num_threads());
   parallel_for(blocks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const Layers<E> layers(p, blocks.first(block), blocks.rows_of(block), scratch<T, 2>(kMaxBlock * hidden));
       for (const PackedLinearParams* layer : {&layers.proj, &layers.fc1, &layers.fc2}) {
-        multiply<E>(*layer, 0, packed_blocks(layer->outputs));
+        multiply<E>(*layer, 0, blocks_of(*layer));
       }
     }
   });
@@ -307,23 +305,28 @@ namespace {
 // T is an unsigned integer of the type's size: packing moves bits.
 template <typename T, int64_t kPair>
 void pack_blocks(const PackLinearParams& p, int64_t begin, int64_t end) {
-  const int64_t depth = packed_depth(p.inputs, p.dtype);
+  const bool gated = p.gate.data != nullptr;
+  const int64_t depth = packed_depth(p.inputs, p.dtype), outputs = packed_outputs(gated);
   for (int64_t b = begin; b < end; ++b) {
     T* block = static_cast<T*>(p.packed) + b * depth * kPackedColumns;
     std::fill(block, block + depth * kPackedColumns, T(0));
-    for (int64_t n = 0; n < std::min(kPackedColumns, p.outputs - b * kPackedColumns); ++n) {
-      const T* row = static_cast<const T*>(p.weight.data) + (b * kPackedColumns + n) * p.weight.row_stride;
-      for (int64_t k = 0; k < p.inputs; ++k) {
-        block[k / kPair * kPair * kPackedColumns + kPair * n + k % kPair] = row[k];
+    const auto pack_columns = [&](const RowView& matrix, int64_t column) {
+      for (int64_t n = 0; n < std::min(outputs, p.outputs - b * outputs); ++n) {
+        const T* row = static_cast<const T*>(matrix.data) + (b * outputs + n) * matrix.row_stride;
+        for (int64_t k = 0; k < p.inputs; ++k) {
+          block[k / kPair * kPair * kPackedColumns + kPair * (column + n) + k % kPair] = row[k];
+        }
       }
-    }
+    };
+    if (gated) pack_columns(p.gate, 0);
+    pack_columns(p.weight, gated ? outputs : 0);
   }
 }
 
 }  // namespace
 
 void pack_linear(const PackLinearParams& p) {
-  parallel_for(packed_blocks(p.outputs), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(packed_blocks(p.outputs, p.gate.data != nullptr), 1, [&](int64_t begin, int64_t end) {
     if (p.dtype == DType::kFloat32) pack_blocks<uint32_t, 1>(p, begin, end);
     else pack_blocks<uint16_t, 2>(p, begin, end);
   });

@@ -25,6 +25,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline Vec first(Vec a, int n, float rest) { return {_mm512_mask_blend_ps(lanes(n), _mm512_set1_ps(rest), a.v)}; }
+inline Vec swap_neighbours(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }  // lanes 1, 0, 3, 2, ...
 // x * 2^k for integral k
 inline Vec scale_by_power(Vec x, Vec k) { return {_mm512_scalef_ps(x.v, k.v)}; }
 inline Vec round_to_nearest(Vec a) {
@@ -88,6 +89,7 @@ inline float max(Vec a) {
 inline Vec first(Vec a, int n, float rest) {
   return {_mm256_blendv_ps(_mm256_set1_ps(rest), a.v, _mm256_castsi256_ps(lanes(n)))};
 }
+inline Vec swap_neighbours(Vec a) { return {_mm256_permute_ps(a.v, 0xb1)}; }  // lanes 1, 0, 3, 2, ...
 // x * 2^k for integral k, by two multiplications so that the smallest results do not overflow the exponent field
 inline Vec scale_by_power(Vec x, Vec k) {
   const __m256i power =
@@ -181,6 +183,9 @@ inline float sum(Vec a) { return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v
 inline float max(Vec a) { return *std::max_element(a.v, a.v + kWidth); }
 inline Vec first(Vec a, int n, float rest) {
   return map([&](int i) { return i < n ? a.v[i] : rest; });
+}
+inline Vec swap_neighbours(Vec a) {  // lanes 1, 0, 3, 2, ...
+  return map([&](int i) { return a.v[i ^ 1]; });
 }
 // x * 2^k for integral k
 inline Vec scale_by_power(Vec x, Vec k) {

@@ -115,13 +115,17 @@ inline void check_channels(const char* op, const char* name, const at::Tensor& t
 // (C,) in float32, whatever floating-point type it comes in.
 inline at::Tensor channel_vector(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
 
+inline void check_eps(const char* op, const char* name, double eps) {
+  const float eps32 = static_cast<float>(eps);
+  SAIT_CHECK_VALUE(std::isfinite(eps32) && eps32 > 0, op, name, "a finite float32 > 0", eps,
+                   "Pass the eps of the LayerNorm, such as 1e-6.");
+}
+
 // The rows and the eps of a LayerNorm.
 inline void check_norm(const char* op, const at::Tensor& rows, double eps) {
   SAIT_CHECK_VALUE(rows.size(1) >= 1, op, "x", "at least one channel", shape_of(rows),
                    "There is nothing to normalise.");
-  const float eps32 = static_cast<float>(eps);
-  SAIT_CHECK_VALUE(std::isfinite(eps32) && eps32 > 0, op, "eps", "a finite float32 > 0", eps,
-                   "Pass the eps of the LayerNorm, such as 1e-6.");
+  check_eps(op, "eps", eps);
 }
 
 // int32, 1-D, contiguous, on the device of `like`.

@@ -1,10 +1,22 @@
 // What the ops around packed_linear share: checks of a linear layer's parameters, and the call of the kernel.
 #pragma once
 
+#include <string_view>
+
 #include "ops/common.h"
 #include "sait/packed_linear.h"
 
 namespace sait {
+
+inline Activation activation_of(const char* op, std::string_view name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "quick_gelu") return Activation::kQuickGelu;
+  SAIT_CHECK_VALUE(name == "silu", op, "activation", "one of 'none', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu'",
+                   "'" << name << "'", "Choose one of them.");
+  return Activation::kSilu;
+}
 
 // The parameters of a linear layer over the rows of x, which the op calls `name`.
 inline void check_linear(const char* op, const char* name, const at::Tensor& x, const at::Tensor& weight,
@@ -15,6 +27,22 @@ inline void check_linear(const char* op, const char* name, const at::Tensor& x, 
                    "shape (O, " << x.size(1) << "), the channels of " << name << ", at least one", shape_of(weight),
                    "Pass Linear.weight.");
   if (bias) check_channels(op, "bias", *bias, x, weight.size(0));
+}
+
+// A weight's gate; `like` has their dtype.
+inline void check_gate(const char* op, const char* name, const at::Tensor& like, const at::Tensor& weight,
+                       const at::Tensor& gate) {
+  check_rows(op, "gate", gate);
+  check_same(op, "gate", gate, name, like);
+  SAIT_CHECK_VALUE(gate.sizes() == weight.sizes(), op, "gate", shape_of(weight) << " as weight", shape_of(gate),
+                   "Pass the weights of both halves of one gated layer.");
+}
+
+inline void check_gate_bias(const char* op, const std::optional<at::Tensor>& gate_bias, bool gated,
+                            const at::Tensor& like, int64_t outputs) {
+  if (!gate_bias) return;
+  SAIT_CHECK_VALUE(gated, op, "gate_bias", "a gate to add it to", "a bias alone", "Leave it out, or pass the gate.");
+  check_channels(op, "gate_bias", *gate_bias, like, outputs);
 }
 
 // A residual stream of `channels` channels with a row for each of the `rows` results, directly or by indices.
@@ -30,13 +58,15 @@ inline void check_residual(const char* op, const char* like_name, const at::Tens
                    "Take them from one block, with the selection that made " << like_name << ".");
 }
 
-at::Tensor pack_linear(const at::Tensor& weight);
+at::Tensor pack_linear(const at::Tensor& weight, const std::optional<at::Tensor>& gate = std::nullopt);
 
 // What follows and precedes the product; tensors that are left out are undefined.
 struct Around {
   at::Tensor norm_weight, norm_bias;
   double eps = 0;
-  bool gelu = false;
+  Activation activation = Activation::kNone;
+  bool gated = false;
+  at::Tensor gate_bias;
   at::Tensor residual, indices, gamma;
 };
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from sait.execution.modules import projections
 from sait.execution.optimize import runs_fused
 from sait.families import Family, family_of
 from sait.families.base import Cost, weights
@@ -185,8 +186,11 @@ def block_parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:
     for i, (block, r) in enumerate(zip(family.blocks(model), rows, strict=True)):
         view = family.view(block)
         A, C = view.width, _channels(view)
-        projections = view.qkv if isinstance(view.qkv, tuple) else (view.qkv,)
-        qkv, gate, room = sum(map(weights, projections)), weights(view.gate), r.entering if r.room is None else r.room
+        qkv, gate, room = (
+            sum(map(weights, projections(view))),
+            weights(view.gate),
+            r.entering if r.room is None else r.room,
+        )
         proj = weights(view.proj) + gate
         both_norms = r.left * 2 * C  # in: the residual stream and what is added to it; out: their sum and its norm
         attention = 2 * r.queries * r.entering * A + r.choosing
@@ -201,8 +205,8 @@ def block_parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:
             of_mlp = weights(view.mlp)
             found.append(Cost(f"{i} MLP + residual", r.left * 3 * C, of_mlp, r.left * of_mlp))
         else:
-            fc1, fc2 = weights(mlp.fc1), weights(mlp.fc2)
-            hidden = fc1 // C
+            fc1, fc2 = weights(mlp.fc1) + weights(mlp.gate), weights(mlp.fc2)
+            hidden = fc2 // C
             found.append(Cost(f"{i} fc1 + GELU", r.left * (C + hidden), fc1, r.left * fc1))
             found.append(Cost(f"{i} fc2 + residual", r.left * (hidden + 2 * C), fc2, r.left * fc2))
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import triton
@@ -34,10 +34,18 @@ TILES = {
 
 
 @functools.lru_cache
-def tiling(rows: int, columns: int, itemsize: int) -> tuple[tuple[int], dict[str, Any]]:
-    """(grid, constants and launch options) of a product with so many rows and columns. The dictionary is shared."""
-    tile = next(tile for (size, least), tile in TILES.items() if size == itemsize and rows >= least)
+def tiling(rows: int, columns: int, itemsize: int, products: int = 1) -> tuple[tuple[int], dict[str, Any]]:
+    """(grid, constants and launch options) of a product with so many rows and columns. The dictionary is shared.
+
+    A program that takes several products of its rows shares a tile's columns, and with them its registers, among them.
+    """
+    whole = next(tile for (size, least), tile in TILES.items() if size == itemsize and rows >= least)
+    tile = _share(whole, products)
     return (cdiv(rows, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_J),), tile._asdict()
+
+
+def _share(tile: Tile, products: int) -> Tile:
+    return tile._replace(BLOCK_J=tile.BLOCK_J // products)
 
 
 @triton.jit
@@ -55,9 +63,11 @@ def load_weight(p_weight, o_j, o_k, s_weight, m_j, m_k):
     return tl.load(p_weight + o_j[None, :] * s_weight + o_k[:, None], m_j[None, :] & m_k[:, None], other=0.0)
 
 
-def tile_variants(kernel: Any, flags: dict[str, bool]) -> Iterator[Variant]:
+def tile_variants(kernel: Any, flags: Mapping[str, bool | str], products: int = 1) -> Iterator[Variant]:
     """The kernel with each tile."""
+    set_flags = [(name, value) for name, value in flags.items() if value]
     for (itemsize, rows), tile in TILES.items():
         dtype = "bf16" if itemsize == 2 else "fp32"
-        label = f"{dtype} M>={rows} " + " ".join(name for name, value in flags.items() if value)
-        yield variant(kernel, label, dtype, {**flags, **tile._asdict()}, dots=itemsize == 2)
+        label = f"{dtype} M>={rows} " + " ".join(value if isinstance(value, str) else name for name, value in set_flags)
+        options = {**flags, **_share(tile, products)._asdict()}
+        yield variant(kernel, label, dtype, options, dots=itemsize == 2)

@@ -382,15 +382,24 @@ def test_full_maps(name: str) -> None:
     assert maps.prefix[1].shape == (2, P, 64)
 
 
+@pytest.mark.parametrize("name", HF)
 @torch.no_grad()
-def test_optimize_changes_nothing_yet() -> None:
-    """Three projections are no fused product: the modules run."""
-    for name in ("vit", "dinov2", "siglip"):
-        model, x = sait.sparsify(build(name), plans(name)[0]), images()
-        want = tensors(model(x))
-        for key, value in tensors(sait.optimize(model)(x)).items():
-            assert_same_bits(key, value, want[key])
-        sait.deoptimize(model)
+def test_optimized_is_as_exact(name: str, calls: list[str]) -> None:
+    plain, x, model = build(name), images(), build(name)
+    wide = copy.deepcopy(plain).double()
+    for plan in (plans(name)[0], plans(name)[3]):
+        sait.optimize(sait.sparsify(model, plan))
+        calls.clear()
+        got = tensors(model(x))
+        assert calls, "products of packed weights"
+        want, kept = oracle(wide, x.double(), plan)
+        assert zoo.kept_tokens(model, tokens_of(model)) == kept
+        in_torch, _ = oracle(plain, x, plan, kept)
+        for key, value in got.items():
+            assert_as_exact_as_torch(key, value, want[key], in_torch[key])
+    want = tensors(plain(x))
+    for key, value in tensors(sait.set_density(model)(x)).items():
+        assert_same_bits(f"dense: {key}", value, want[key])
 
 
 @pytest.mark.parametrize("name", HF)
@@ -402,6 +411,8 @@ def test_multiply_adds_are_those_that_torch_counts(name: str) -> None:
         sait.sparsify(model, plan or plans(name)[0])
         if plan is None:
             sait.set_density(model)
+        else:
+            sait.optimize(model)
         with FlopCounterMode(display=False) as counter:
             model(x)
         # The rotary embedding multiplies, too, but makes no product.

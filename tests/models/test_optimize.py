@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import sait
+import test_eva as eva
 import torch
 import zoo
 from helpers import assert_as_exact_as_torch, assert_same_bits
@@ -27,6 +28,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import sait_kernels as sk
 
 PLAIN = ("vit", "distilled", "registers", "layerscale_qknorm", "gap", "no_embed_class", "hybrid")
+# Other activations, gates in one layer and in two, LayerNorms inside.
+OTHER_MLPS = ("clip", "swiglu_packed", "swiglu", "scale_norms")
+ROTARY = ("dinov3", "dinov3_qkvb", "dinov3_swiglu", "eva02", "eva02_clip", "eva_clip", "pe", "rope_mixed")
 IN_INTERPRETER = (
     ("vit", STATIC),
     ("distilled", {"keep": 0.5}),
@@ -60,6 +64,70 @@ def assert_same_results(model: Any, x: Tensor, calls: list[str], ops: list[str] 
 @torch.no_grad()
 def test_same_results(name: str, density: dict[str, float], calls: list[str]) -> None:
     assert_same_results(sparse(name, **density), zoo.images(name), calls)
+
+
+@pytest.mark.parametrize("name", OTHER_MLPS)
+@torch.no_grad()
+def test_other_mlps(name: str, calls: list[str]) -> None:
+    assert_same_results(sparse(name, keep=0.5), zoo.images(name), calls)
+
+
+@full_only(lambda name: name != "swiglu_packed")
+@pytest.mark.parametrize("name", OTHER_MLPS)
+@torch.no_grad()
+def test_other_mlps_on_triton(name: str, on_triton: None, calls: list[str]) -> None:
+    assert_same_results(shortened(sparse(name, keep=0.5)), zoo.images(name), calls, FUSED)
+
+
+@pytest.mark.parametrize("name", ROTARY)
+@torch.no_grad()
+def test_rotary_models(name: str, calls: list[str]) -> None:
+    model = sait.sparsify(eva.build(name), block=1, keep=0.5)
+    assert_same_results(model, eva.images(name), calls)
+    calls.clear()
+    assert_same_results(sait.set_density(sait.deoptimize(model), mass=0.8), eva.images(name), calls)
+
+
+@full_only(lambda name: name not in ("dinov3_qkvb", "eva02_clip"))
+@pytest.mark.parametrize("name", ROTARY)
+@torch.no_grad()
+def test_rotary_models_on_triton(name: str, on_triton: None, calls: list[str]) -> None:
+    model = shortened(sait.sparsify(eva.build(name), block=1, keep=0.5))
+    projections = 3 if model.blocks[0].attn.qkv is None else 1
+    assert_same_results(model, eva.images(name), calls, ["norm_linear"] * projections + FUSED[1:])
+
+
+@torch.no_grad()
+def test_parameters_that_no_module_applies(ops: list[str], calls: list[str]) -> None:
+    """Vectors of LayerScale, biases of a projection beside it, a gate that is half of a layer: changed in place or
+    replaced, they count from the next forward on."""
+    for name in ("dinov3_qkvb", "eva02"):
+        model, x = shortened(sait.sparsify(eva.build(name), block=1, keep=1.0)), eva.images(name)
+        plain = sait.sparsify(shortened(eva.build(name)), block=1, keep=1.0)
+        sait.optimize(model)(x)
+
+        def in_place(vit: Any) -> None:
+            block = vit.blocks[1]
+            for tensor in (block.gamma_1, block.attn.q_bias, block.attn.k_bias, block.mlp.fc1.weight):
+                if tensor is not None:
+                    tensor.mul_(1.5).add_(0.1)
+
+        def replaced(vit: Any) -> None:
+            block = vit.blocks[0]
+            for owner, path in ((block, "gamma_2"), (block.attn, "v_bias"), (block.mlp.fc1, "weight")):
+                if getattr(owner, path) is not None:
+                    setattr(owner, path, torch.nn.Parameter(getattr(owner, path) * 0.5))
+
+        for change in (in_place, replaced):
+            before = model(x)
+            change(model)
+            change(plain)
+            calls.clear()
+            got = model(x)
+            assert calls, "it ran its modules"
+            assert not torch.allclose(got, before, atol=1e-2)
+            torch.testing.assert_close(got, plain(x), rtol=0, atol=2e-4)
+        calls.clear()
 
 
 @full_only(lambda name, density: name not in ("distilled", "layerscale_qknorm"))

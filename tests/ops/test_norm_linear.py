@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import sait_kernels as sk
+from sait_kernels.activation import ACTIVATIONS
 
 EPS = 1e-6
 # (rows, channels in, channels out): DeiT-S's QKV for few tokens; nothing a multiple of a tile; one row; none.
@@ -66,6 +69,55 @@ def test_norm_linear(served: str, shape: tuple[int, int, int], dtype: torch.dtyp
         assert_as_exact_as_torch(name, *results)
 
 
+def gate_inputs(K: int, O: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # noqa: E741
+    gate = among_nan((O, K + 5), dtype, 2)[:, 2 : K + 2]  # its rows lie further apart than the weight's
+    return gate.copy_(randn(O, K, seed=6)).mul_(K**-0.5), randn(O, seed=7).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(served: str, activation: str, gated: bool, dtype: torch.dtype) -> None:
+    """Values and gradients; 70 outputs fill neither a tile nor a block of packed columns."""
+
+    def ours(x: Tensor, *t: Tensor) -> Tensor:
+        gate, gate_bias = t[4:] or (None, None)
+        options = {"activation": activation, "gate": gate, "gate_bias": gate_bias}
+        return sk.norm_linear(x, *t[:2], EPS, *t[2:4], **options)
+
+    def in_torch(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *layers: Tensor) -> Tensor:
+        normed = F.layer_norm(x, x.shape[1:], norm_weight, norm_bias, EPS)
+        out, *gates = (F.linear(normed, *layer) for layer in zip(layers[::2], layers[1::2], strict=True))
+        act = ACTIVATIONS[activation]
+        return act(gates[0]) * out if gates else act(out)
+
+    inputs = (*norm_inputs(33, 100, 70, dtype), *(gate_inputs(100, 70, dtype) if gated else ()))
+    exact = gradients(in_torch, *doubles(*inputs))
+    names = ("out", "dx", "dnorm_weight", "dnorm_bias", "dweight", "dbias", "dgate", "dgate_bias")
+    for name, *results in zip(names, gradients(ours, *inputs), exact, gradients(in_torch, *inputs), strict=False):
+        assert_as_exact_as_torch(name, *results)
+
+
+def test_gelu_is_an_activation(served: str) -> None:
+    x, norm_weight, norm_bias, weight, bias = norm_inputs(9, 16, 8, torch.float32)
+    call = partial(sk.norm_linear, x, norm_weight, norm_bias, EPS, weight, bias)
+    assert_same_bits("gelu", call(gelu=True), call(activation="gelu"))
+    assert_same_bits("both", call(gelu=True), call(gelu=True, activation="gelu"))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # exp(-x) is infinite there, and NumPy says so
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_far_out(kernels: str, activation: str, scale: float) -> None:
+    """Of the bias itself, the product being 0: no overflow in between, and NaN stays NaN."""
+    bias = torch.cat([torch.linspace(-20, 20, 81) * scale, torch.tensor([torch.inf, torch.nan])])
+    zeros, weight = torch.zeros(1, 8), torch.zeros(len(bias), 8)
+    got = sk.norm_linear(zeros, zeros[0], zeros[0], EPS, weight, bias, activation=activation)[0]
+    torch.testing.assert_close(
+        got.double(), ACTIVATIONS[activation](bias.double()), rtol=1e-5, atol=1e-6, equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize("scales", [False, True])
@@ -102,6 +154,10 @@ def test_without_bias(served: str) -> None:
         sk.norm_linear(x, norm_weight, norm_bias, EPS, weight, zeros),
     )
     stream = randn(5, 8)
+    gate, _ = gate_inputs(16, 8, torch.float32)
+    gated = partial(sk.norm_linear, x, norm_weight, norm_bias, EPS, weight, gate=gate, activation="silu")
+    for given in ({"bias": zeros}, {"gate_bias": zeros}, {"bias": zeros, "gate_bias": zeros}):
+        assert_same_bits(f"gated, {list(given)}", gated(), gated(**given))
     assert_same_bits(
         "linear_residual",
         sk.linear_residual(x, weight, None, stream),
@@ -145,6 +201,12 @@ def test_rows_do_not_depend_on_each_other(served: str) -> None:
         alone = sk.norm_linear(x[7:8], norm_weight, norm_bias, EPS, weight, bias, gelu=True)
         assert_same_bits("row 7", alone, together[7:8])
     assert_same_bits("again", sk.norm_linear(x, norm_weight, norm_bias, EPS, weight, bias, gelu=True), together)
+    gate, gate_bias = gate_inputs(96, 40, torch.float32)
+    gated = partial(sk.norm_linear, weight=weight, bias=bias, gate=gate, gate_bias=gate_bias, activation="silu")
+    together = gated(x, norm_weight, norm_bias, EPS)
+    if served != "reference":
+        assert_same_bits("row 7, gated", gated(x[7:8], norm_weight, norm_bias, EPS), together[7:8])
+    assert_same_bits("again, gated", gated(x, norm_weight, norm_bias, EPS), together)
 
 
 def test_gradcheck() -> None:
@@ -163,7 +225,10 @@ def test_opcheck() -> None:
     stream, gamma = leaves(randn(20, 8), randn(8))
     indices = torch.arange(0, 18, 2, dtype=torch.int32)
     for ops in kernel_ops():
-        opcheck(ops.norm_linear.default, (x, norm_weight, norm_bias, EPS, weight, bias, True))
+        for rest in ((None, None, "gelu"), (*gate_inputs(16, 8, torch.float32), "silu")):
+            opcheck(
+                ops.norm_linear.default, (x, norm_weight, norm_bias, EPS, weight, bias, *leaves(*rest[:2]), rest[2])
+            )
         opcheck(ops.linear_residual.default, (x, weight, bias, stream, indices, gamma))
 
 
@@ -171,7 +236,8 @@ def test_compiles_once_for_any_number_of_rows(served: str) -> None:
     def fn(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # A literal: a global float is a variable at first, and the graph is built again once its value matters.
         hidden = sk.norm_linear(x, norm_weight, norm_bias, 1e-6, weight, bias, gelu=True)
-        return sk.linear_residual(hidden, weight.T.contiguous(), norm_bias, x)
+        gated = sk.norm_linear(x, norm_weight, norm_bias, 1e-6, weight, bias, gate=weight + 1, activation="silu")
+        return sk.linear_residual(hidden + gated, weight.T.contiguous(), norm_bias, x)
 
     assert_compiles_once(fn, [leaves(*norm_inputs(M, 16, 8, torch.float32)) for M in (9, 20, 31)], dynamic=True)
 
@@ -190,6 +256,29 @@ def test_compiles_once_for_any_number_of_rows(served: str) -> None:
         ),
         ({"bias": randn(5)}, ValueError, r"norm_linear: bias: expected shape \(8,\), .* got shape \(5,\)"),
         ({"bias": 3}, TypeError, "norm_linear: bias: expected a Tensor, got int"),
+        (
+            {"activation": "relu"},
+            ValueError,
+            r"norm_linear: activation: expected one of 'none', .*'silu', got 'relu'\. \S",
+        ),
+        (
+            {"gelu": True, "activation": "silu"},
+            ValueError,
+            r"norm_linear: activation: expected 'gelu', .* got 'silu'\. \S",
+        ),
+        (
+            {"gate": randn(7, 6)},
+            ValueError,
+            r"norm_linear: gate: expected shape \(8, 6\) as weight, got shape \(7, 6\)\. \S",
+        ),
+        ({"gate": randn(8, 6).half()}, TypeError, r"norm_linear: gate: expected dtype Float as x"),
+        ({"gate": randn(6, 8).T}, ValueError, r"norm_linear: gate: expected a contiguous last dimension"),
+        (
+            {"gate_bias": randn(8)},
+            ValueError,
+            r"norm_linear: gate_bias: expected a gate to add it to, got a bias alone\. \S",
+        ),
+        ({"gate": randn(8, 6), "gate_bias": randn(7)}, ValueError, r"norm_linear: gate_bias: expected shape \(8,\)"),
     ],
 )
 def test_bad_arguments(kernels: str, changes: dict[str, object], error: type[Exception], message: str) -> None:

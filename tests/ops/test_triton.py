@@ -27,10 +27,10 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, KernelInterface, create_function_from_signature
 
 import sait_kernels as sk
-from sait_kernels.triton import compact_attention, compact_attention_backward, gather_add_norm, gather_tokens
+from sait_kernels.triton import compact_attention, compact_attention_backward, gather_add_norm, gather_tokens, rotate
 from sait_kernels.triton.launch import Variant
 
-MODULES = (compact_attention, compact_attention_backward, gather_add_norm, gather_tokens)
+MODULES = (compact_attention, compact_attention_backward, gather_add_norm, gather_tokens, rotate)
 OPS = torch.ops.sait_triton
 
 
@@ -95,6 +95,7 @@ def launch_everything(lengths: tuple[int, ...], keep: float | int) -> None:
         OPS.gather_add_norm_backward(y, y, y, y, weight, weight, 1e-6)
         OPS.gather_tokens(x, rows)
         OPS.scatter_tokens(y, rows, T, x)
+        OPS.rotate(q, k, torch.full((T,), -1, dtype=torch.int32), randn(longest, 128), False)
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
@@ -103,7 +104,7 @@ def test_no_recompilation_within_a_bucket(recorders: dict[str, Recorder], bucket
     for lengths in BUCKETS[bucket]:
         for keep in (0.3, 0.5, 1.0, *([1] if min(lengths) > 1 else [])):
             launch_everything(lengths, keep)
-    assert len(recorders) == 8
+    assert len(recorders) == 9
     for name, recorder in recorders.items():
         assert len(recorder.keys) == 1, f"{name}: {len(recorder.keys)} compilations: {recorder.keys}"
 

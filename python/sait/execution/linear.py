@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sait.execution.modules import is_gelu_mlp, is_linear, is_untouched
+from sait.execution.modules import activation_of, has_no_norm, is_linear, is_plain_mlp, is_untouched
 from sait.execution.watch import HOOKS
-from sait.families.base import Family
+from sait.families.base import Family, FeedForward, LinearParameters
+from sait_kernels.backend import in_forward_mode
 
 
 def linear(module: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,11 +35,17 @@ def mlp(module: nn.Module, x: Tensor, family: Family) -> Tensor:
     if module.training or not _fuses(x):
         return module(x)
     parts = family.feed_forward(module)
-    if parts is None or not (is_gelu_mlp(module, family) and is_untouched(module)):
+    if parts is None or not (_is_gelu_mlp(parts, family) and is_untouched(module)):
         return module(x)
     if not x.dtype == parts.fc1.weight.dtype == parts.fc2.weight.dtype:
         return module(x)
     return _fused(parts.fc2, _fused(parts.fc1, x, "gelu"))
+
+
+def _is_gelu_mlp(mlp: FeedForward, family: Family) -> bool:
+    """fc1, erf-GELU, fc2: what oneDNN fuses."""
+    plain = mlp.gate is None and has_no_norm(mlp) and activation_of(mlp.act, family) == "gelu"
+    return plain and is_plain_mlp(mlp, family)
 
 
 def _fuses(x: Tensor) -> bool:
@@ -47,6 +54,7 @@ def _fuses(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_grad_enabled()
+        and not in_forward_mode()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
@@ -54,9 +62,11 @@ def _fuses(x: Tensor) -> bool:
     )
 
 
-def _is_plain(module: Any) -> bool:
+def _is_plain(layer: Any) -> bool:
     """A linear layer, and nobody listening."""
-    return is_linear(module) and not any(getattr(module, hooks) for hooks in HOOKS)
+    if type(layer) is LinearParameters:
+        return is_linear(layer)
+    return is_linear(layer) and not any(getattr(layer, hooks) for hooks in HOOKS)
 
 
 def _fused(module: Any, x: Tensor, activation: str = "none", bias: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ do; where it is not, they run as they are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +16,23 @@ from torch import Tensor, nn
 
 import sait_kernels as sk
 from sait.execution.block import Block
-from sait.execution.modules import gamma_of, is_plain_block, lies_in_rows
+from sait.execution.modules import (
+    activation_of,
+    gamma_of,
+    has_no_norm,
+    is_plain_block,
+    lies_in_rows,
+    projections,
+)
 from sait.execution.plain import PlainBlock
 from sait.execution.watch import Watch, WatchOfParameters
-from sait.families.base import BlockView, Family
+from sait.families.base import BlockView, Family, FeedForward, LinearParameters
 from sait.methods.base import After
 from sait.methods.fusion import Attended
 from sait.state import is_exporting, sparse_family, state_of
 from sait.tokens import Tokens
 from sait_kernels import Selection
-from sait_kernels.backend import forced_backend, refusal
+from sait_kernels.backend import forced_backend, in_forward_mode, refusal
 
 FUSED_OPS = ("norm_linear", "linear_residual")
 HOLDER = "_sait_optimized"  # the attribute of a block that optimize sets
@@ -54,9 +61,10 @@ def optimize(model: Any) -> Any:
     Where a timm model's head reads prefix tokens only (class token pooling, distilled heads), its last block computes
     these alone: for them the others are keys and values. ``forward_features`` returns them all.
 
-    This serves blocks of LayerNorm and erf-GELU in plain inference: eval mode, no gradient, no autocast, no
-    torch.export. Blocks with gates, rotary positions, hooks or changed modules run their modules, and so does a dense
-    model (set_density without arguments), which is the unpatched one bit for bit; keep=1.0 keeps all tokens in fused
+    This serves blocks of LayerNorm and an MLP of GELU (erf, tanh or quick) or SiLU, gated or not, with a LayerNorm
+    inside or not, with rotary positions or without, in plain inference: eval mode, no gradient, no autocast, no
+    torch.export. Blocks with gated attention, hooks or changed modules run their modules, and so does a dense model
+    (set_density without arguments), which is the unpatched one bit for bit; keep=1.0 keeps all tokens in fused
     products.
 
     >>> import sait, timm
@@ -103,19 +111,24 @@ class Products:
 
     is_fused = True
 
-    def __init__(self, view: BlockView) -> None:
-        self.scale, self._heads = view.scale, (3, view.heads, view.head_dim)
+    def __init__(self, view: BlockView, mlp: FeedForward, family: Family) -> None:
+        self.scale, self._heads, self._turns_pairs = view.scale, (view.heads, view.head_dim), view.rotates == "pairs"
         self._q_norm, self._k_norm, self._norm = (
             None if type(norm) is nn.Identity else norm for norm in (view.q_norm, view.k_norm, view.norm)
         )
+        self._activation: Any = activation_of(mlp.act, family)
 
     def qkv(self, tokens: Tokens, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
         """q, k and v (T, H, D)."""
-        assert table is None, "is_plain_block takes no rotary blocks"
-        qkv = self.project(tokens.packed)
-        q, k, v = qkv.view(qkv.shape[0], *self._heads).unbind(1)
+        projected = self.project(tokens.packed)
+        if len(projected) == 1:
+            q, k, v = projected[0].view(projected[0].shape[0], 3, *self._heads).unbind(1)
+        else:
+            q, k, v = (t.view(t.shape[0], *self._heads) for t in projected)
         q = q if self._q_norm is None else self._q_norm(q)
         k = k if self._k_norm is None else self._k_norm(k)
+        if table is not None:
+            q, k = sk.rotate(q, k, tokens.positions, table, pairs=self._turns_pairs)
         return q, k, v, None
 
     def finish(self, attended: Attended, normed: Tensor | None, tokens: Tokens, after: After | None) -> Tokens:
@@ -128,8 +141,8 @@ class Products:
             return tokens.with_x(x.view(tokens.x.shape))
         return tokens.keep(selection, x, attended.ragged)
 
-    def project(self, x: Tensor) -> Tensor:
-        """(T, C) -> (T, 3 A): qkv(norm1(x))."""
+    def project(self, x: Tensor) -> list[Tensor]:
+        """(T, C) -> qkv(norm1(x)): (T, 3 A), or q, k and v, (T, A) each."""
         raise NotImplementedError
 
     def close(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
@@ -140,60 +153,80 @@ class Products:
 class PackedBlock(Products):
     """On a CPU: products of packed weights, and of vectors in float32, as they are when this is made."""
 
-    def __init__(self, view: BlockView, family: Family) -> None:
-        super().__init__(view)
-        mlp = family.feed_forward(view.mlp)
-        assert mlp is not None
-        self.dtype = view.qkv.weight.dtype
-        self._qkv, self._qkv_features = _packed(view.qkv), view.qkv.weight.shape[0]
+    def __init__(self, view: BlockView, mlp: FeedForward, family: Family) -> None:
+        super().__init__(view, mlp, family)
+        layers = projections(view)
+        self.dtype = layers[0].weight.dtype
+        qkv = layers[0] if len(layers) == 1 else _side_by_side(layers)
+        bias = qkv.bias if view.qkv_bias is None else view.qkv_bias
+        self._qkv, self._qkv_features = _packed(qkv.weight, bias), qkv.weight.shape[0]
         self._norm1 = _norm_in_float(view.norm1)
         self._layers: dict[str, Any] = {
-            "proj": _packed(view.proj),
+            "proj": _packed(view.proj.weight, view.proj.bias),
             "norm": _norm_in_float(view.norm2),
-            "fc1": _packed(mlp.fc1),
-            "fc2": _packed(mlp.fc2),
+            "fc1": _packed(mlp.fc1.weight, mlp.fc1.bias, mlp.gate),
+            "fc2": _packed(mlp.fc2.weight, mlp.fc2.bias),
             "hidden_features": mlp.fc1.weight.shape[0],
             "gamma1": _float(gamma_of(view.scale1, family)),
             "gamma2": _float(gamma_of(view.scale2, family)),
+            "activation": self._activation,
+            "hidden_norm": None if has_no_norm(mlp) else _norm_in_float(mlp.norm),
         }
 
-    def project(self, x: Tensor) -> Tensor:
-        return sk.packed_linear(x, self._qkv.packed, self._qkv_features, self._qkv.bias, norm=self._norm1)
+    def project(self, x: Tensor) -> list[Tensor]:
+        return [sk.packed_linear(x, self._qkv.packed, self._qkv_features, self._qkv.bias, norm=self._norm1)]
 
     def close(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
         return sk.packed_block(out, x, selection=selection, **self._layers)
 
 
 class FusedBlock(Products):
-    """On a GPU: products of the modules' own weights, so there is nothing to keep up to date."""
+    """On a GPU: products of the modules' own weights, so there is nothing to keep up to date but what is made of
+    several parameters, or of a part of one."""
 
-    def __init__(self, view: BlockView, family: Family) -> None:
-        super().__init__(view)
-        mlp = family.feed_forward(view.mlp)
-        assert mlp is not None
-        self._norm1, self._eps1, self._qkv = _parameters(view.norm1), view.norm1.eps, _parameters(view.qkv)
-        self._norm2, self._eps2, self._proj = _parameters(view.norm2), view.norm2.eps, _parameters(view.proj)
-        self._fc1, self._fc2 = _parameters(mlp.fc1), _parameters(mlp.fc2)
-        (self._scale1, self._gamma1), (self._scale2, self._gamma2) = (
-            (_parameters(scale), family.scales.get(type(scale), "")) for scale in (view.scale1, view.scale2)
+    def __init__(self, view: BlockView, mlp: FeedForward, family: Family) -> None:
+        super().__init__(view, mlp, family)
+        self._norm1, self._eps1 = _parameters(view.norm1), view.norm1.eps
+        self._norm2, self._eps2 = _parameters(view.norm2), view.norm2.eps
+        self._qkv, self._qkv_bias = [_parameters(layer) for layer in projections(view)], view.qkv_bias
+        self._proj, self._fc1, self._fc2 = (_parameters(layer) for layer in (view.proj, mlp.fc1, mlp.fc2))
+        self._gate = {} if mlp.gate is None else _parameters(mlp.gate)
+        self._hidden_norm = None if has_no_norm(mlp) else mlp.norm
+        self._scale1, self._gamma1 = _scale(view.scale1, family)
+        self._scale2, self._gamma2 = _scale(view.scale2, family)
+        # Whether everything here is a module's own dictionary, in which a replaced parameter shows.
+        layers = (*projections(view), view.proj, mlp.fc1, mlp.fc2, mlp.gate)
+        self.follows = view.qkv_bias is None and not any(
+            isinstance(part, (LinearParameters, Tensor)) for part in (*layers, view.scale1, view.scale2)
         )
 
     def are_plain(self) -> bool:
         """Whether the parameters, too, still are what is_plain_block asks for."""
-        linears = (self._qkv, self._proj, self._fc1, self._fc2)
+        linears = (*self._qkv, self._proj, self._fc1, self._fc2, *([self._gate] if self._gate else []))
         return all([lies_in_rows(own.get("weight")) for own in linears]) and not any(
             [own.get(name) is None for own in (self._norm1, self._norm2) for name in ("weight", "bias")]
         )
 
-    def project(self, x: Tensor) -> Tensor:
-        norm, qkv = self._norm1, self._qkv
-        return sk.norm_linear(x, norm["weight"], norm["bias"], self._eps1, qkv["weight"], qkv["bias"])
+    def project(self, x: Tensor) -> list[Tensor]:
+        norm, bias = self._norm1, self._qkv_bias
+        return [
+            sk.norm_linear(
+                *(x, norm["weight"], norm["bias"], self._eps1, layer["weight"]), layer["bias"] if bias is None else bias
+            )
+            for layer in self._qkv
+        ]
 
     def close(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
-        norm, proj, fc1, fc2 = self._norm2, self._proj, self._fc1, self._fc2
+        norm, proj, fc1, fc2, gate = self._norm2, self._proj, self._fc1, self._fc2, self._gate
         gamma1, gamma2 = self._scale1.get(self._gamma1), self._scale2.get(self._gamma2)
         x = sk.linear_residual(out, proj["weight"], proj["bias"], x, selection=selection, gamma=gamma1)
-        hidden = sk.norm_linear(x, norm["weight"], norm["bias"], self._eps2, fc1["weight"], fc1["bias"], gelu=True)
+        hidden = sk.norm_linear(
+            *(x, norm["weight"], norm["bias"], self._eps2, fc1["weight"], fc1["bias"]),
+            activation=self._activation,
+            gate=gate.get("weight"),
+            gate_bias=gate.get("bias"),
+        )
+        hidden = hidden if self._hidden_norm is None else self._hidden_norm(hidden)
         return sk.linear_residual(hidden, fc2["weight"], fc2["bias"], x, gamma=gamma2)
 
 
@@ -203,7 +236,7 @@ class Optimized:
     def __init__(self) -> None:
         # One assignment each, so that threads that share a model see products and their own watch.
         self._packed: tuple[PackedBlock, Watch, WatchOfParameters] | None = None
-        self._fused: tuple[FusedBlock, Watch] | None = None
+        self._fused: tuple[FusedBlock, Watch, WatchOfParameters | None] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Optimized, ()  # a copy of the model packs for itself
@@ -211,37 +244,54 @@ class Optimized:
     def packed(self, block: Any, family: Family, x: Tensor) -> PackedBlock | None:
         made = self._packed
         if made is None or not (made[1].unchanged(block) and made[2].unchanged()):
-            view = plain_view(block, family)
+            found = plain_parts(block, family)
             made = None
-            if view is not None and (view.qkv.weight.device, view.qkv.weight.dtype) == (x.device, x.dtype):
-                made = (PackedBlock(view, family), Watch(block, HOLDER), WatchOfParameters(block))
+            if found is not None and _are_all(found, x):
+                made = (PackedBlock(*found, family), Watch(block, HOLDER), WatchOfParameters(block))
             self._packed = made
         return None if made is None or made[0].dtype != x.dtype else made[0]
 
     def traced(self, block: Any, family: Family, x: Tensor) -> FusedBlock | None:
-        view = plain_view(block, family)  # the guards of compiled code are the watch
-        return None if view is None else FusedBlock(view, family)
+        found = plain_parts(block, family)  # the guards of compiled code are the watch
+        return None if found is None else FusedBlock(*found, family)
 
     def fused(self, block: Any, family: Family, x: Tensor) -> FusedBlock | None:
         made = self._fused
-        if made is None or not (made[1].unchanged(block) and made[0].are_plain()):
-            view = plain_view(block, family)
-            made = self._fused = None if view is None else (FusedBlock(view, family), Watch(block, HOLDER))
+        if (
+            made is not None
+            and made[1].unchanged(block)
+            and made[0].are_plain()
+            and (not made[2] or made[2].unchanged())
+        ):
+            return made[0]
+        found = plain_parts(block, family)
+        made = None
+        if found is not None:
+            products = FusedBlock(*found, family)
+            made = (products, Watch(block, HOLDER), None if products.follows else WatchOfParameters(block))
+        self._fused = made
         return None if made is None else made[0]
 
 
 Way = Callable[[Optimized, Any, Family, Tensor], Products | None]
 
 
-def plain_view(block: Any, family: Family) -> BlockView | None:
+def plain_parts(block: Any, family: Family) -> tuple[BlockView, FeedForward] | None:
     """The block's parts, if fused products compute the same."""
     view = family.view(block)
-    if not is_plain_block(block, view, family):
-        return None
     mlp = family.feed_forward(view.mlp)
-    assert mlp is not None
-    in_rows = all(lies_in_rows(module.weight) for module in (view.qkv, view.proj, mlp.fc1, mlp.fc2))
-    return view if in_rows else None
+    if mlp is None or not is_plain_block(block, view, mlp, family):
+        return None
+    return (view, mlp) if all(lies_in_rows(layer.weight) for layer in _linears(view, mlp)) else None
+
+
+def _linears(view: BlockView, mlp: FeedForward) -> list[Any]:
+    return [*projections(view), view.proj, mlp.fc1, mlp.fc2, *([] if mlp.gate is None else [mlp.gate])]
+
+
+def _are_all(found: tuple[BlockView, FeedForward], x: Tensor) -> bool:
+    """Whether the weights are of a tensor's type and device."""
+    return all((layer.weight.device, layer.weight.dtype) == (x.device, x.dtype) for layer in _linears(*found))
 
 
 def products_for(x: Tensor) -> Way | None:
@@ -288,16 +338,36 @@ def _is_served(op: str, x: Tensor, forced: str | None) -> bool:
 
 def _is_inference(x: Tensor) -> bool:
     """And no export: its program is for other machines and passes, which know a linear layer and not these ops."""
-    return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_exporting())
+    derives = torch.is_grad_enabled() or in_forward_mode()
+    return not (derives or torch.is_autocast_enabled(x.device.type) or is_exporting())
 
 
-def _parameters(module: Any) -> dict[str, Any]:
-    """The module's own dictionary of them."""
-    return vars(module)["_parameters"]
+def _parameters(layer: Any) -> dict[str, Any]:
+    """Those of a linear layer or a norm; of a module its own dictionary."""
+    return vars(layer) if type(layer) is LinearParameters else vars(layer)["_parameters"]
 
 
-def _packed(module: nn.Linear) -> sk.PackedLayer:
-    return sk.PackedLayer(sk.pack_linear(module.weight.detach()), _float(module.bias))
+def _scale(scale: Any, family: Family) -> tuple[dict[str, Any], str]:
+    """Where gamma is, and under which name; nowhere of an Identity."""
+    if scale is None or isinstance(scale, Tensor):
+        return {"": scale}, ""
+    return _parameters(scale), family.scales.get(type(scale), "")
+
+
+def _side_by_side(layers: Sequence[Any]) -> LinearParameters:
+    """Several linear layers of the same rows as one."""
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    if all(layer.bias is None for layer in layers):
+        return LinearParameters(weight, None)
+    biases = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach() for layer in layers]
+    return LinearParameters(weight, torch.cat(biases))
+
+
+def _packed(weight: Tensor, bias: Tensor | None, gate: Any = None) -> sk.PackedLayer:
+    if gate is None:
+        return sk.PackedLayer(sk.pack_linear(weight.detach()), _float(bias))
+    packed = sk.pack_linear(weight.detach(), gate.weight.detach())
+    return sk.PackedLayer(packed, _float(bias), gated=True, gate_bias=_float(gate.bias))
 
 
 def _norm_in_float(module: Any) -> tuple[Tensor, Tensor, float]:

@@ -51,7 +51,7 @@ class Watch:
 
 
 class WatchOfParameters:
-    """Which parameters a module has, and what lies in them.
+    """Which parameters and buffers a module has, and what lies in them.
 
     Noticed: a parameter that was replaced, updated in place or lies elsewhere. Not noticed, since torch does not see it
     either: what is written through ``parameter.data`` or a NumPy array, or into a parameter that was made in inference
@@ -59,10 +59,12 @@ class WatchOfParameters:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._owns = [vars(part)["_parameters"] for part in module.modules()]
+        parts = [vars(part) for part in module.modules()]
+        self._owns = [own["_parameters"] for own in parts] + [own["_buffers"] for own in parts if own["_buffers"]]
         self._found = self._now()
         # The detached tensor keeps the memory: while it does, no other parameter can be at its address.
-        self._parameters = [(parameter, parameter.detach(), _state(parameter)) for parameter in module.parameters()]
+        tensors = (*module.parameters(), *module.buffers())
+        self._parameters = [(parameter, parameter.detach(), _state(parameter)) for parameter in tensors]
 
     def unchanged(self) -> bool:
         same = self._found == self._now()

@@ -30,6 +30,13 @@ class LinearParameters:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
+    @classmethod
+    def halves(cls, layer: Any) -> tuple[LinearParameters, LinearParameters]:
+        """A linear layer whose outputs are two things, as two."""
+        biases = (None, None) if layer.bias is None else layer.bias.chunk(2)
+        first, second = map(cls, layer.weight.chunk(2), biases)
+        return first, second
+
 
 class BlockView(NamedTuple):
     """What a pre-norm transformer block is made of, under the same names whoever wrote it.
@@ -65,12 +72,14 @@ class BlockView(NamedTuple):
 
 
 class FeedForward(NamedTuple):
-    """An MLP's two layers, and what else it applies."""
+    """An MLP: fc2(norm(act(fc1(x)))); with a gate fc2(norm(act(gate(x)) * fc1(x)))."""
 
-    fc1: Module
+    fc1: Any  # a linear layer, as are gate and fc2
     act: Module
-    fc2: Module
-    others: tuple[Module, ...]  # dropouts and norms
+    fc2: Any
+    others: tuple[Module, ...] = ()  # dropouts
+    gate: Any = None
+    norm: Module | None = None
 
 
 class Cost(NamedTuple):
@@ -103,6 +112,8 @@ class Family(ABC):
     layer_norms: tuple[type, ...] = (nn.LayerNorm,)
     idle_in_eval: tuple[type, ...] = (nn.Identity, nn.Dropout)
     scales: Mapping[type, str] = MappingProxyType({})
+    # Class of an activation -> what sait_kernels calls it; nn.GELU is known.
+    activations: Mapping[type, str] = MappingProxyType({nn.SiLU: "silu"})
     # The methods of a sparse model that are not its own class's; they end in self._sparse_tokens.
     mixin: type = SparseForward
 
@@ -167,7 +178,7 @@ class Family(ABC):
             )
 
     def feed_forward(self, mlp: Any) -> FeedForward | None:
-        """An MLP's parts, if it is fc1, activation, fc2."""
+        """An MLP's parts, if it is what FeedForward says."""
         return None
 
     def prefix_is_enough(self, model: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
+from transformers.activations import GELUActivation, GELUTanh, QuickGELUActivation, SiLUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 
@@ -33,7 +33,13 @@ ABSENT: Mapping[str, Any] = {
     **dict.fromkeys(("scale1", "drop_path1", "scale2", "drop_path2"), NOTHING),
     "gate": None,
 }
-GELU = nn.GELU()
+ACTIVATIONS: Mapping[type, str] = {
+    nn.SiLU: "silu",
+    SiLUActivation: "silu",
+    GELUActivation: "gelu",
+    GELUTanh: "gelu_tanh",
+    QuickGELUActivation: "quick_gelu",
+}
 KNOWN = ("interpolate_pos_encoding", "num_items_in_batch", "use_cache")  # arguments that no token is dropped against
 
 OLDEST = (5, 18)  # where blocks have the names that are read here
@@ -155,6 +161,7 @@ class Hf(Family):
     """
 
     mixin = SparseHf
+    activations = ACTIVATIONS
 
     def __init__(
         self,
@@ -223,11 +230,11 @@ class Hf(Family):
         pass
 
     def feed_forward(self, mlp: Any) -> FeedForward | None:
-        names = next((names for names in LAYERS if all(hasattr(mlp, name) for name in names)), None)
-        if names is None or hasattr(mlp, "gate_proj"):
+        if type(mlp) not in self._block_parts["mlp"]:
             return None
-        fc1, act, fc2 = (getattr(mlp, name) for name in names)
-        return FeedForward(fc1, GELU if _is_gelu(act) else act, fc2, ())
+        if hasattr(mlp, "fc1"):
+            return FeedForward(mlp.fc1, mlp.activation_fn, mlp.fc2)
+        return FeedForward(mlp.up_proj, mlp.act_fn, mlp.down_proj, gate=getattr(mlp, "gate_proj", None))
 
     def num_prefix(self, model: Any) -> int:
         own = vars(self.encoder(model).embeddings)["_parameters"]
@@ -272,14 +279,6 @@ class Hf(Family):
         of_heads = sum(map(weights, heads))
         moved = float(sum(head.in_features + head.out_features for head in heads))
         return Cost("head", moved, of_heads, of_heads)
-
-
-LAYERS = (("fc1", "activation_fn", "fc2"), ("up_proj", "act_fn", "down_proj"))
-
-
-def _is_gelu(act: Any) -> bool:
-    """transformers' own class of what nn.GELU computes."""
-    return type(act) is GELUActivation and act.act is nn.functional.gelu and "forward" not in vars(act)
 
 
 def _patches(encoder: Any) -> Any:

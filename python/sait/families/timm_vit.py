@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from timm.layers import (
+    GELU,
     Attention,
     DropPath,
+    GELUTanh,
     GluMlp,
     LayerNorm,
     LayerNormFp32,
     LayerScale,
     Mlp,
     PatchEmbed,
+    QuickGELU,
     RmsNorm,
     RmsNormFp32,
     SimpleNorm,
@@ -30,7 +33,7 @@ from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sait.families.base import BlockView, Cost, Family, FeedForward, entering, weights
+from sait.families.base import BlockView, Cost, Family, FeedForward, LinearParameters, entering, weights
 from sait.families.pooling import check_ragged_head, features, pools_prefix, prefix_is_enough, ragged_head
 from sait.tokens import Homes, Tokens
 
@@ -173,6 +176,7 @@ class TimmVit(Family):
     layer_norms = (nn.LayerNorm, LayerNorm, LayerNormFp32)
     idle_in_eval = (nn.Identity, nn.Dropout, DropPath)
     scales = MappingProxyType({LayerScale: "gamma"})
+    activations = MappingProxyType({nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"})
 
     def matches(self, cls: type) -> bool:
         return issubclass(cls, VisionTransformer)
@@ -220,9 +224,17 @@ class TimmVit(Family):
         )
 
     def feed_forward(self, mlp: nn.Module) -> FeedForward | None:
-        if type(mlp) is not Mlp:
-            return None
-        return FeedForward(mlp.fc1, mlp.act, mlp.fc2, (mlp.drop1, mlp.norm, mlp.drop2))
+        parts: Any = mlp
+        if type(mlp) is Mlp:
+            return FeedForward(parts.fc1, parts.act, parts.fc2, (parts.drop1, parts.drop2), None, parts.norm)
+        if type(mlp) is SwiGLU:
+            others = (parts.drop1, parts.drop2)
+            return FeedForward(parts.fc1_x, parts.act, parts.fc2, others, parts.fc1_g, parts.norm)
+        if isinstance(mlp, GluMlp) and type(mlp).forward is GluMlp.forward and type(parts.fc1) is nn.Linear:
+            first, second = LinearParameters.halves(parts.fc1)
+            value, gate = (first, second) if parts.gate_last else (second, first)
+            return FeedForward(value, parts.act, parts.fc2, (parts.drop1, parts.drop2), gate, parts.norm)
+        return None
 
     def num_prefix(self, model: Any) -> int:
         return model.num_prefix_tokens

@@ -1,0 +1,123 @@
+// rotate: schema, checks, dispatch.
+#include "sait/rotate.h"
+
+#include "ops/common.h"
+
+#ifdef SAIT_WITH_CUDA
+#include "ops/cuda.h"
+#endif
+
+namespace sait {
+namespace {
+
+// Rows of the table, or -1. The values are read only where that costs no synchronisation: on the CPU.
+void check_positions(const char* op, const at::Tensor& positions, const at::Tensor& like, int64_t entries) {
+  check_int32_vector(op, "positions", positions, like);
+  SAIT_CHECK_VALUE(positions.size(0) == like.size(0), op, "positions", like.size(0) << ", one for each row",
+                   positions.size(0), "It is -1 where a row has none.");
+  if (!positions.is_cpu()) return;
+  const int32_t* values = positions.const_data_ptr<int32_t>();
+  for (int64_t t = 0; t < positions.size(0); ++t) {
+    SAIT_CHECK_VALUE(values[t] >= -1 && values[t] < entries, op, "positions",
+                     "rows of the table in [0, " << entries << "), or -1 for none", values[t] << " at row " << t,
+                     "Make the table for the size of these images.");
+  }
+}
+
+void check(const char* op, const char* q_name, const char* k_name, const at::Tensor& q, const at::Tensor& k,
+           const at::Tensor& positions, const at::Tensor& table) {
+  SAIT_CHECK_VALUE(q.dim() == 3, op, q_name, "a packed (T, H, D) tensor", shape_of(q),
+                   "View a projection as heads: x.unflatten(1, (heads, head_dim)).");
+  check_dtype(op, q_name, q);
+  const int64_t heads = q.size(1), head_dim = q.size(2);
+  SAIT_CHECK_VALUE(heads >= 1, op, q_name, "at least one head", shape_of(q), "Take q and k from one QKV projection.");
+  SAIT_CHECK_VALUE(head_dim >= 2 && head_dim % 2 == 0, op, q_name, "an even head dimension", head_dim,
+                   "Two channels turn together.");
+  check_last_contiguous(op, q_name, q);
+  check_same(op, k_name, k, q_name, q);
+  SAIT_CHECK_VALUE(k.sizes() == q.sizes(), op, k_name, shape_of(q) << " as " << q_name, shape_of(k),
+                   "Take q and k from one QKV projection.");
+  check_last_contiguous(op, k_name, k);
+
+  const bool each_head = table.dim() == 3;
+  SAIT_CHECK_VALUE(
+      (table.dim() == 2 || each_head) && table.size(-1) == 2 * head_dim && (!each_head || table.size(0) == heads), op,
+      "table", "shape (P, " << 2 * head_dim << ") or (" << heads << ", P, " << 2 * head_dim << "), sin then cos",
+      shape_of(table), "Repeat the frequencies so that each channel has its own.");
+  SAIT_CHECK_VALUE(table.device() == q.device(), op, "table", "device " << q.device() << " as " << q_name,
+                   table.device(), "Move all arguments to one device.");
+  SAIT_CHECK_TYPE(table.scalar_type() == at::kFloat, op, "table", "dtype Float (float32)", table.scalar_type(),
+                  "Make it with .float(), from the start.");
+  check_last_contiguous(op, "table", table);
+  check_positions(op, positions, q, table.size(-2));
+}
+
+void check_rotate(const at::Tensor& q, const at::Tensor& k, const at::Tensor& positions, const at::Tensor& table,
+                  bool) {
+  check("rotate", "q", "k", q, k, positions, table);
+}
+
+std::tuple<at::Tensor, at::Tensor> run(const char* op, const at::Tensor& q, const at::Tensor& k,
+                                       const at::Tensor& positions, const at::Tensor& table, bool pairs,
+                                       bool transposed) {
+  const at::Tensor q_out = at::empty(q.sizes(), q.options()), k_out = at::empty(q.sizes(), q.options());
+  const RotateParams params{head_view(q),
+                            head_view(k),
+                            positions.const_data_ptr<int32_t>(),
+                            table.const_data_ptr<float>(),
+                            table.stride(-2),
+                            table.dim() == 3 ? table.stride(0) : 0,
+                            q.size(0),
+                            q.size(1),
+                            q.size(2),
+                            table.size(-2),
+                            pairs,
+                            transposed,
+                            dtype_of(q),
+                            q_out.mutable_data_ptr(),
+                            k_out.mutable_data_ptr()};
+#ifdef SAIT_WITH_CUDA
+  if (runs_on_cuda(q)) {
+    launch(op, q, [&](void* stream) { return cuda::rotate(params, stream); });
+    return {q_out, k_out};
+  }
+#endif
+  cpu::rotate(params);
+  return {q_out, k_out};
+}
+
+std::tuple<at::Tensor, at::Tensor> rotate(const at::Tensor& q, const at::Tensor& k, const at::Tensor& positions,
+                                          const at::Tensor& table, bool pairs) {
+  check_rotate(q, k, positions, table, pairs);
+  return run("rotate", q, k, positions, table, pairs, /*transposed=*/false);
+}
+
+std::tuple<at::Tensor, at::Tensor> rotate_backward(const at::Tensor& grad_q, const at::Tensor& grad_k,
+                                                   const at::Tensor& positions, const at::Tensor& table, bool pairs) {
+  check("rotate_backward", "grad_q", "grad_k", grad_q, grad_k, positions, table);
+  return run("rotate_backward", grad_q, grad_k, positions, table, pairs, /*transposed=*/true);
+}
+
+}  // namespace
+}  // namespace sait
+
+TORCH_LIBRARY_FRAGMENT(sait, m) {
+  m.def("rotate(Tensor q, Tensor k, Tensor positions, Tensor table, bool pairs) -> (Tensor, Tensor)");
+  m.def(
+      "rotate_backward(Tensor grad_q, Tensor grad_k, Tensor positions, Tensor table, bool pairs) -> (Tensor, Tensor)");
+  m.def("_check_rotate(Tensor q, Tensor k, Tensor positions, Tensor table, bool pairs) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(sait, CPU, m) {
+  m.impl("rotate", sait::rotate);
+  m.impl("rotate_backward", sait::rotate_backward);
+}
+
+TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) { m.impl("_check_rotate", sait::check_rotate); }
+
+#ifdef SAIT_WITH_CUDA
+TORCH_LIBRARY_IMPL(sait, CUDA, m) {
+  m.impl("rotate", sait::rotate);
+  m.impl("rotate_backward", sait::rotate_backward);
+}
+#endif
