@@ -8,8 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,9 +110,9 @@ class Family(ABC):
     # Classes that compute LayerNorm, and that do nothing in eval mode; class of a LayerScale -> its parameter.
     layer_norms: tuple[type, ...] = (nn.LayerNorm,)
     idle_in_eval: tuple[type, ...] = (nn.Identity, nn.Dropout)
-    scales: Mapping[type, str] = MappingProxyType({})
+    scales: ClassVar[Mapping[type, str]] = {}
     # Class of an activation -> what sait_kernels calls it; nn.GELU is known.
-    activations: Mapping[type, str] = MappingProxyType({nn.SiLU: "silu"})
+    activations: ClassVar[Mapping[type, str]] = {nn.SiLU: "silu"}
     # The methods of a sparse model that are not its own class's; they end in self._sparse_tokens.
     mixin: type = SparseForward
 

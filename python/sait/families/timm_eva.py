@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import (
@@ -27,7 +26,7 @@ class TimmEva(TimmVit):
     """The family of timm's Eva."""
 
     name = "timm Eva"
-    scales = MappingProxyType({})
+    scales: ClassVar = {}
 
     def matches(self, cls: type) -> bool:
         return issubclass(cls, Eva)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import (
@@ -175,8 +174,8 @@ class TimmVit(Family):
     mixin = SparseTimm
     layer_norms = (nn.LayerNorm, LayerNorm, LayerNormFp32)
     idle_in_eval = (nn.Identity, nn.Dropout, DropPath)
-    scales = MappingProxyType({LayerScale: "gamma"})
-    activations = MappingProxyType({nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"})
+    scales: ClassVar = {LayerScale: "gamma"}
+    activations: ClassVar = {nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 
     def matches(self, cls: type) -> bool:
         return issubclass(cls, VisionTransformer)
