@@ -11,7 +11,7 @@ import inspect
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import transformers
@@ -32,13 +32,6 @@ ABSENT: Mapping[str, Any] = {
     **dict.fromkeys(("q_norm", "k_norm", "norm", "proj_drop"), NOTHING),
     **dict.fromkeys(("scale1", "drop_path1", "scale2", "drop_path2"), NOTHING),
     "gate": None,
-}
-ACTIVATIONS: Mapping[type, str] = {
-    nn.SiLU: "silu",
-    SiLUActivation: "silu",
-    GELUActivation: "gelu",
-    GELUTanh: "gelu_tanh",
-    QuickGELUActivation: "quick_gelu",
 }
 KNOWN = ("interpolate_pos_encoding", "num_items_in_batch", "use_cache")  # arguments that no token is dropped against
 
@@ -156,12 +149,16 @@ class Hf(Family):
         heads: class -> what it makes of the encoder.
         parts: path in the encoder -> the classes that may be there.
         block_parts: path in a block -> the classes that may be there; "" is the block.
-        scales: class of a LayerScale -> its parameter.
-        drop_path: classes of stochastic depth.
     """
 
     mixin = SparseHf
-    activations = ACTIVATIONS
+    activations: ClassVar = {
+        nn.SiLU: "silu",
+        SiLUActivation: "silu",
+        GELUActivation: "gelu",
+        GELUTanh: "gelu_tanh",
+        QuickGELUActivation: "quick_gelu",
+    }
 
     def __init__(
         self,
@@ -169,12 +166,8 @@ class Hf(Family):
         heads: Mapping[type, Head],
         parts: Mapping[str, tuple[type, ...]],
         block_parts: Mapping[str, tuple[type, ...]],
-        scales: Mapping[type, str] | None = None,
-        drop_path: tuple[type, ...] = (),
     ) -> None:
         self.name = f"transformers' {encoder.__name__}"
-        self.idle_in_eval = (nn.Identity, nn.Dropout, *drop_path)
-        self.scales = scales or {}
         self._encoder, self._heads, self._parts, self._block_parts = encoder, heads, parts, block_parts
 
     @abstractmethod

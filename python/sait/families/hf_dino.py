@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,15 @@ from sait.families.base import BlockView
 from sait.families.hf import ABSENT, NORMS, Head, Hf, prefix
 from sait.tokens import Tokens
 
+SCALES = (dinov2.Dinov2LayerScale, registers.Dinov2WithRegistersLayerScale, dinov3.DINOv3ViTLayerScale)
+DROP_PATHS = (dinov2.Dinov2DropPath, registers.Dinov2WithRegistersDropPath, dinov3.Dinov3ViTDropPath)
+
 
 class HfDino(Hf):
     """DINOv2."""
 
+    scales: ClassVar = dict.fromkeys(SCALES, "lambda1")
+    idle_in_eval = (nn.Identity, nn.Dropout, *DROP_PATHS)
     heads = "num_attention_heads"
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
@@ -76,10 +81,9 @@ class HfDinoV3(HfDino):
         return tokens.with_rope(table if table.dtype == torch.float64 else table.float())
 
 
-def _blocks(*classes: type, mlps: tuple[type, ...]) -> dict[str, tuple[type, ...]]:
-    layer, attention, scale, drop_path = ((cls,) for cls in classes)
-    row_wise = {"norm1": NORMS, "norm2": NORMS, "layer_scale1": scale, "layer_scale2": scale}
-    return {"": layer, "attention": attention, "mlp": mlps, "drop_path": (nn.Identity, *drop_path), **row_wise}
+def _blocks(layer: type, attention: type, *mlps: type) -> dict[str, tuple[type, ...]]:
+    row_wise = {"norm1": NORMS, "norm2": NORMS, "layer_scale1": SCALES, "layer_scale2": SCALES}
+    return {"": (layer,), "attention": (attention,), "mlp": mlps, "drop_path": (nn.Identity, *DROP_PATHS), **row_wise}
 
 
 HF_DINOV2 = HfDino(
@@ -89,12 +93,9 @@ HF_DINOV2 = HfDino(
     _blocks(
         dinov2.Dinov2Layer,
         dinov2.Dinov2Attention,
-        dinov2.Dinov2LayerScale,
-        dinov2.Dinov2DropPath,
-        mlps=(dinov2.Dinov2MLP, dinov2.Dinov2SwiGLUFFN),
+        dinov2.Dinov2MLP,
+        dinov2.Dinov2SwiGLUFFN,
     ),
-    {dinov2.Dinov2LayerScale: "lambda1"},
-    (dinov2.Dinov2DropPath,),
 )
 HF_DINOV2_REGISTERS = HfDino(
     registers.Dinov2WithRegistersModel,
@@ -107,12 +108,9 @@ HF_DINOV2_REGISTERS = HfDino(
     _blocks(
         registers.Dinov2WithRegistersLayer,
         registers.Dinov2WithRegistersAttention,
-        registers.Dinov2WithRegistersLayerScale,
-        registers.Dinov2WithRegistersDropPath,
-        mlps=(registers.Dinov2WithRegistersMLP, registers.Dinov2WithRegistersSwiGLUFFN),
+        registers.Dinov2WithRegistersMLP,
+        registers.Dinov2WithRegistersSwiGLUFFN,
     ),
-    {registers.Dinov2WithRegistersLayerScale: "lambda1"},
-    (registers.Dinov2WithRegistersDropPath,),
 )
 HF_DINOV3 = HfDinoV3(
     dinov3.DINOv3ViTModel,
@@ -126,10 +124,7 @@ HF_DINOV3 = HfDinoV3(
     _blocks(
         dinov3.DINOv3ViTLayer,
         dinov3.DINOv3ViTAttention,
-        dinov3.DINOv3ViTLayerScale,
-        dinov3.Dinov3ViTDropPath,
-        mlps=(dinov3.DINOv3ViTMLP, dinov3.DINOv3ViTGatedMLP),
+        dinov3.DINOv3ViTMLP,
+        dinov3.DINOv3ViTGatedMLP,
     ),
-    {dinov3.DINOv3ViTLayerScale: "lambda1"},
-    (dinov3.Dinov3ViTDropPath,),
 )
