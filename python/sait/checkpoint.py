@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sait.environment import environment
+from sait.families import build as build_model
 from sait.methods.plan import Plan
 from sait.sparsify import sparsify
-from sait.state import state_of
+from sait.state import sparse_family, state_of
 
 FORMAT = 1
 KEY = "sait"  # the metadata's only entry, a JSON document: safetensors takes strings only
@@ -33,7 +33,7 @@ def save(
     model: Any,
     path: str | os.PathLike[str],
     *,
-    name: str,
+    name: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> None:
@@ -42,18 +42,21 @@ def save(
     Args:
         model: from sparsify; its plan and its current density are kept, too.
         path: a file, .safetensors by custom; one that is there is replaced.
-        name, kwargs: what timm.create_model built it from.
+        name, kwargs: what timm.create_model built it from; a model of transformers knows its configuration itself.
         more: anything else that JSON can hold: the command, a training's configuration, results.
 
     Raises:
-        TypeError: the model is not sparse.
+        TypeError: the model is not sparse, or there is no name.
         OSError: the file cannot be written; one that was there is as it was.
     """
     state = state_of(model, "save")
+    recipe = sparse_family(model).recipe(model) if name is None else (name, kwargs or {})
+    if recipe is None:
+        raise TypeError("save: name: expected what timm.create_model built the model from, got none.")
     metadata = {
         "format": FORMAT,
-        "model": name,
-        "model_kwargs": dict(kwargs or {}),
+        "model": recipe[0],
+        "model_kwargs": dict(recipe[1]),
         "plan": state.plan.to_dict(),
         "active": None if state.active is None else state.active.to_dict(),
         **environment(),
@@ -98,9 +101,9 @@ def build(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Any:
     """The model of a checkpoint; ``path`` is for messages."""
     metadata = checkpoint.metadata
     try:
-        model = timm.create_model(metadata["model"], **metadata["model_kwargs"])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: timm cannot build its model {metadata['model']!r}: {error}") from error
+        model = build_model(metadata["model"], metadata["model_kwargs"])
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot build its model {metadata['model']!r}: {error}") from error
     plan = Plan.from_dict(metadata["plan"])
     sparsify(model, plan)
     load_weights(model, checkpoint.tensors, path)

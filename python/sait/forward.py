@@ -18,16 +18,19 @@ from sait.tokens import Homes, Tokens, prefix_selection
 from sait_kernels import Selection
 
 
-def forward(model: Any, images: Tensor, for_head: bool = False, homes: Homes | None = None) -> Tokens:
+def forward(
+    model: Any, images: Tensor, for_head: bool = False, homes: Homes | None = None, tokens: Tokens | None = None
+) -> Tokens:
     """What the last block of a sparse model leaves of images (B, 3, height, width).
 
-    ``for_head``: for a head that reads prefix tokens only there may be no others. ``homes``: as in run.
+    ``for_head``: for a head that reads prefix tokens only there may be no others. ``homes``: as in run. ``tokens``:
+    what enters the first block, if that is not simply what the family makes of the images.
     """
     state, family = model._sait, sparse_family(model)
     plan = state.active
     if plan is not None:
         check_blocks(plan, len(family.blocks(model)))
-    tokens = family.embed(model, images)
+    tokens = family.embed(model, images) if tokens is None else tokens
     enough = for_head and family.prefix_is_enough(model)
     tokens, kept = run(model, family, plan, tokens, state.recorded, enough, homes)
     grid = family.grid(model, (images.shape[-2], images.shape[-1]))

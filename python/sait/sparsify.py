@@ -35,7 +35,7 @@ def sparsify(
     static: bool = False,
     score: str | Scorer = "cls",
 ) -> Any:
-    """Makes a timm ViT drop tokens, in place; its state_dict stays the same.
+    """Makes a ViT of timm or transformers drop tokens, in place; its state_dict stays the same.
 
     Prefix tokens (class, distillation, register) are never dropped. A head that pools over patches pools over those
     that are kept. ``forward_features`` returns what is kept: (B, n, C) at a fixed share, and (B, longest, C) with zeros
@@ -47,7 +47,8 @@ def sparsify(
     >>> model = restore(model)
 
     Args:
-        model: a timm VisionTransformer, VisionTransformerDistilled or Eva.
+        model: a timm VisionTransformer, VisionTransformerDistilled or Eva; or of transformers a ViT, DeiT, Dinov2,
+            Dinov2WithRegisters, DINOv3ViT, CLIPVision or SiglipVision model, alone or in a head for classification.
         plan: what to drop where; or, for one stage, the other arguments instead:
         block: 0-based; its attention sees all tokens, its kept rows go on.
         keep: a float in (0, 1], a share of the patches, or an int, their number.
@@ -88,8 +89,10 @@ def sparsify(
     if not sparse:
         family.check(model)
     check_plan(model, plan, family)
-    model._sait = State(plan, active=plan)
-    model.__class__ = sparse_class(original)
+    state = State(plan, active=plan)
+    for part in family.parts(model):
+        part._sait = state
+        part.__class__ = sparse_class(type(part)._sait_original if isinstance(part, SparseModel) else type(part))
     _adopt(model, plan)
     return model
 
@@ -121,8 +124,10 @@ def restore(model: Any) -> Any:
         raise TypeError(f"restore: model: expected one that sait.sparsify changed, got {type(model).__name__}.")
     deoptimize(model)
     vars(model)["_modules"].pop(LEARNED, None)
-    model.__class__ = type(model)._sait_original
-    del model._sait
+    for part in model._sait_family.parts(model):
+        if isinstance(part, SparseModel):
+            part.__class__ = type(part)._sait_original
+            del part._sait
     return model
 
 
@@ -134,8 +139,10 @@ class SparseModel:
     _sait_family: Family
     _sait: State
 
-    def _sparse_tokens(self, images: Tensor, for_head: bool = False, homes: Homes | None = None) -> Tokens:
-        return forward(self, images, for_head, homes)
+    def _sparse_tokens(
+        self, images: Tensor, for_head: bool = False, homes: Homes | None = None, tokens: Tokens | None = None
+    ) -> Tokens:
+        return forward(self, images, for_head, homes, tokens)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = super().__reduce_ex__(protocol)[2:]

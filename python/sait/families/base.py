@@ -152,6 +152,14 @@ class Family(ABC):
     def head_cost(self, model: Any, tokens: float) -> Cost:
         """Of what follows the last block, which leaves so many tokens of an image."""
 
+    def parts(self, model: Any) -> Sequence[Any]:
+        """The modules whose class changes: the model, and an encoder in it if that has a forward of its own."""
+        return (model,)
+
+    def recipe(self, model: Any) -> tuple[str, dict[str, Any]] | None:
+        """Name and arguments that ``sait.families.build`` makes such a model from, if the model knows them."""
+        return None
+
     def head(self, model: Any, tokens: Tokens) -> Any:
         """The model's result, of what the last block leaves; for SparseForward."""
         raise NotImplementedError(f"{self.name}: a family has a head, or a mixin of its own.")

@@ -1,4 +1,4 @@
-"""timm's pooling and heads over images that keep different numbers of tokens, without padding where there is a way."""
+"""Pooling and heads over images that keep different numbers of tokens, without padding where there is a way."""
 
 from __future__ import annotations
 
@@ -50,9 +50,28 @@ def ragged_head(model: Any, tokens: Tokens, forward_head: Callable[[Tensor], Any
     return model.head(model.head_drop(model.fc_norm(pooled)))
 
 
-def _pooled_rows(model: Any, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """The rows that pooling sees, (R, C), and how many each image has, (B,); behind these may be rows of no image."""
-    skip = 0 if pools_prefix(model) else model.num_prefix_tokens
+def features(tokens: Tokens, static: bool) -> Tensor:
+    """(B, n, C): the tokens of each image; where images have different numbers, zeros behind its own.
+
+    static: whether n is what the plan allows, not what the longest image has.
+    """
+    if not tokens.ragged:
+        return tokens.x
+    longest = tokens.max_seqlen
+    if not static:
+        longest = int(tokens.lengths.max()) if tokens.images else 0
+    return pad(tokens.packed, tokens.lengths, longest)
+
+
+def mean_of_patches(tokens: Tokens) -> Tensor:
+    """(B, C), of ragged tokens."""
+    rows, lengths = _rows_behind(tokens, tokens.num_prefix)
+    return _reduced(rows, lengths, "mean").to(rows.dtype)
+
+
+def _rows_behind(tokens: Tokens, skip: int) -> tuple[Tensor, Tensor]:
+    """The rows of each image but the first ``skip``, (R, C), and how many it has, (B,); behind these may be rows of no
+    image."""
     rows = tokens.packed
     if skip == 0:
         return rows, tokens.lengths
@@ -64,20 +83,25 @@ def _pooled_rows(model: Any, tokens: Tokens) -> tuple[Tensor, Tensor]:
     return rows.index_select(0, source.clamp_max(rows.shape[0] - 1)), lengths
 
 
+def _pooled_rows(model: Any, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """The rows that pooling sees."""
+    return _rows_behind(tokens, 0 if pools_prefix(model) else model.num_prefix_tokens)
+
+
+def _reduced(rows: Tensor, lengths: Tensor, how: str) -> Tensor:
+    wide = rows if rows.dtype == torch.float64 else rows.float()  # segment_reduce adds up in its input's type
+    return torch.segment_reduce(wide, how, lengths=lengths, axis=0, unsafe=True)
+
+
 def _pool(model: Any, tokens: Tokens) -> Tensor:
     rows, lengths = _pooled_rows(model, tokens)
-    wide = rows if rows.dtype == torch.float64 else rows.float()  # segment_reduce adds up in its input's type
-
-    def reduce(how: str) -> Tensor:
-        return torch.segment_reduce(wide, how, lengths=lengths, axis=0, unsafe=True)
-
     if model.global_pool == "avg":
-        pooled = reduce("mean")
+        pooled = _reduced(rows, lengths, "mean")
     elif model.global_pool == "max":
-        pooled = reduce("max")
+        pooled = _reduced(rows, lengths, "max")
     else:
         assert model.global_pool == "avgmax"
-        pooled = 0.5 * (reduce("max") + reduce("mean"))
+        pooled = 0.5 * (_reduced(rows, lengths, "max") + _reduced(rows, lengths, "mean"))
     return pooled.to(rows.dtype)
 
 

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sait.families.base import BlockView, Cost, Family, FeedForward, LinearParameters, entering, weights
-from sait.families.pooling import check_ragged_head, pools_prefix, prefix_is_enough, ragged_head
-from sait.tokens import Homes, Tokens, pad
+from sait.families.pooling import check_ragged_head, features, pools_prefix, prefix_is_enough, ragged_head
+from sait.tokens import Homes, Tokens
 
 # The parts that see one token at a time, so that dropping the others changes nothing.
 ROW_NORMS = (
@@ -157,13 +157,7 @@ class SparseTimm:
 
     def _left(self, tokens: Tokens) -> Tensor:
         """(B, n, C): the rows that are left, after the final norm; padded where images keep different numbers."""
-        tokens = tokens.with_x(self.norm(tokens.x))
-        if not tokens.ragged:
-            return tokens.x
-        longest = tokens.max_seqlen
-        if not self._sait.active.static:
-            longest = int(tokens.lengths.max()) if tokens.images else 0
-        return pad(tokens.packed, tokens.lengths, longest)
+        return features(tokens.with_x(self.norm(tokens.x)), self._sait.active.static)
 
 
 def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
