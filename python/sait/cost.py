@@ -15,6 +15,7 @@ from sait.execution.optimize import runs_fused
 from sait.families import Family, family_of
 from sait.families.base import Cost, weights
 from sait.methods.plan import Plan
+from sait.sparsify import SparseModel
 from sait.state import State, check_blocks
 
 
@@ -80,7 +81,8 @@ def macs(
             per_image = [_checked_counts(plan, tokens, kept)]
         elif plan.ragged:
             per_image = [*_recorded_counts(plan, tokens, state)]
-    for_head = executed and family.prefix_is_enough(vit) and runs_fused(family.blocks(vit)[-1], family)
+    in_loop = executed and not (plan is None and isinstance(model, SparseModel))  # dense is the model's own forward
+    for_head = in_loop and family.prefix_is_enough(vit) and runs_fused(family.blocks(vit)[-1], family)
     pooled = _widest(plan, tokens, prefix) if executed and plan is not None and plan.ragged else None
     total = 0.0
     for counts in per_image:

@@ -67,7 +67,18 @@ def test_torch_counts_what_an_optimized_model_executes(name, ops, calls):
     assert calls
 
 
-@pytest.mark.parametrize("name", ["gated", "clip", "rms_norm"])
+@torch.no_grad()
+def test_dense_executes_all_rows_though_it_is_optimized() -> None:
+    """It is the model's own forward; a SaitViT has one forward, and its last block leaves what the head reads."""
+    model, x = zoo.build("vit"), zoo.images("vit", count=2)
+    sait.set_density(sait.optimize(sait.sparsify(model, block=1, keep=0.45)))
+    assert counted(model, x) == 2 * sait.macs(model, executed=True) == 2 * sait.macs(model)
+    vit = sait.optimize(sait.SaitViT(64, block=1, embed_dim=64, num_heads=2, depth=3, num_classes=5).eval())
+    sait.set_density(vit)
+    assert counted(vit, torch.randn(2, 3, 64, 64)) == 2 * sait.macs(vit, executed=True) < 2 * sait.macs(vit)
+
+
+@pytest.mark.parametrize("name", ["gated", "rms_norm"])
 @torch.no_grad()
 def test_optimized_blocks_that_run_their_modules_execute_all_rows(name):
     model, x = zoo.build(name), zoo.images(name, count=2)
