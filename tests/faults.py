@@ -496,8 +496,8 @@ CPU = (
     Fault(
         "packed_linear: of a long sum in parts the last one alone is left",
         "csrc/cpu/packed_linear.cpp",
-        "tile, N, part > 0);",
-        "tile, N, false);",
+        "tile + j, N, part > 0, 0);",
+        "tile + j, N, false, 0);",
         f"{PACKED} -k values",
     ),
     Fault(

@@ -87,6 +87,9 @@ OPS: dict[str, Callable[[dict[str, Tensor], Tensor], object]] = {
     "norm_linear": lambda t, cu: sk.norm_linear(
         t["x"], t["vector"], t["vector"], 1e-6, t["weight"], t["vector"], gelu=True
     ),
+    "norm_linear, gated": lambda t, cu: sk.norm_linear(
+        t["x"], t["vector"], t["vector"], 1e-6, t["weight"], t["vector"], activation="silu", gate=t["weight"].flip(0)
+    ),
     "linear_residual": with_selection(
         lambda t, kept, y: sk.linear_residual(y, t["weight"], t["vector"], t["x"], selection=kept, gamma=t["vector"])
     ),

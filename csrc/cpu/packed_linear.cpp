@@ -107,10 +107,11 @@ template <typename E>
 inline void prefetch_tile(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t column) {
   using T = typename E::type;
   constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t columns = std::min(packed_outputs(p.gated), p.outputs - column);
   for (int64_t t = first; t < first + rows; ++t) {
     const T* residual = residual_of<E>(p, t, column);
     const T* out = static_cast<const T*>(p.out) + t * p.outputs + column;
-    for (int64_t i = 0; i < std::min(packed_outputs(p.gated), p.outputs - column); i += kLine) {
+    for (int64_t i = 0; i < columns; i += kLine) {
       if (residual != nullptr) __builtin_prefetch(residual + i, 0);
       __builtin_prefetch(out + i, 1);
     }
@@ -187,8 +188,11 @@ void multiply(const PackedLinearParams& p, int64_t first, int64_t last) {
         float* tile = tiles + (parts == 1 ? 0 : i * N);
         if (part == parts - 1) prefetch_tile<E>(p, i, count, b * outputs);
         if (more) prefetch_share(next, (to - from) * N, i / kTileRows, tile_rows);
-        gemm<P>(count, N, to - from, rows.data + i * rows.stride + from, rows.stride, columns + from * N, N * kInputs,
-                tile, N, part > 0);
+        const auto* A = rows.data + i * rows.stride + from;
+        for (int64_t j = 0; j < N; j += kTileVecs * kWidth) {  // whole tiles only
+          column_of_tiles<P, kTileVecs, false>(count, (to - from) / kInputs, A, rows.stride,
+                                               columns + from * N + j * kInputs, N * kInputs, tile + j, N, part > 0, 0);
+        }
         if (part == parts - 1) finish_tile(p, i, count, b * outputs, tile);
       }
     }

@@ -28,7 +28,7 @@ def norm_linear(
     (M, K), columns = x.shape, weight.shape[0]
     out = x.new_empty(M, columns)
     if out.numel():
-        grid, options = tiling(M, columns, x.element_size(), 1 if gate is None else 2)
+        grid, options = tiling(M, columns, x.element_size(), gate is not None)
         with on_device(x):
             _norm_linear[grid](
                 x,
@@ -135,4 +135,4 @@ def variants() -> Iterator[Variant]:
             "HAS_GATE_BIAS": gated,
             "ACTIVATION": activation,
         }
-        yield from tile_variants(_norm_linear, flags, products=1 + gated)
+        yield from tile_variants(_norm_linear, flags, gated)

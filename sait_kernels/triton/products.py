@@ -31,21 +31,21 @@ TILES = {
     (2, 0): Tile(32, 64, 64, 4, 3),
     (4, 0): Tile(32, 32, 32, 4, 2),
 }
+# Of two products of the same rows, whose sums share the registers; in float32 they have enough.
+GATED_TILES = {
+    (2, 16384): Tile(128, 64, 64, 8, 3),
+    (2, 1024): Tile(64, 64, 64, 4, 3),
+    (2, 0): Tile(32, 32, 64, 4, 3),
+    (4, 0): Tile(32, 32, 32, 4, 2),
+}
 
 
 @functools.lru_cache
-def tiling(rows: int, columns: int, itemsize: int, products: int = 1) -> tuple[tuple[int], dict[str, Any]]:
-    """(grid, constants and launch options) of a product with so many rows and columns. The dictionary is shared.
-
-    A program that takes several products of its rows shares a tile's columns, and with them its registers, among them.
-    """
-    whole = next(tile for (size, least), tile in TILES.items() if size == itemsize and rows >= least)
-    tile = _share(whole, products)
+def tiling(rows: int, columns: int, itemsize: int, gated: bool = False) -> tuple[tuple[int], dict[str, Any]]:
+    """(grid, constants and launch options) of a product with so many rows and columns. The dictionary is shared."""
+    tiles = GATED_TILES if gated else TILES
+    tile = next(tile for (size, least), tile in tiles.items() if size == itemsize and rows >= least)
     return (cdiv(rows, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_J),), tile._asdict()
-
-
-def _share(tile: Tile, products: int) -> Tile:
-    return tile._replace(BLOCK_J=tile.BLOCK_J // products)
 
 
 @triton.jit
@@ -63,11 +63,10 @@ def load_weight(p_weight, o_j, o_k, s_weight, m_j, m_k):
     return tl.load(p_weight + o_j[None, :] * s_weight + o_k[:, None], m_j[None, :] & m_k[:, None], other=0.0)
 
 
-def tile_variants(kernel: Any, flags: Mapping[str, bool | str], products: int = 1) -> Iterator[Variant]:
+def tile_variants(kernel: Any, flags: Mapping[str, bool | str], gated: bool = False) -> Iterator[Variant]:
     """The kernel with each tile."""
-    set_flags = [(name, value) for name, value in flags.items() if value]
-    for (itemsize, rows), tile in TILES.items():
+    words = [value if isinstance(value, str) else name for name, value in flags.items() if value]
+    for (itemsize, rows), tile in (GATED_TILES if gated else TILES).items():
         dtype = "bf16" if itemsize == 2 else "fp32"
-        label = f"{dtype} M>={rows} " + " ".join(value if isinstance(value, str) else name for name, value in set_flags)
-        options = {**flags, **_share(tile, products)._asdict()}
-        yield variant(kernel, label, dtype, options, dots=itemsize == 2)
+        label = f"{dtype} M>={rows} " + " ".join(words)
+        yield variant(kernel, label, dtype, {**flags, **tile._asdict()}, dots=itemsize == 2)

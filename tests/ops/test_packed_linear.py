@@ -22,6 +22,7 @@ from helpers import (
 )
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import sait_kernels as sk
 from sait_kernels.activation import ACTIVATIONS
@@ -505,6 +506,20 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message:
     good = {"x": randn(4, 6), "packed": sk.pack_linear(randn(8, 6)), "out_features": 8, "bias": randn(8)}
     with sk.backend("cpu"), pytest.raises(error, match=rf"packed_linear: .*{message}"):
         sk.packed_linear(**{**good, **changes})
+
+
+def test_a_gate_is_counted_as_a_second_product() -> None:
+    t, b = make((9, 16, 70), torch.float32), block(9, 9, WIDTHS[0], torch.float32, gated=True)
+    norm = t["norm_weight"], t["norm_bias"], EPS
+    A, C, H = WIDTHS[0]
+    for call, products in (
+        (lambda: sk.norm_linear(t["x"], *norm, t["weight"], gate=t["gate"], activation="silu"), 2 * 16 * 70),
+        (lambda: ours_gated(t, "silu"), 2 * 16 * 70),
+        (lambda: sk.packed_block(**b), A * C + 3 * C * H),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == 2 * 9 * products
 
 
 def test_bad_gates() -> None:
