@@ -50,9 +50,7 @@ def test_torch_counts_what_is_executed(name, grad):
             )
 
 
-@full_only(
-    lambda name, ops: ops == "triton" and name != "registers"
-)  # counts are of shapes: one model is enough
+@full_only(lambda name, ops: ops == "triton" and name != "registers")  # counts are of shapes: one model is enough
 @pytest.mark.parametrize("name", ["vit", "distilled", "registers", "layerscale_qknorm", "siglip"])
 @torch.no_grad()
 def test_torch_counts_what_an_optimized_model_executes(name, ops, calls):
