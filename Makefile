@@ -12,6 +12,7 @@
 # make bench    every op and model against torch  make report  tables and plots from the newest results
 # make end-to-end   DeiT-S against every peer: compiled, OpenVINO, the same pruning in plain torch, EViT, ToMe
 # make end-to-end-models   other sizes and resolutions against some of them
+# make families   models of every family: errors, and speed beside their own library's forward; docs/families.md
 # make clean    remove what was built (not .venv)
 #
 # PYTHON and VENV may be set: `make demo PYTHON=python3.12 VENV=/somewhere/venv`.
@@ -27,7 +28,7 @@ RESULTS := benchmarks/results
 
 .PHONY: demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-start gpu-ops \
 	gpu-end-to-end gpu-test-triton gpu-costs gpu-batches gpu-sanitizer gpu-summary gpu-library gpu-end-to-end-models \
-	gpu-end-to-end-autotuned bench end-to-end end-to-end-models report paper clean
+	gpu-end-to-end-autotuned bench end-to-end end-to-end-models families report paper clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -160,6 +161,9 @@ end-to-end: install $(VENV)/.requirements-dev
 end-to-end-models: install $(VENV)/.requirements-dev
 	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) --part models --quick $(OTHER_MODELS) \
 		--model vit_small_patch16_384 --batch 1 --batch 4 --peer openvino --peer plain $(OURS) $(ARGUMENTS)
+
+families: install $(VENV)/.requirements-dev
+	$(BIN)/python benchmarks/families.py --save-results $(RESULTS) $(ARGUMENTS)
 
 report: $(VENV)/.requirements
 	PYTHONPATH=benchmarks:experiments $(BIN)/python -m report

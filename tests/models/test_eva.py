@@ -263,8 +263,8 @@ def test_other_methods_and_scores() -> None:
 
 @torch.no_grad()
 def test_optimize_leaves_what_it_does_not_serve() -> None:
-    """Rotary blocks run their modules: a product that knew no gamma_1 would drop it silently."""
-    model, x = sait.sparsify(build("dinov3"), block=1, keep=0.5), images("dinov3")
+    """A gate of the attention: such blocks run their modules."""
+    model, x = sait.sparsify(build("gated"), block=1, keep=0.5), images("gated")
     want = model(x)
     assert_same_bits("logits", sait.optimize(model)(x), want)
 

@@ -273,9 +273,8 @@ class Optimized:
         found = plain_parts(block, family)
         made = None
         if found is not None:
-            watches = Watch(block, HOLDER), WatchOfParameters(block)
             products = FusedBlock(*found, family)
-            made = (products, watches[0], None if products.follows else watches[1])
+            made = (products, Watch(block, HOLDER), None if products.follows else WatchOfParameters(block))
         self._fused = made
         return None if made is None else made[0]
 
