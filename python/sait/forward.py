@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sait_kernels as sk
+from sait.execution.apart import check_apart
 from sait.execution.optimize import Way, block_for, products_for
 from sait.families.base import Family
 from sait.methods.base import Seen
@@ -30,6 +31,7 @@ def forward(
     plan = state.active
     if plan is not None:
         check_blocks(plan, len(family.blocks(model)))
+        check_apart(model, family, state)
     tokens = family.embed(model, images) if tokens is None else tokens
     enough = for_head and family.prefix_is_enough(model)
     tokens, kept = run(model, family, plan, tokens, state.recorded, enough, homes)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sait.execution.apart import is_sharded, path_of
 from sait.execution.optimize import deoptimize
 from sait.families import FAMILIES, Family, family_of
 from sait.families.timm_vit import reason_against
@@ -87,12 +88,18 @@ def sparsify(
         known = ", ".join(dict.fromkeys(one.name for one in FAMILIES))
         raise TypeError(f"sparsify: model: expected a {known}, got {name}: {_reason_against(model)}.")
     if not sparse:
+        if is_sharded(model):
+            raise TypeError(f"sparsify: model: {original.__name__} is sharded. Call sparsify first, then fully_shard.")
         family.check(model)
+        for i, module in enumerate(family.blocks(model)):
+            family.check_block(path_of(model, module, i), module)
     check_plan(model, plan, family)
     state = State(plan, active=plan)
     for part in family.parts(model):
         part._sait = state
-        part.__class__ = sparse_class(type(part)._sait_original if isinstance(part, SparseModel) else type(part))
+        if not isinstance(part, SparseModel):  # a sparse one may have a class on top, of parametrize or fully_shard
+            cls: Any = type(part)
+            part.__class__ = sparse_class(cls)
     _adopt(model, plan)
     return model
 
@@ -118,16 +125,22 @@ def restore(model: Any) -> Any:
     """Undoes sparsify, and optimize: the model is of its old class again, and nothing is left on it.
 
     Raises:
-        TypeError: the model is not one that sparsify changed.
+        TypeError: the model is not one that sparsify changed, or something else changed its class since.
     """
     if not isinstance(model, SparseModel):
         raise TypeError(f"restore: model: expected one that sait.sparsify changed, got {type(model).__name__}.")
+    parts = [part for part in model._sait_family.parts(model) if isinstance(part, SparseModel)]
+    for part in parts:
+        if type(part) is not sparse_class(type(part)._sait_original):
+            raise TypeError(
+                f"restore: model: its class {type(part).__name__} was put on top of the sparse one, by parametrize or "
+                "fully_shard for instance. Undo that first."
+            )
     deoptimize(model)
     vars(model)["_modules"].pop(LEARNED, None)
-    for part in model._sait_family.parts(model):
-        if isinstance(part, SparseModel):
-            part.__class__ = type(part)._sait_original
-            del part._sait
+    for part in parts:
+        part.__class__ = type(part)._sait_original
+        del part._sait
     return model
 
 

@@ -21,11 +21,18 @@ class TorchvisionVit(Family):
     def check(self, model: Any) -> None:
         if type(model).forward is not VisionTransformer.forward:
             raise TypeError(f"sparsify: model: {type(model).__name__} has a forward of its own.")
-        for name, block in model.encoder.layers.named_children():
-            if type(block) is not EncoderBlock or type(block.mlp) is not MLPBlock:
-                raise TypeError(f"sparsify: model: encoder.layers.{name}: expected torchvision's EncoderBlock.")
-            if block.self_attention.dropout != 0:
-                raise ValueError(f"sparsify: model: encoder.layers.{name}: expected attention_dropout=0.")
+
+    def check_block(self, name: str, block: Any) -> None:
+        if type(block) is not EncoderBlock or type(block.mlp) is not MLPBlock:
+            raise TypeError(f"sparsify: model: {name}: expected torchvision's EncoderBlock.")
+        if block.self_attention.dropout != 0:
+            raise ValueError(f"sparsify: model: {name}: expected attention_dropout=0.")
+
+    def taken_apart(self, block: Any) -> tuple[nn.Module, ...]:
+        return block, block.self_attention
+
+    def bypassed(self, model: Any) -> tuple[nn.Module, ...]:
+        return model.encoder, model.encoder.layers
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         return list(model.encoder.layers)

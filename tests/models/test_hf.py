@@ -439,15 +439,15 @@ def test_what_cannot_be_patched_is_refused() -> None:
         (OwnForward(config), "ViTModel, but OwnForward has its own"),
         (transformers.ViTForMaskedImageModeling(config), "ViTForMaskedImageModeling: it makes an image of all patches"),
         (transformers.Dinov2Backbone(dino), "Dinov2Backbone: its feature maps need all tokens"),
-        (made("vit", attention_probs_dropout_prob=0.1), r"block 0: expected no dropout .* p=0.1"),
-        (made("clip", attention_dropout=0.1), r"block 0: expected no dropout .* p=0.1"),
+        (made("vit", attention_probs_dropout_prob=0.1), r"vit.layers.0: expected no dropout .* p=0.1"),
+        (made("clip", attention_dropout=0.1), r"encoder.layers.0: expected no dropout .* p=0.1"),
         (made("clip", hidden_size=36, num_attention_heads=3), "head dimension that is a multiple of 8, .* got 12"),
         (transformers.BertModel(transformers.BertConfig(**SMALL)), r"got transformers\S*BertModel"),
     ]
     for path, module, message in (
-        ("vit.layers.1", nn.Identity(), "block 1: expected one of ViTLayer, got Identity"),
-        ("vit.layers.1.mlp", nn.Conv1d(3, 3, 3), "block 1.mlp: expected one of ViTMLP, got Conv1d"),
-        ("vit.layers.2.layernorm_after", nn.BatchNorm1d(26), "block 2.layernorm_after: .* got BatchNorm1d"),
+        ("vit.layers.1", nn.Identity(), "vit.layers.1: expected one of ViTLayer, got Identity"),
+        ("vit.layers.1.mlp", nn.Conv1d(3, 3, 3), "vit.layers.1.mlp: expected one of ViTMLP, got Conv1d"),
+        ("vit.layers.2.layernorm_after", nn.BatchNorm1d(26), "vit.layers.2.layernorm_after: .* got BatchNorm1d"),
         ("vit.embeddings", nn.Identity(), "embeddings: expected one of ViTEmbeddings, got Identity"),
         ("vit", OwnForward(config), "ViTModel, but OwnForward has its own"),
     ):
@@ -455,7 +455,7 @@ def test_what_cannot_be_patched_is_refused() -> None:
         cases[-1][0].set_submodule(path, module)
     changed = made("vit")
     changed.vit.layers[0].attention.forward = lambda x, *_, **__: (x, None)
-    cases.append((changed, "block 0.attention: expected one of ViTAttention"))
+    cases.append((changed, "vit.layers.0.attention: expected one of ViTAttention"))
     for model, message in cases:
         with refused(model, message):
             sait.sparsify(model, block=1, keep=0.5)

@@ -64,9 +64,14 @@ def drops_paths(module: Any) -> bool:
 def is_untouched(module: Any) -> bool:
     """In eval mode, without hooks and without a forward of the instance's own, and so are all its parts."""
     own = vars(module)
-    if own["training"] or "forward" in own or any(own[hooks] for hooks in HOOKS):
+    if own["training"] or "forward" in own or has_hooks(module):
         return False
     return all(part is None or is_untouched(part) for part in own["_modules"].values())
+
+
+def has_hooks(module: Any) -> bool:
+    own = vars(module)
+    return any(own[hooks] for hooks in HOOKS)
 
 
 def is_plain_block(block: Any, view: BlockView, mlp: FeedForward, family: Family) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sait_kernels as sk
 from sait.execution.linear import linear, mlp
-from sait.execution.modules import drops_paths, gamma_of, is_layer_norm
+from sait.execution.modules import drops_paths, gamma_of, has_hooks, is_layer_norm, is_scale
 from sait.families.base import BlockView, Family
 from sait.methods.base import After
 from sait.methods.fusion import Attended
@@ -92,7 +92,15 @@ class PlainBlock:
 
     def _fuses_residual(self) -> bool:
         """Whether residual and norm2 of the kept rows are what gather_add_norm computes."""
-        return is_layer_norm(self._view.norm2, self._family) and not drops_paths(self._view.drop_path1)
+        view, family = self._view, self._family
+        passed_over = [part for part in (view.norm2, view.scale1, view.drop_path1) if isinstance(part, nn.Module)]
+        return (
+            is_layer_norm(view.norm2, family)
+            and is_scale(view.scale1, family)
+            and type(view.drop_path1) in family.idle_in_eval
+            and not drops_paths(view.drop_path1)
+            and not any("forward" in vars(part) or has_hooks(part) for part in passed_over)
+        )
 
 
 def scaled(scale: Any, y: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,27 @@ class Watch:
         return own
 
 
+class Glance:
+    """Whether some modules are what they were: of the same class, with the same attributes, parts and hooks."""
+
+    def __init__(self, modules: tuple[nn.Module, ...]) -> None:
+        self._owns = [vars(module) for module in modules]
+        self._modules, self._classes = modules, list(map(type, modules))
+        inside = [own[name] for own in self._owns for name in ("_modules", *HOOKS)]
+        self._dictionaries = [*self._owns, *inside]
+        self._held = [dict(dictionary) for dictionary in self._dictionaries]
+
+    def of(self, modules: tuple[nn.Module, ...]) -> bool:
+        """Whether it is these, or the first of them, that it has seen."""
+        return all(map(operator.is_, modules, self._modules))
+
+    def unchanged(self) -> bool:
+        try:
+            return self._dictionaries == self._held and list(map(type, self._modules)) == self._classes
+        except (RuntimeError, ValueError):  # as in Watch
+            return False
+
+
 class WatchOfParameters:
     """Which parameters and buffers a module has, and what lies in them.
 
@@ -64,32 +86,27 @@ class WatchOfParameters:
         parts = [vars(part) for part in module.modules()]
         self._owns = [own["_parameters"] for own in parts] + [own["_buffers"] for own in parts if own["_buffers"]]
         self._found = self._now()
-        tensors = (*module.parameters(), *module.buffers())
-        # The detached tensor keeps the memory: while it does, no other parameter can be at its address.
-        self._parameters = [(parameter, parameter.detach(), _state(parameter)) for parameter in tensors]
-        on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        self._tensors = [*module.parameters(), *module.buffers()]
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._kept = [tensor.detach() for tensor in self._tensors]  # while these are, nothing else is at their address
+        on_host = [tensor for tensor in self._tensors if tensor.device.type == "cpu"]
         self._sample = None if library.module is None else library.module.Sample(list(map(_memory, on_host)))
-        self._hash = self._hashed()
+        self._state = self._states()
 
     def unchanged(self) -> bool:
-        same = self._found == self._now()
+        return self._found == self._now() and self._state == self._states()
+
+    def _states(self) -> tuple[Any, ...]:
         return (
-            same
-            and all(_state(parameter) == state for parameter, _, state in self._parameters)
-            and self._hashed() == self._hash
+            [tensor._version for tensor in self._counted],
+            [tensor.data_ptr() for tensor in self._tensors],
+            [tensor.is_contiguous() for tensor in self._tensors],
+            0 if self._sample is None else self._sample.hash(),
         )
 
     def _now(self) -> tuple[list[int], list[int]]:
         """How many each part has, and which."""
         return list(map(len, self._owns)), [id(parameter) for own in self._owns for parameter in own.values()]
-
-    def _hashed(self) -> int:
-        return 0 if self._sample is None else self._sample.hash()
-
-
-def _state(parameter: Tensor) -> tuple[Any, ...]:
-    version = 0 if parameter.is_inference() else parameter._version
-    return version, parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:

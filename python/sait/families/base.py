@@ -124,6 +124,26 @@ class Family(ABC):
     def check(self, model: Any) -> None:
         """TypeError or ValueError with the reason if tokens cannot be dropped from the model rightly."""
 
+    def check_block(self, name: str, block: Any) -> None:
+        """TypeError or ValueError with the reason if a block's forward is not what its view says.
+
+        Asked by sparsify, and again by the first forward after something about the block has changed. ``name`` is its
+        path in the model.
+        """
+        return
+
+    def taken_apart(self, block: Any) -> tuple[Module, ...]:
+        """The block and those of its modules whose own forward does not run while tokens are dropped."""
+        return (block,)
+
+    def is_idle(self, hook: Any) -> bool:
+        """Whether a hook on a module that is taken apart does nothing while tokens are dropped."""
+        return False
+
+    def bypassed(self, model: Any) -> tuple[Module, ...]:
+        """Modules around the blocks whose forward does not run while tokens are dropped."""
+        return ()
+
     @abstractmethod
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         """In their order."""
@@ -196,9 +216,11 @@ def entering(x: Tensor, num_prefix: int) -> Tokens:
 
 
 def weights(layer: nn.Module | LinearParameters | None) -> int:
-    """Multiply-accumulates of its linear layers for one token."""
+    """Multiply-accumulates of its linear layers for one token; a quantised one has those of what it stands for."""
     if layer is None:
         return 0
-    if isinstance(layer, LinearParameters):
+    if isinstance(layer, (nn.Linear, LinearParameters)):
         return layer.weight.numel()
-    return sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
+    inside = sum(map(weights, layer.children()))
+    rows, columns = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+    return rows * columns if not inside and isinstance(rows, int) and isinstance(columns, int) else inside

@@ -214,10 +214,22 @@ class Hf(Family):
             _keeps_forward(encoder, (self._encoder,))
         for path, types in self._parts.items():
             require_type(path, encoder.get_submodule(path), types)
-        for i, block in enumerate(self.blocks(model)):
-            for path, types in self._block_parts.items():
-                require_type(f"block {i}{path and '.'}{path}", block.get_submodule(path), types)
-            _check_attention(f"block {i}", self.attention(block))
+
+    def check_block(self, name: str, block: Any) -> None:
+        for path, types in self._block_parts.items():
+            require_type(f"{name}{path and '.'}{path}", block.get_submodule(path), types)
+        _check_attention(name, self.attention(block))
+
+    def taken_apart(self, block: Any) -> tuple[Any, ...]:
+        return block, self.attention(block)
+
+    def is_idle(self, hook: Any) -> bool:
+        """Those that record hidden states and attentions, which are refused while tokens are dropped."""
+        return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+    def bypassed(self, model: Any) -> tuple[Any, ...]:
+        encoder = self.encoder(model)
+        return tuple(encoder.get_submodule(path) for path in ("encoder", "model") if path in self._parts)
 
     def check_pooling(self, model: Any) -> None:
         pass

@@ -42,15 +42,16 @@ class TimmEva(TimmVit):
                 f"sparsify: model: rope: expected one of {', '.join(table.__name__ for table in TABLES)}, got "
                 f"{type(vit.rope).__name__}, whose table may turn other channels together."
             )
-        for i, block in enumerate(vit.blocks):
-            name, attn = f"blocks.{i}", block.attn
-            require(name, block, EvaBlock)
-            require(f"{name}.attn", attn, AttentionRope if isinstance(attn, AttentionRope) else EvaAttention)
-            if getattr(attn, "num_kv_groups", 1) != 1:
-                raise ValueError(
-                    f"sparsify: model: {name}.attn: expected a key head for each query head, got grouped queries."
-                )
-            check_parts(name, block)
+
+    def check_block(self, name: str, block: Any) -> None:
+        attn = block.attn
+        require(name, block, EvaBlock)
+        require(f"{name}.attn", attn, AttentionRope if isinstance(attn, AttentionRope) else EvaAttention)
+        if getattr(attn, "num_kv_groups", 1) != 1:
+            raise ValueError(
+                f"sparsify: model: {name}.attn: expected a key head for each query head, got grouped queries."
+            )
+        check_parts(name, block)
 
     def view(self, block: Any) -> BlockView:
         attn = block.attn

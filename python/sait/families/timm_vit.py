@@ -185,12 +185,19 @@ class TimmVit(Family):
         vit: Any = model
         require_type("patch_drop", vit.patch_drop, (nn.Identity,), "Build the model with patch_drop_rate=0.")
         check_head(vit)
-        for i, block in enumerate(vit.blocks):
-            require(f"blocks.{i}", block, Block)
-            require(f"blocks.{i}.attn", block.attn, Attention)
-            for path in ("ls1", "ls2"):
-                require_type(f"blocks.{i}.{path}", getattr(block, path), (nn.Identity, LayerScale))
-            check_parts(f"blocks.{i}", block)
+
+    def check_block(self, name: str, block: Any) -> None:
+        require(name, block, Block)
+        require(f"{name}.attn", block.attn, Attention)
+        for path in ("ls1", "ls2"):
+            require_type(f"{name}.{path}", getattr(block, path), (nn.Identity, LayerScale))
+        check_parts(name, block)
+
+    def taken_apart(self, block: Any) -> tuple[Any, ...]:
+        return block, block.attn, block.attn.attn_drop
+
+    def bypassed(self, model: Any) -> tuple[Any, ...]:
+        return (model.blocks,)
 
     def check_pooling(self, model: Any) -> None:
         check_ragged_head(model)
@@ -265,7 +272,7 @@ class TimmVit(Family):
         return Cost("patch embedding", moved, kernels + places, macs)
 
     def head_cost(self, model: Any, tokens: float) -> Cost:
-        heads = [m for m in (model.head, getattr(model, "head_dist", None)) if isinstance(m, nn.Linear)]
+        heads: list[Any] = [m for m in (model.head, getattr(model, "head_dist", None)) if weights(m)]
         of_heads = sum(map(weights, heads))
         moved = float(sum(head.in_features + head.out_features for head in heads))
         pool = getattr(model, "attn_pool", None)
@@ -352,7 +359,7 @@ def require(name: str, module: nn.Module, base: type) -> None:
 
 
 def require_type(name: str, module: nn.Module, types: tuple[type, ...], cure: str = "") -> None:
-    if not any(type(module) is t and _keeps(module, "forward", t) for t in types):
+    if type(module) not in types:
         names = ", ".join(dict.fromkeys(t.__name__ for t in types))
         reason = REASONS.get(type(module).__name__, "it may mix tokens")
         raise TypeError(
