@@ -56,6 +56,7 @@ def _fuses(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not in_forward_mode()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled

@@ -347,7 +347,8 @@ def _is_served(op: str, x: Tensor, forced: str | None) -> bool:
 def _is_inference(x: Tensor) -> bool:
     """And no export: its program is for other machines and passes, which know a linear layer and not these ops."""
     derives = torch.is_grad_enabled() or in_forward_mode()
-    return not (derives or torch.is_autocast_enabled(x.device.type) or is_exporting())
+    traced = is_exporting() or torch.jit.is_tracing()
+    return not (derives or torch.is_autocast_enabled(x.device.type) or traced)
 
 
 def _parameters(layer: Any) -> dict[str, Any]:

@@ -217,7 +217,8 @@ class Hf(Family):
 
     def check_block(self, name: str, block: Any) -> None:
         for path, types in self._block_parts.items():
-            require_type(f"{name}{path and '.'}{path}", block.get_submodule(path), types)
+            apart = path in ("", "attention", "self_attn")
+            require_type(f"{name}{path and '.'}{path}", block.get_submodule(path), types, taken_apart=apart)
         _check_attention(name, self.attention(block))
 
     def taken_apart(self, block: Any) -> tuple[Any, ...]:

@@ -358,10 +358,14 @@ def require(name: str, module: nn.Module, base: type) -> None:
         )
 
 
-def require_type(name: str, module: nn.Module, types: tuple[type, ...], cure: str = "") -> None:
-    if type(module) not in types:
+def require_type(
+    name: str, module: nn.Module, types: tuple[type, ...], cure: str = "", *, taken_apart: bool = False
+) -> None:
+    """``taken_apart``: its forward does not run, so one of its own would not count."""
+    own = taken_apart and "forward" in vars(module)
+    if type(module) not in types or own:
         names = ", ".join(dict.fromkeys(t.__name__ for t in types))
-        reason = REASONS.get(type(module).__name__, "it may mix tokens")
+        reason = REASONS.get(type(module).__name__, "it has a forward of its own" if own else "it may mix tokens")
         raise TypeError(
             f"sparsify: model: {name}: expected one of {names}, got {type(module).__name__}: {reason}. {cure}".rstrip()
         )
