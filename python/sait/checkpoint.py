@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,7 +18,7 @@ from sait.environment import environment
 from sait.families import build as build_model
 from sait.methods.plan import Plan
 from sait.sparsify import sparsify
-from sait.state import sparse_family, state_of
+from sait.state import State, sparse_family, state_of
 
 FORMAT = 1
 KEY = "sait"  # the metadata's only entry, a JSON document: safetensors takes strings only
@@ -47,8 +49,10 @@ def save(
 
     Raises:
         TypeError: the model is not sparse, or there is no name.
+        ValueError: name and kwargs build another model, which load would not fill.
         OSError: the file cannot be written; one that was there is as it was.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     state = state_of(model, "save")
     recipe = sparse_family(model).recipe(model) if name is None else (name, kwargs or {})
     if recipe is None:
@@ -62,8 +66,23 @@ def save(
         **environment(),
         **more,
     }
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    replace_file(path, lambda half: save_file(tensors, half, {KEY: json.dumps(metadata)}))
+    written = json.dumps(metadata)
+    tensors = model.state_dict()
+    _check_shapes(_on_meta(json.loads(written), "save"), tensors, "save: name, kwargs: they build another model:")
+    replace_file(path, lambda half: save_file(_apart(tensors), half, {KEY: written}))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the host, each in memory of its own: two names of one tensor are two tensors in a file."""
+    found: dict[str, Tensor] = {}
+    places = set()
+    for key, tensor in tensors.items():
+        of_its_own = tensor.detach().cpu().contiguous()
+        if of_its_own.data_ptr() in places:
+            of_its_own = of_its_own.clone()
+        places.add(of_its_own.data_ptr())
+        found[key] = of_its_own
+    return found
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
@@ -72,7 +91,13 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         ValueError: the file is no such checkpoint; OSError: it cannot be read.
     """
-    Path(path).open("rb").close()  # safetensors names no reason
+    with Path(path).open("rb") as opened:  # safetensors names no reason
+        start = opened.read(2)
+    if start in (b"PK", b"\x80\x02"):
+        raise ValueError(
+            f"{path} is a pickle, as torch.save writes them, and no safetensors file. If you trust it, convert it: "
+            "build the model, model.load_state_dict(torch.load(path, weights_only=True)), sait.sparsify, sait.save."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(KEY, "null"))
@@ -90,6 +115,9 @@ def load(path: str | os.PathLike[str]) -> Any:
     It keeps as many tokens as it did when it was saved; sait.set_density changes that. ``sait.checkpoint.read(path)``
     tells the rest: the command that made it, its configuration, its results.
 
+    A file of a stranger makes no code run, asks no network and opens no other file: it names a model of timm's own
+    registry or of transformers, with arguments that shape it, and its sizes are compared before memory is taken.
+
     Raises:
         ValueError: the file is no such checkpoint, or its weights are not those of the model that it names.
         OSError: the file cannot be read.
@@ -99,27 +127,64 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 def build(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Any:
     """The model of a checkpoint; ``path`` is for messages."""
-    metadata = checkpoint.metadata
+    tensors, metadata = checkpoint
+    layers = len({re.sub(r"\D+", " ", key) for key in tensors})
+    for key, value in _numbers(metadata.get("model_kwargs")):
+        if key in COUNTS and value > layers:
+            raise ValueError(f"{path}: model_kwargs: {key}: expected at most {layers} from its tensors, got {value}.")
+    _check_shapes(_on_meta(metadata, path), tensors, f"{path} is a checkpoint of another model:")
+    model = _made(metadata, path)
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())  # buffers that are in no file, too
+    model.load_state_dict(tensors, assign=len(dtypes) > 0)
+    return model.eval()
+
+
+COUNTS = ("depth", "num_hidden_layers")  # of modules, which take time to build however small they are
+
+
+def _numbers(document: Any) -> list[tuple[str, int]]:
+    if not isinstance(document, Mapping):
+        return []
+    return [(key, value) for key, value in document.items() if isinstance(value, int)]
+
+
+def _on_meta(metadata: Mapping[str, Any], path: str | os.PathLike[str]) -> Any:
+    """The model without memory, for the sizes of its tensors."""
+    with torch.device("meta"):
+        return _made(metadata, path)
+
+
+def _made(metadata: Mapping[str, Any], path: str | os.PathLike[str]) -> Any:
+    """The sparse model that a checkpoint's metadata name, with weights of no meaning."""
     try:
         model = build_model(metadata["model"], metadata["model_kwargs"])
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: cannot build its model {metadata['model']!r}: {error}") from error
-    plan = Plan.from_dict(metadata["plan"])
-    sparsify(model, plan)
-    load_weights(model, checkpoint.tensors, path)
-    active = None if metadata["active"] is None else Plan.from_dict(metadata["active"]).sharing(plan)
+        plan = Plan.from_dict(metadata["plan"])
+        active = None if metadata["active"] is None else Plan.from_dict(metadata["active"]).sharing(plan)
+        if isinstance(getattr(model, "_sait", None), State):  # a SaitViT drops tokens from the start
+            model._sait = State(plan, active=plan)
+        else:
+            sparsify(model, plan)
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        name = metadata.get("model")
+        raise ValueError(f"{path}: cannot build its model {name!r}: {type(error).__name__}: {error}") from error
     state_of(model, "load").active = active
-    return model.eval()
+    return model
 
 
 def load_weights(model: Any, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """ValueError, with the first difference, if the tensors are not those of the model."""
+    _check_shapes(model, tensors, f"{path} is a checkpoint of another model:")
+    model.load_state_dict(tensors)
+
+
+def _check_shapes(model: Any, tensors: Mapping[str, Tensor], what: str) -> None:
     own = model.state_dict()
     for key in sorted(own.keys() | tensors.keys()):
         ours, theirs = (list(t[key].shape) if key in t else "nothing" for t in (own, tensors))
         if ours != theirs:
-            raise ValueError(f"{path} is a checkpoint of another model: {key} is {theirs} there, {ours} in this one.")
-    model.load_state_dict(tensors)
+            raise ValueError(f"{what} {key} is {theirs} there, {ours} in this one.")
 
 
 def replace_file(path: str | os.PathLike[str], write: Any) -> None:

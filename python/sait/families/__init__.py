@@ -61,10 +61,34 @@ def _know_transformers() -> None:
     FAMILIES.extend((HF_VIT, HF_DEIT, HF_DINOV2, HF_DINOV2_REGISTERS, HF_DINOV3, HF_CLIP, HF_SIGLIP))
 
 
-def build(name: str, kwargs: Mapping[str, Any]) -> Any:
-    """A model of timm's registry, or one of transformers by its class's name: ``transformers.ViTModel``."""
-    if not name.startswith("transformers."):
-        return timm.create_model(name, **kwargs)
-    from sait.families import hf
+# What shapes a model of timm, of all that timm.create_model takes: nothing that reads a file or asks a network.
+_SHAPING = """
+    attn_drop_rate attn_type block class_token depth drop_path_rate drop_rate dynamic_img_pad dynamic_img_size embed_dim
+    fc_norm final_norm fix_init global_pool img_size in_chans init_values keep mass max_keep mlp_ratio no_embed_class
+    num_classes num_heads num_reg_tokens patch_drop_rate patch_size pool_include_prefix pos_drop_rate pos_embed pre_norm
+    proj_bias proj_drop_rate qk_norm qkv_bias qkv_fused ref_feat_shape reg_tokens rope_mixed_mode rope_rotate_half
+    rope_temperature rope_type scale_attn_inner scale_attn_norm scale_mlp scale_mlp_norm score static strict_img_size
+    swiglu_mlp use_abs_pos_emb use_fc_norm use_rot_pos_emb weight_init
+"""
+SHAPING = frozenset(_SHAPING.split())
 
-    return hf.build(name, kwargs)
+
+def build(name: str, kwargs: Mapping[str, Any]) -> Any:
+    """A model of timm's registry, or one of transformers by its class's name: ``transformers.ViTModel``.
+
+    For names and arguments that a file has: no network is asked and no other file opened.
+
+    Raises:
+        ValueError: another name, or an argument that does not shape a model.
+    """
+    if not isinstance(name, str) or not isinstance(kwargs, Mapping):
+        raise ValueError(f"expected a name and arguments, got {name!r} and {kwargs!r}")
+    if name.startswith("transformers."):
+        from sait.families import hf
+
+        return hf.build(name, kwargs)
+    if not timm.is_model(name):
+        raise ValueError("timm's registry has no such model")
+    if unknown := sorted(set(kwargs) - SHAPING):
+        raise ValueError(f"expected arguments that shape a model, such as depth and img_size, got {', '.join(unknown)}")
+    return timm.create_model(name, pretrained=False, **kwargs)

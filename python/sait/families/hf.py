@@ -57,15 +57,24 @@ PREFIX = "transformers."  # of the names of its models
 
 
 def build(name: str, config: Mapping[str, Any]) -> Any:
-    """A model of transformers, from its class's name and its configuration.
+    """A model of a family here, from its class's name and what its configuration knows.
 
     Raises:
         ValueError: there is no such model.
     """
+    from sait.families import family_of
+
     cls: Any = getattr(transformers, name.removeprefix(PREFIX), None)
-    if PreTrainedModel not in getattr(cls, "__mro__", ()):
-        raise ValueError(f"transformers {transformers.__version__} has no model {name}")
-    return cls(cls.config_class.from_dict(dict(config)))
+    if PreTrainedModel not in getattr(cls, "__mro__", ()) or family_of(cls) is None:
+        raise ValueError(f"transformers {transformers.__version__} has no such vision model")
+    known = set(cls.config_class().to_dict()) - NOT_SHAPING
+    return cls(cls.config_class.from_dict({key: value for key, value in config.items() if key in known}))
+
+
+# Fields of every configuration that shape no model: where it came from, and in what it is to be loaded.
+NOT_SHAPING = frozenset(
+    ("_name_or_path", "auto_map", "attn_implementation", "dtype", "torch_dtype", "quantization_config")
+)
 
 
 class Head(NamedTuple):
