@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sait.train.config import TrainingError, from_dict, parse_change, read_config
+import torch
+from sait.train.config import Config, TrainingError, from_dict, parse_change, read_config
+from sait.train.trainer import create_student
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -14,10 +16,29 @@ def test_changes_win_over_the_file(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("lr: 1e-3\nkeep: [0.3, 0.7]\nmodel_kwargs: {depth: 8}\nema: null\n")
     config = read_config(path, {"epochs": 3})
-    assert (config.lr, config.epochs, config.model_kwargs, config.ema) == (0.001, 3, {"depth": 8}, None)
+    kwargs = {"img_size": 64, "patch_size": 8, "depth": 8}
+    assert (config.lr, config.epochs, config.model_kwargs, config.ema) == (0.001, 3, kwargs, None)
     assert config.density == ("keep", [0.3, 0.7])
     assert read_config(path, {"mass": 0.9}).density == ("mass", [0.9, 0.9])
     assert read_config(None, {}).density == ("keep", [0.45, 0.45])
+
+
+def test_the_defaults_fit_each_other():
+    """`sait train` without arguments: the model takes the images of the data."""
+    kwargs, model = create_student(Config())
+    assert kwargs == {"img_size": 64, "patch_size": 8, "num_classes": 10}
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+    assert Config(model_kwargs={"img_size": 32, "depth": 2}).model_kwargs == {
+        "img_size": 32,
+        "patch_size": 8,
+        "depth": 2,
+    }
+    assert Config(data="photos").model_kwargs == {}
+
+
+def test_arguments_that_shape_no_model_are_refused():
+    with pytest.raises(TrainingError, match="got checkpoint_path"):
+        create_student(Config(model_kwargs={"checkpoint_path": "x.pth"}))
 
 
 def test_a_share_drops_the_limits_of_a_mass(tmp_path):

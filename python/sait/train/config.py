@@ -18,6 +18,7 @@ from sait.methods.plan import Plan, Stage
 
 MODES = ("alternate", "dense", "sparse")
 AMP = ("none", "bf16")
+CANVAS_MODEL = {"img_size": 64, "patch_size": 8}
 Range = float | list[float] | None
 
 
@@ -37,7 +38,8 @@ class Config:
     The loss is that of the labels + alpha * KL(teacher's attention || student's scores at ``block``), in both.
 
     Attributes:
-        model, model_kwargs: for timm.create_model; num_classes is set by the data.
+        model, model_kwargs: for timm.create_model; num_classes is set by the data, and canvas, whose images are small,
+            has an img_size of 64 and a patch_size of 8 where these say nothing.
         init: a checkpoint whose weights to start from.
         data: a folder with train/ and val/, a folder for each class in both; or "canvas".
         canvas_images, canvas_eval_images: images of an epoch and of the held-out set, for "canvas".
@@ -125,6 +127,8 @@ class Config:
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
             _check_type(option.name, getattr(self, option.name), _TYPES[option.name])
+        if self.data == "canvas":
+            object.__setattr__(self, "model_kwargs", CANVAS_MODEL | self.model_kwargs)
         _one_of("mode", self.mode, MODES)
         _one_of("amp", self.amp, AMP)
         if self.mass is None and self.keep is None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sait import checkpoint
+from sait.families import build as build_model
 from sait.methods.plan import Plan, Stage
 from sait.sparsify import sparsify
 from sait.state import Density, record_scores, selections, set_density
@@ -344,7 +345,7 @@ def create_student(config: Config) -> tuple[dict[str, Any], Any]:
     kwargs = {**config.model_kwargs, "num_classes": classes}
     training_only: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     try:
-        model = timm.create_model(config.model, **kwargs, **training_only)
+        model = build_model(config.model, {**kwargs, **training_only})
         sparsify(model, student_plan(config))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TrainingError(f"--model: {config.model}: {' '.join(str(error).split())}") from error
