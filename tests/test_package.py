@@ -129,7 +129,7 @@ LAYERS = (
     ("sait.state",),
     ("sait.execution",),
     ("sait.forward",),
-    ("sait.sparsify", "sait.vit", "sait.cost", "sait.maps"),
+    ("sait.sparsify", "sait.vit", "sait.cost", "sait.maps", "sait.explain"),
     ("sait.environment", "sait.checkpoint", "sait.bench", "sait.data"),
     ("sait.train",),
     ("sait.cli",),

@@ -5,6 +5,7 @@ from sait.checkpoint import load, save
 from sait.cost import macs
 from sait.execution.graphs import graphed
 from sait.execution.optimize import deoptimize, optimize
+from sait.explain import explain
 from sait.maps import FullMaps, full_maps
 from sait.methods.base import Seen
 from sait.methods.plan import Plan, Stage
@@ -23,6 +24,7 @@ __all__ = [
     "data",
     "density",
     "deoptimize",
+    "explain",
     "families",
     "full_maps",
     "graphed",

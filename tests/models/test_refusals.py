@@ -13,6 +13,7 @@ from timm.layers import DiffAttention, GlobalResponseNormMlp, LayerNorm2d
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 TINY = {"embed_dim": 64, "num_heads": 2, "depth": 2, "num_classes": 5}
 
@@ -177,6 +178,14 @@ def test_what_needs_all_tokens_names_the_cure():
             model.forward_features(x, is_causal=True)
         with pytest.raises(ValueError, match=r"attn_mask and is_causal .* sait.set_density\(model\)"):
             model.forward_intermediates(x, is_causal=True)
+
+
+def test_torch_fx_is_told_what_there_is_instead():
+    model = sait.sparsify(zoo.build("vit"), block=1, keep=0.5)
+    with pytest.raises(TypeError, match=r"forward: torch.fx traces .* sait.full_maps; for a program, torch.export"):
+        create_feature_extractor(model, ["blocks.3"])
+    traced = create_feature_extractor(sait.set_density(model), ["blocks.3"])
+    assert traced(zoo.images("vit"))["blocks.3"].shape == (3, 26, 64)
 
 
 def test_padded_features_are_not_pooled():

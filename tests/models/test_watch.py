@@ -152,8 +152,8 @@ def test_every_change_of_a_parameter_is_noticed(change: Callable[[Any], None]) -
 def test_a_block_is_asked_once(monkeypatch: pytest.MonkeyPatch, ops: list[str], calls: list[str]) -> None:
     optimize = sys.modules["sait.execution.optimize"]
     asked: list[Any] = []
-    is_plain = optimize.is_plain_block
-    monkeypatch.setattr(optimize, "is_plain_block", lambda *args: asked.append(args[0]) or is_plain(*args))
+    is_plain = optimize.why_no_plain_block
+    monkeypatch.setattr(optimize, "why_no_plain_block", lambda *args: asked.append(args[0]) or is_plain(*args))
     model, x = sait.optimize(shortened(sparse("vit", keep=1.0))), zoo.images("vit", 1)
     for _ in range(3):
         model(x)

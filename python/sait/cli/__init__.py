@@ -26,7 +26,7 @@ app.command(epilog=show.EXAMPLES)(show.show)
 app.command(epilog=train.EXAMPLES)(train.train)
 app.command("eval", epilog=eval.EXAMPLES)(eval.evaluate)
 app.command(epilog=tune.EXAMPLES)(tune.tune)
-app.command()(info.info)
+app.command(epilog=info.EXAMPLES)(info.info)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -34,14 +34,22 @@ def activation_of(act: Any, family: Family) -> str | None:
     return family.activations.get(type(act))
 
 
+def why_no_plain_mlp(mlp: FeedForward, family: Family) -> str | None:
+    """What an MLP has beside linear layers, an activation, and perhaps a gate and a LayerNorm; None: nothing that does
+    anything in eval mode."""
+    for name, layer in (("fc1", mlp.fc1), ("fc2", mlp.fc2), ("gate", mlp.gate)):
+        if layer is not None and not is_linear(layer):
+            return f"the MLP's {name} is a {type(layer).__name__}"
+    if activation_of(mlp.act, family) is None:
+        return f"no kernel for the activation {type(mlp.act).__name__}"
+    if not (has_no_norm(mlp) or is_layer_norm(mlp.norm, family)):
+        return f"the MLP's norm is a {type(mlp.norm).__name__}"
+    others = [type(part).__name__ for part in mlp.others if type(part) not in family.idle_in_eval]
+    return f"the MLP has a {others[0]}" if others else None
+
+
 def is_plain_mlp(mlp: FeedForward, family: Family) -> bool:
-    """Linear layers, an activation, perhaps a gate and a LayerNorm; nothing else that does anything in eval mode."""
-    return (
-        all(is_linear(layer) for layer in (mlp.fc1, mlp.fc2, *([] if mlp.gate is None else [mlp.gate])))
-        and activation_of(mlp.act, family) is not None
-        and (has_no_norm(mlp) or is_layer_norm(mlp.norm, family))
-        and all(type(part) in family.idle_in_eval for part in mlp.others)
-    )
+    return why_no_plain_mlp(mlp, family) is None
 
 
 def has_no_norm(mlp: FeedForward) -> bool:
@@ -69,23 +77,48 @@ def is_untouched(module: Any) -> bool:
     return all(part is None or is_untouched(part) for part in own["_modules"].values())
 
 
+def touched_by(block: Any) -> str:
+    """Where is_untouched found something, and what."""
+    for path, part in block.named_modules():
+        own, name = vars(part), path or "the block"
+        if own["training"]:
+            return f"{name} is in train mode: call model.eval()"
+        if "forward" in own:
+            return f"{name} has a forward of its own"
+        if has_hooks(part):
+            return f"{name} has hooks"
+    return "the block is changed"
+
+
 def has_hooks(module: Any) -> bool:
     own = vars(module)
     return any(own[hooks] for hooks in HOOKS)
 
 
-def is_plain_block(block: Any, view: BlockView, mlp: FeedForward, family: Family) -> bool:
-    """LayerNorm, attention, LayerNorm, MLP and nothing else that does anything in eval mode."""
-    return (
-        all(is_linear(layer) for layer in (*projections(view), view.proj))
-        and (view.qkv_bias is None or all(layer.bias is None for layer in projections(view)))
-        and view.gate is None
-        and all(is_layer_norm(norm, family) for norm in (view.norm1, view.norm2))
-        and all(is_scale(scale, family) for scale in (view.scale1, view.scale2))
-        and is_plain_mlp(mlp, family)
-        and all(type(part) in family.idle_in_eval for part in (view.proj_drop, view.drop_path1, view.drop_path2))
-        and is_untouched(block)
-    )
+def why_no_plain_block(block: Any, view: BlockView, mlp: FeedForward | None, family: Family) -> str | None:
+    """What a block has beside LayerNorm, attention, LayerNorm, MLP; None: nothing that does anything in eval mode."""
+    if mlp is None:
+        return f"no kernel for the MLP {type(view.mlp).__name__}"
+    for layer in (*projections(view), view.proj):
+        if not is_linear(layer):
+            return f"a projection is a {type(layer).__name__}, no plain linear layer"
+    if view.qkv_bias is not None and any(layer.bias is not None for layer in projections(view)):
+        return "its projection has two biases"
+    if view.gate is not None:
+        return "its attention has a gate"
+    for name, norm in (("first", view.norm1), ("second", view.norm2)):
+        if not is_layer_norm(norm, family):
+            return f"its {name} norm is a {type(norm).__name__}, no LayerNorm with weight, bias and eps > 0"
+    for scale in (view.scale1, view.scale2):
+        if not is_scale(scale, family):
+            return f"no kernel for the scale {type(scale).__name__}"
+    for part in (view.proj_drop, view.drop_path1, view.drop_path2):
+        if type(part) not in family.idle_in_eval:
+            return f"it has a {type(part).__name__}"
+    reason = why_no_plain_mlp(mlp, family)
+    if reason is None and not is_untouched(block):
+        return touched_by(block)
+    return reason
 
 
 def projections(view: BlockView) -> tuple[Any, ...]:

@@ -20,9 +20,9 @@ from sait.execution.modules import (
     activation_of,
     gamma_of,
     has_no_norm,
-    is_plain_block,
     lies_in_rows,
     projections,
+    why_no_plain_block,
 )
 from sait.execution.plain import PlainBlock
 from sait.execution.watch import Watch, WatchOfParameters
@@ -286,9 +286,17 @@ def plain_parts(block: Any, family: Family) -> tuple[BlockView, FeedForward] | N
     """The block's parts, if fused products compute the same."""
     view = family.view(block)
     mlp = family.feed_forward(view.mlp)
-    if mlp is None or not is_plain_block(block, view, mlp, family):
+    if mlp is None or why_no_products(block, view, mlp, family) is not None:
         return None
-    return (view, mlp) if all(lies_in_rows(layer.weight) for layer in _linears(view, mlp)) else None
+    return view, mlp
+
+
+def why_no_products(block: Any, view: BlockView, mlp: FeedForward | None, family: Family) -> str | None:
+    """Why fused products would not compute what the block does; None: they do."""
+    reason = why_no_plain_block(block, view, mlp, family)
+    if reason is None and mlp is not None and not all(lies_in_rows(layer.weight) for layer in _linears(view, mlp)):
+        return "a weight is quantised, or does not lie in rows"
+    return reason
 
 
 def _linears(view: BlockView, mlp: FeedForward) -> list[Any]:
@@ -302,14 +310,35 @@ def _are_all(found: tuple[BlockView, FeedForward], x: Tensor) -> bool:
 
 def products_for(x: Tensor) -> Way | None:
     """Which fused products serve a forward of tokens like these, if any do; the same for all its blocks."""
-    if not _is_inference(x):
+    if why_not_here(x) is not None:
         return None
-    forced = forced_backend()
-    if forced == "cpu" or (forced is None and x.device.type == "cpu"):
-        return Optimized.packed if _packs(x) else None
-    if not _has_kernels(x, forced):
-        return None
+    if _by_packing(x):
+        return Optimized.packed
     return Optimized.traced if torch.compiler.is_compiling() else Optimized.fused
+
+
+def why_not_here(x: Tensor) -> str | None:
+    """Why no fused products serve tokens like these, here and now; None: some do."""
+    if torch.is_grad_enabled():
+        return "gradients are enabled: use torch.inference_mode() or torch.no_grad()"
+    if in_forward_mode():
+        return "derivatives in forward mode are wanted"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast is on: cast the model, model.bfloat16()"
+    if is_exporting() or torch.jit.is_tracing():
+        return "the model is being exported: its program is for other machines, which know a linear layer"
+    if not _by_packing(x):
+        return None if _has_kernels(x, forced_backend()) else "norm_linear and linear_residual have no kernel here"
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return "packed weights serve tensors on a CPU, uncompiled"  # compiled code fuses for itself
+    if x.dtype == torch.bfloat16 and _has_amx():
+        return "this CPU has AMX, with which oneDNN is faster in bfloat16"
+    return None if x.dtype in (torch.float32, torch.bfloat16) else "packed weights are float32 or bfloat16"
+
+
+def _by_packing(x: Tensor) -> bool:
+    forced = forced_backend()
+    return forced == "cpu" or (forced is None and x.device.type == "cpu")
 
 
 def block_for(block: Any, family: Family, way: Way | None, x: Tensor, after: After | None = None) -> Block:
@@ -325,12 +354,6 @@ def block_for(block: Any, family: Family, way: Way | None, x: Tensor, after: Aft
     return PlainBlock(family.view(block), family)
 
 
-def _packs(x: Tensor) -> bool:
-    """Compiled code fuses for itself. Where a CPU multiplies bfloat16 in tiles (AMX), oneDNN does, and we do not."""
-    served = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return served and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not _has_amx()))
-
-
 @functools.cache
 def _has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
@@ -342,13 +365,6 @@ def _has_kernels(x: Tensor, forced: str | None) -> bool:
 
 def _is_served(op: str, x: Tensor, forced: str | None) -> bool:
     return any(forced in (None, name) and refusal(op, name, x) is None for name in ("triton", "cuda"))
-
-
-def _is_inference(x: Tensor) -> bool:
-    """And no export: its program is for other machines and passes, which know a linear layer and not these ops."""
-    derives = torch.is_grad_enabled() or in_forward_mode()
-    traced = is_exporting() or torch.jit.is_tracing()
-    return not (derives or torch.is_autocast_enabled(x.device.type) or traced)
 
 
 def _parameters(layer: Any) -> dict[str, Any]:

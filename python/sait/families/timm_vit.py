@@ -30,6 +30,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.flop_counter import FlopCounterMode
 
 from sait.families.base import BlockView, Cost, Family, FeedForward, LinearParameters, entering, weights
@@ -89,7 +90,7 @@ class SparseTimm:
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         if self._sait.active is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
-        _check_no_mask(attn_mask, is_causal)
+        _check_no_mask(x, attn_mask, is_causal)
         tokens = self._sparse_tokens(x, for_head=True)
         tokens = tokens.with_x(self.norm(tokens.x))
         if tokens.ragged:
@@ -100,7 +101,7 @@ class SparseTimm:
         if self._sait.active is None:
             self._sait.publish(None)
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
-        _check_no_mask(attn_mask, is_causal)
+        _check_no_mask(x, attn_mask, is_causal)
         return self._left(self._sparse_tokens(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
@@ -132,7 +133,7 @@ class SparseTimm:
     ) -> Any:
         """As timm's, with maps of full size: dropped rows are as they were when they entered the block that dropped
         them. The final features hold the rows that are left, as those of forward_features do."""
-        _check_no_mask(attn_mask, is_causal)
+        _check_no_mask(x, attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"forward_intermediates: output_fmt: expected NCHW or NLC, got {output_fmt!r}.")
         depth, P = len(self.blocks), self.num_prefix_tokens
@@ -160,7 +161,13 @@ class SparseTimm:
         return features(tokens.with_x(self.norm(tokens.x)), self._sait.active.static)
 
 
-def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+def _check_no_mask(x: Any, attn_mask: Tensor | None, is_causal: bool) -> None:
+    if isinstance(x, Proxy):
+        raise TypeError(
+            "forward: torch.fx traces a model by its modules, and a sparse one takes them apart. For feature maps "
+            "there are forward_intermediates and sait.full_maps; for a program, torch.export. Or trace the dense "
+            "model: sait.set_density(model)."
+        )
     if attn_mask is not None or is_causal:
         raise ValueError(
             f"forward: attn_mask and is_causal are for the full set of tokens, and some are dropped. {DENSE}"

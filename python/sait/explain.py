@@ -1,0 +1,80 @@
+"""explain: what a forward would run of each block, and why not something faster."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from sait.execution.apart import path_of
+from sait.execution.optimize import HOLDER, PackedBlock, block_for, products_for, why_no_products, why_not_here
+from sait.state import sparse_family, state_of
+
+MODULES = "its modules"
+
+
+class BlockRun(NamedTuple):
+    """Of one block."""
+
+    name: str  # its path in the model
+    runs: str  # "packed weights", "fused products" or "its modules"
+    why: str  # nothing faster; empty where there is nothing
+
+
+class Explanation(NamedTuple):
+    """What sait.explain gives. As text it is a line for each kind of block."""
+
+    blocks: tuple[BlockRun, ...]
+    note: str  # what holds for the whole model; empty where nothing does
+
+    def __str__(self) -> str:
+        alike: dict[tuple[str, str], list[str]] = {}
+        for block in self.blocks:
+            alike.setdefault(block[1:], []).append(block.name)
+        lines = [self.note] if self.note else []
+        for (runs, why), names in alike.items():
+            which = names[0] if len(names) == 1 else f"{len(names)} blocks, {names[0]} to {names[-1]}"
+            lines.append(f"{which}: {runs}" + (f", because {why}" if why else ""))
+        return "\n".join(lines)
+
+
+def explain(model: Any) -> Explanation:
+    """What a forward would run here and now, of tokens like the model's weights: call it where you call the model.
+
+    >>> import timm, torch
+    >>> from sait import optimize, sparsify
+    >>> model = optimize(sparsify(timm.create_model("vit_tiny_patch16_224").eval(), block=3, keep=0.45))
+    >>> explain(model).blocks[0].why
+    'gradients are enabled: use torch.inference_mode() or torch.no_grad()'
+    >>> with torch.inference_mode():
+    ...     print(explain(model))
+    12 blocks, blocks.0 to blocks.11: packed weights
+
+    Raises:
+        TypeError: the model is not sparse.
+    """
+    state, family = state_of(model, "explain"), sparse_family(model)
+    plan, found = state.active, []
+    for i, block in enumerate(family.blocks(model)):
+        x = next(block.parameters()).detach()[:0]
+        stage = None if plan is None else plan.stage_at(i)
+        after = None if stage is None or stage.before else stage.after
+        way = products_for(x)
+        made = block_for(block, family, way, x, after)
+        if made.is_fused:
+            runs, why = "packed weights" if isinstance(made, PackedBlock) else "fused products", ""
+        else:
+            runs, why = MODULES, _why_modules(block, family, x, after)
+        found.append(BlockRun(path_of(model, block, i), runs, why))
+    note = ""
+    if plan is None and hasattr(type(model), "_sait_original"):
+        note = "No token is dropped (sait.set_density): the model's own forward runs, not this:"
+    return Explanation(tuple(found), note)
+
+
+def _why_modules(block: Any, family: Any, x: Any, after: Any) -> str:
+    if HOLDER not in vars(block):
+        return "sait.optimize was not called"
+    if after is not None:
+        return f"the stage's {type(after).__name__} comes between attention and MLP"
+    view = family.view(block)
+    reason = why_not_here(x) or why_no_products(block, view, family.feed_forward(view.mlp), family)
+    return reason or "its weights are of several types or devices"
