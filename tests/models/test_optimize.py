@@ -46,7 +46,7 @@ def same_choice(model: Any, want: list[sk.Selection]) -> bool:
 
 def assert_same_results(model: Any, x: Tensor, calls: list[str], ops: list[str] = PACKED) -> None:
     """Optimised and not, both against float64, which the unoptimised model runs in plain torch."""
-    wide = copy.deepcopy(model).double()
+    wide = eva.typed(model, torch.float64) if hasattr(model, "rope_mixed") else copy.deepcopy(model).double()
     with sk.backend("reference"):
         exact = wide(x.double())
     in_torch = model(x)

@@ -22,6 +22,8 @@ DENSE = "or use the dense model: sait.set_density(model)."
 def check_apart(model: Any, family: Family, state: State) -> None:
     """TypeError, ValueError or RuntimeError, with the module's name, for a change that a forward would pass over."""
     if torch.compiler.is_compiling():  # once, when it is traced; guards notice what changes later
+        for module in family.bypassed(model):
+            _check(model, family, module)
         for i, block in enumerate(family.blocks(model)):
             _check_block(model, family, block, i)
         return

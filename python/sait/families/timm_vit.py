@@ -67,6 +67,8 @@ REASONS = {
     "ParallelThingsBlock": "it runs several attentions side by side on the same tokens",
     "DiffAttention": "it subtracts two attention maps, so no single one scores the tokens",
     "AttentionRope": "its rotary position embeddings would have to be gathered with the kept tokens",
+    "CheckpointWrapper": "use model.set_grad_checkpointing(), which a sparse forward follows",
+    "OptimizedModule": "it is compiled by itself; compile the model as a whole",
     "GlobalResponseNormMlp": "it normalises over all tokens",
 }
 OWN = (VisionTransformer,)
