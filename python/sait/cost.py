@@ -12,7 +12,7 @@ from torch import nn
 
 from sait.execution.modules import projections
 from sait.execution.optimize import runs_fused
-from sait.families import Family, family_of
+from sait.families import Family, family_of, inside
 from sait.families.base import Cost, weights
 from sait.methods.plan import Plan
 from sait.sparsify import SparseModel
@@ -65,7 +65,9 @@ def macs(
     """
     family = family_of(type(model))
     if family is None:
-        raise TypeError(f"macs: model: expected a timm VisionTransformer or Eva, got {type(model).__name__}.")
+        found = inside(model)
+        cure = "" if found is None else f" It wraps the model: call macs on its .{found[0]}."
+        raise TypeError(f"macs: model: expected one that sparsify takes, got {type(model).__name__}.{cure}")
     state = getattr(model, "_sait", None)
     if not isinstance(state, State):
         family.check(model)

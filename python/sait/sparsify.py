@@ -1,8 +1,8 @@
 """sparsify: makes a Vision Transformer drop tokens, in place and reversibly.
 
 The model keeps its modules, parameters and state_dict. Only its class changes, to a subclass that runs the same blocks
-on packed tokens through sait_kernels. It takes blocks and attention modules apart, so while tokens are dropped hooks on
-*those* do not fire; hooks on the model and on its linear layers do.
+on packed tokens through sait_kernels. It takes blocks and attention modules apart, so while tokens are dropped a hook
+on *those* is refused (execution/apart.py); hooks on the model and on its layers fire.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sait.execution.apart import is_sharded, path_of
 from sait.execution.optimize import deoptimize
-from sait.families import FAMILIES, Family, family_of
+from sait.families import FAMILIES, Family, family_of, inside
 from sait.families.timm_vit import reason_against
 from sait.forward import forward
 from sait.methods.base import Scorer
@@ -106,12 +106,11 @@ def sparsify(
 
 def _reason_against(model: Any) -> str:
     """Why no family takes it: a wrapper has the model inside."""
-    if isinstance(model, nn.Module) and not hasattr(type(model), "_sait_family"):
-        for path, inner in model.named_modules():
-            if path and family_of(type(inner)) is not None:
-                order = "; compile what sparsify returns" if path == "_orig_mod" else ""
-                return f"it wraps the model; call sparsify on its .{path}, a {type(inner).__name__}{order}"
-    return reason_against(model)
+    found = None if hasattr(type(model), "_sait_family") else inside(model)
+    if found is None:
+        return reason_against(model)
+    order = "; compile what sparsify returns" if found[0] == "_orig_mod" else ""
+    return f"it wraps the model; call sparsify on its .{found[0]}, a {type(found[1]).__name__}{order}"
 
 
 def _adopt(model: Any, plan: Plan) -> None:

@@ -61,11 +61,14 @@ class State:
 
 def state_of(model: nn.Module, call: str) -> State:
     state = getattr(model, "_sait", None)
-    if not isinstance(state, State):
-        raise TypeError(
-            f"{call}: model: expected a sparse model, got {type(model).__name__}. Call sait.sparsify(model) first."
-        )
-    return state
+    if isinstance(state, State):
+        return state
+    cure = "Call sait.sparsify(model) first."
+    for path, part in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(getattr(part, "_sait", None), State):
+            cure = f"It wraps one: call {call} on its .{path}."
+            break
+    raise TypeError(f"{call}: model: expected a sparse model, got {type(model).__name__}. {cure}")
 
 
 def sparse_family(model: Any) -> Family:

@@ -83,6 +83,15 @@ def test_wrapped_models(wrap, path):
     assert_refused(wrap(zoo.build("vit")), TypeError, reason + ("; compile" if path == "_orig_mod" else "$|\\."))
 
 
+def test_calls_on_what_wraps_a_sparse_model():
+    model = nn.Sequential(nn.Identity(), sait.sparsify(zoo.build("vit"), block=1, keep=0.5))
+    for call in (sait.set_density, sait.density, sait.optimize, sait.selections, sait.kept_mask, sait.explain):
+        with pytest.raises(TypeError, match=rf"{call.__name__}: .* got Sequential. It wraps one: call .* on its \.1\."):
+            call(model)
+    with pytest.raises(TypeError, match=r"macs: .* got Sequential. It wraps the model: call macs on its \.1\."):
+        sait.macs(model)
+
+
 def test_wrapped_in_feature_extractors():
     net = timm.create_model("vit_tiny_patch16_224", features_only=True, img_size=64, depth=4)
     assert_refused(net, TypeError, r"call sparsify on its \.model, a VisionTransformer")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from torch import nn
 
 from sait.families.base import BlockView, Cost, Family, FeedForward, LinearParameters, entering, weights
 from sait.families.timm_eva import TIMM_EVA
@@ -21,6 +22,7 @@ __all__ = [
     "build",
     "entering",
     "family_of",
+    "inside",
     "register",
     "weights",
 ]
@@ -59,6 +61,14 @@ def _know_transformers() -> None:
     from sait.families.hf_vit import HF_DEIT, HF_VIT
 
     FAMILIES.extend((HF_VIT, HF_DEIT, HF_DINOV2, HF_DINOV2_REGISTERS, HF_DINOV3, HF_CLIP, HF_SIGLIP))
+
+
+def inside(model: Any) -> tuple[str, Any] | None:
+    """The path of a model that can drop tokens within one that is none, and that model."""
+    if not isinstance(model, nn.Module):
+        return None
+    parts = ((path, part) for path, part in model.named_modules() if path)
+    return next(((path, part) for path, part in parts if family_of(type(part)) is not None), None)
 
 
 # What shapes a model of timm, of all that timm.create_model takes: nothing that reads a file or asks a network.
