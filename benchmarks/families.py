@@ -175,7 +175,7 @@ def page(document: dict[str, Any]) -> str:
     lines = [
         "# Model families",
         "",
-        "Written by `make families`; the rules are in [methods of your own](extending.md).",
+        "Written by `make families`; how to add one: [extending](extending.md).",
     ]
     lines += ["", "| family | lines | models |", "| --- | ---: | --- |"]
     lines += [f"| {name} | {lines_of(file)} | {models} |" for name, (file, models) in FILES.items()]
