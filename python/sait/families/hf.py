@@ -22,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from sait.families.base import Cost, Family, FeedForward, entering, weights
 from sait.families.pooling import features, mean_of_patches
-from sait.families.timm_vit import DENSE, require_type
+from sait.families.timm_vit import DENSE, check_head_dim, require_type
 from sait.tokens import Tokens, prefix_rows
 
 NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm)
@@ -328,8 +328,4 @@ def _check_attention(name: str, attention: Any) -> None:
             f"sparsify: model: {name}: expected no dropout of attention weights, got p={dropout}. Build the "
             "model with 0 for attention_probs_dropout_prob, or attention_dropout."
         )
-    if attention.head_dim % 8 or not 8 <= attention.head_dim <= 256:
-        raise ValueError(
-            f"sparsify: model: {name}: expected a head dimension that is a multiple of 8, at most 256, "
-            f"got {attention.head_dim}."
-        )
+    check_head_dim(name, attention.head_dim)

@@ -345,13 +345,17 @@ def check_parts(name: str, block: Any) -> None:
             f"sparsify: model: {name}.attn: expected no dropout of attention weights, got p={attn.attn_drop.p}. "
             "Build the model with attn_drop_rate=0."
         )
-    if attn.head_dim % 8 or not 8 <= attn.head_dim <= 256:
-        raise ValueError(
-            f"sparsify: model: {name}.attn: expected a head dimension that is a multiple of 8, at most 256, "
-            f"got {attn.head_dim}."
-        )
+    check_head_dim(f"{name}.attn", attn.head_dim)
     if attn.scale != attn.head_dim**-0.5:
         raise ValueError(f"sparsify: model: {name}.attn: expected scale = head_dim ** -0.5, got {attn.scale}.")
+
+
+def check_head_dim(name: str, head_dim: int) -> None:
+    """What the kernels of attention take."""
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        raise ValueError(
+            f"sparsify: model: {name}: expected a head dimension that is a multiple of 8, at most 256, got {head_dim}."
+        )
 
 
 def _keeps(module: Any, method: str, base: type) -> bool:
