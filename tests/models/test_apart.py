@@ -167,6 +167,19 @@ def test_checkpointing_before_sparsify_names_the_way_that_works() -> None:
         sait.sparsify(model, block=1, keep=0.5)
 
 
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_quantised_layers_run_as_they_are() -> None:
+    """Those of quantize_dynamic have no weight to read; their multiply-adds are those of what they stand for."""
+    model, x = sait.sparsify(built(), block=1, keep=0.5), images()
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    want = quantised(x)
+    assert not torch.equal(want, model(x))
+    assert_same_bits("optimized", sait.optimize(quantised)(x), want)
+    assert "no plain linear layer" in sait.explain(quantised).blocks[0].why
+    assert sait.macs(quantised) == sait.macs(model)
+
+
 class Half(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight / 2
