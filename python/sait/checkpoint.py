@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,16 +92,16 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     """
     with Path(path).open("rb") as opened:  # safetensors names no reason
         start = opened.read(2)
-    if start in (b"PK", b"\x80\x02"):
-        raise ValueError(
-            f"{path} is a pickle, as torch.save writes them, and no safetensors file. If you trust it, convert it: "
-            "build the model, model.load_state_dict(torch.load(path, weights_only=True)), sait.sparsify, sait.save."
-        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(KEY, "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
     except (SafetensorError, json.JSONDecodeError) as error:
+        if start == b"PK" or start[:1] == b"\x80":  # a safetensors file may begin so, too, but it was read
+            raise ValueError(
+                f"{path} is a pickle, as torch.save writes them, and no safetensors file. If you trust it, convert it: "
+                "build the model, model.load_state_dict(torch.load(path, weights_only=True)), sait.sparsify, sait.save."
+            ) from error
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}.") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of sait: its metadata name no model of format {FORMAT}.")
@@ -128,10 +127,9 @@ def load(path: str | os.PathLike[str]) -> Any:
 def build(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Any:
     """The model of a checkpoint; ``path`` is for messages."""
     tensors, metadata = checkpoint
-    layers = len({re.sub(r"\D+", " ", key) for key in tensors})
-    for key, value in _numbers(metadata.get("model_kwargs")):
-        if key in COUNTS and value > layers:
-            raise ValueError(f"{path}: model_kwargs: {key}: expected at most {layers} from its tensors, got {value}.")
+    for key, count in _counts(metadata.get("model_kwargs")):
+        if count > MOST_LAYERS:
+            raise ValueError(f"{path}: model_kwargs: {key}: expected at most {MOST_LAYERS}, got {count}.")
     _check_shapes(_on_meta(metadata, path), tensors, f"{path} is a checkpoint of another model:")
     model = _made(metadata, path)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
@@ -141,13 +139,15 @@ def build(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Any:
     return model.eval()
 
 
-COUNTS = ("depth", "num_hidden_layers")  # of modules, which take time to build however small they are
+MOST_LAYERS = 1000  # of which a model without memory is built in seconds
 
 
-def _numbers(document: Any) -> list[tuple[str, int]]:
+def _counts(document: Any) -> list[tuple[str, int]]:
+    """How many modules it asks for, which take time to build however small they are; also of configurations inside."""
     if not isinstance(document, Mapping):
         return []
-    return [(key, value) for key, value in document.items() if isinstance(value, int)]
+    own = [(key, document[key]) for key in ("depth", "num_hidden_layers") if isinstance(document.get(key), int)]
+    return own + [found for value in document.values() for found in _counts(value)]
 
 
 def _on_meta(metadata: Mapping[str, Any], path: str | os.PathLike[str]) -> Any:

@@ -18,6 +18,7 @@ import sait
 import torch
 import zoo
 from helpers import assert_as_exact_as_torch, assert_same_bits, run_python
+from sait import checkpoint
 from sait.families import family_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sait_kernels as sk
 
 transformers = pytest.importorskip("transformers", "5.18", reason="transformers 5.18 or newer is not installed")
+from sait.families import hf  # noqa: E402
 
 SMALL = {
     "hidden_size": 64,
@@ -516,3 +518,15 @@ def test_an_older_transformers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(hf.transformers, "__version__", "4.57.1")
     with pytest.raises(ImportError, match=r"sait: expected transformers 5.18 or newer, got 4.57.1"):
         hf.check_version()
+
+
+def test_a_strangers_configuration_inside_another() -> None:
+    """Fields that shape no model are left out there, too: an implementation of attention may name a repository."""
+    model = made("clip_classes")
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config["vision_config"] |= {"attn_implementation": "somebody/kernels", "dtype": "float16", "unknown": 1}
+    again = hf.build("transformers.CLIPForImageClassification", config)
+    assert again.config.vision_config._attn_implementation != "somebody/kernels"
+    assert not hasattr(again.config.vision_config, "unknown")
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert checkpoint._counts({"vision_config": {"num_hidden_layers": 10**9}}) == [("num_hidden_layers", 10**9)]

@@ -85,6 +85,17 @@ def test_pickles_are_named(tmp_path):
             sait.load(path)
 
 
+@pytest.mark.parametrize("start", [b"PK", b"\x80\x02"])
+def test_a_header_of_any_length(tmp_path, start):
+    """A safetensors file begins with the length of its header, which may look like a pickle's first bytes."""
+    path, model = tmp_path / "model.safetensors", small.build()
+    length = int.from_bytes(saved(path, model, pad="").read_bytes()[:8], "little")
+    missing = (int.from_bytes(start, "little") - length) % 2**16
+    saved(path, model, pad="x" * missing)
+    assert path.read_bytes()[:2] == start
+    assert sait.density(sait.load(path)) == sait.density(model)
+
+
 def rewritten(path: Path, **metadata: object) -> Path:
     """The same tensors, and other metadata."""
     tensors, found = checkpoint.read(path)

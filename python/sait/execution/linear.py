@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sait.execution.modules import activation_of, has_no_norm, is_linear, is_plain_mlp, is_untouched
-from sait.execution.watch import HOOKS
+from sait.execution.modules import activation_of, has_hooks, has_no_norm, is_linear, is_plain_mlp, is_untouched
 from sait.families.base import Family, FeedForward, LinearParameters
 from sait_kernels.backend import in_forward_mode
 
@@ -65,9 +64,7 @@ def _fuses(x: Tensor) -> bool:
 
 def _is_plain(layer: Any) -> bool:
     """A linear layer, and nobody listening."""
-    if type(layer) is LinearParameters:
-        return is_linear(layer)
-    return is_linear(layer) and not any(getattr(layer, hooks) for hooks in HOOKS)
+    return is_linear(layer) and (type(layer) is LinearParameters or not has_hooks(layer))
 
 
 def _fused(module: Any, x: Tensor, activation: str = "none", bias: Tensor | None = None) -> Tensor:

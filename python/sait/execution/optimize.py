@@ -107,8 +107,8 @@ def runs_fused(block: Any, family: Family) -> bool:
 
 
 class Products:
-    """A block of fused products: what PackedBlock and FusedBlock have in common. They are made of a block that
-    is_plain_block, and watched."""
+    """A block of fused products: what PackedBlock and FusedBlock have in common. They are made of a block's
+    plain_parts, and watched."""
 
     is_fused = True
 
@@ -202,7 +202,7 @@ class FusedBlock(Products):
         )
 
     def are_plain(self) -> bool:
-        """Whether the parameters, too, still are what is_plain_block asks for."""
+        """Whether the parameters, too, still are what plain_parts asks for."""
         linears = (*self._qkv, self._proj, self._fc1, self._fc2, *([self._gate] if self._gate else []))
         return all([lies_in_rows(own.get("weight")) for own in linears]) and not any(
             [own.get(name) is None for own in (self._norm1, self._norm2) for name in ("weight", "bias")]

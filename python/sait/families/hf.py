@@ -67,8 +67,17 @@ def build(name: str, config: Mapping[str, Any]) -> Any:
     cls: Any = getattr(transformers, name.removeprefix(PREFIX), None)
     if PreTrainedModel not in getattr(cls, "__mro__", ()) or family_of(cls) is None:
         raise ValueError(f"transformers {transformers.__version__} has no such vision model")
-    known = set(cls.config_class().to_dict()) - NOT_SHAPING
-    return cls(cls.config_class.from_dict({key: value for key, value in config.items() if key in known}))
+    return cls(cls.config_class.from_dict(_shaping(cls.config_class, config)))
+
+
+def _shaping(config_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration knows and shapes a model by, and so those inside it."""
+    known = set(config_class().to_dict()) - NOT_SHAPING
+    given = {key: value for key, value in config.items() if key in known}
+    for key, inner in config_class.sub_configs.items():
+        if isinstance(given.get(key), Mapping):
+            given[key] = _shaping(inner, given[key])
+    return given
 
 
 # Fields of every configuration that shape no model: where it came from, and in what it is to be loaded.
