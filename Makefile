@@ -88,8 +88,7 @@ build/emulated/%.o: csrc/cuda/%.cu $(wildcard csrc/cuda/*.cuh csrc/include/sait/
 	$(CXX) $(EMULATE_FLAGS) -x c++ -c $< -o $@
 
 emulate: $(EMULATED) $(VENV)/.requirements-dev
-	SAIT_EMULATE=1 $(BIN)/python setup.py build_ext --inplace --build-temp build/emulated/library \
-		--build-lib build/emulated/lib
+	SAIT_EMULATE=1 $(BIN)/python setup.py build_ext --inplace
 	SAIT_EMULATED=1 LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:python \
 		$(BIN)/python -m pytest tests/emulation tests/ops tests/test_properties.py -k "cuda or emul" -p no:cacheprovider
 

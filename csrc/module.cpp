@@ -1,7 +1,7 @@
 // The pybind11 module sait_kernels._C (sait_kernels._emulated in `make emulate`): build facts and CPU features. Importing it registers the torch ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/version.h>
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <cstring>
@@ -10,7 +10,9 @@
 #include <vector>
 
 #include "cpu/runtime.h"
+#include "ops/torch.h"
 #include "sait/compact_attention.h"
+#include "sait/device.h"
 
 #ifndef SAIT_CUDA_VERSION
 #define SAIT_CUDA_VERSION ""
@@ -57,12 +59,23 @@ class Sample {
   std::vector<std::pair<uintptr_t, int64_t>> pieces_;
 };
 
+// "0.1.0 in /path/to/_C.so"
+std::string library() {
+  Dl_info info{};
+  dladdr(reinterpret_cast<const void*>(&library), &info);
+  return SAIT_VERSION " in " + std::string(info.dli_fname == nullptr ? "an unknown file" : info.dli_fname);
+}
+
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+// An op, for whoever would load another library into this process, which may not be able to import this one.
+STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) { m.def("_library() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) { m.impl("_library", sait::boxed<library>); }
+
+PYBIND11_MODULE(SAIT_MODULE, m) {
   using namespace sait::cpu;
   m.doc() = "Build facts and CPU features of sait_kernels; the ops are torch.ops.sait.*";
-  m.attr("torch_version") = TORCH_VERSION;
+  m.attr("version") = SAIT_VERSION;
   m.attr("cuda_version") = SAIT_CUDA_VERSION;
   m.attr("cuda_archs") = SAIT_CUDA_ARCHS;
   m.attr("compiler") = __VERSION__;
@@ -70,7 +83,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<Sample>(m, "Sample", "Some words of pieces of memory: (address, bytes) each.")
       .def(pybind11::init<std::vector<std::pair<uintptr_t, int64_t>>>())
       .def("hash", &Sample::hash, "Of what lies there now.");
+  m.def("poison_memory", sait::poison_memory, "Whether memory that ops allocate on the CPU holds NaN first (tests).");
+  m.def("poisoned_bytes", sait::poisoned_bytes, "How many bytes did so far.");
   m.def("best_isa", [] { return isa_name(best_isa()); }, "The widest instruction set of this CPU that kernels use.");
   m.def("isa", [] { return isa_name(isa()); }, "The instruction set in force.");
+#ifdef SAIT_WITH_CUDA
+  m.def(
+      "cuda_versions", [] { return std::pair(sait::cuda::runtime_version(), sait::cuda::driver_version()); },
+      "The CUDA runtime in this library, and what the installed driver serves (0: there is none); 13000 is 13.0.");
+#endif
   m.def("set_isa", [](const char* name) { set_isa(isa_from_name(name)); }, "Lowers the instruction set (tests).");
 }

@@ -188,7 +188,9 @@ def kernels(backend_name: str) -> Any:
 
 
 def _cuda_limit(op: str, name: str, first: Tensor) -> str | None:
-    return CUDA_LIMITS[op](first) if name == "cuda" and op in CUDA_LIMITS else None
+    if name != "cuda":
+        return None
+    return library.cuda_problem or (CUDA_LIMITS[op](first) if op in CUDA_LIMITS else None)
 
 
 def _fastest(op: str, first: Tensor) -> str:

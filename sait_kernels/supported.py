@@ -12,7 +12,7 @@ from collections.abc import Mapping
 OLDEST = {"python": "3.11", "torch": "2.11", "triton": "3.6"}
 CURES = {
     "python": "make an environment with a newer Python",
-    "torch": "`pip install --upgrade torch`, then rebuild sait_kernels",
+    "torch": "`pip install --upgrade torch`",
     "triton": "install the Triton that belongs to this torch: `pip install --upgrade torch`",
 }
 

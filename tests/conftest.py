@@ -16,6 +16,7 @@ from hypothesis import settings
 from tiers import fast, reason_to_skip
 
 import sait_kernels as sk
+from sait_kernels import library
 
 if INTERPRETED:
     import interpreter  # noqa: F401
@@ -78,11 +79,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory holds NaN (integers: their largest value), so that an element nobody wrote shows.
+    """Fresh memory holds NaN (integers: their largest value, or -1), so that an element nobody wrote shows.
 
-    torch fills what at::empty hands out in deterministic mode; the ops allocate their results there.
+    torch fills what torch.empty hands out in deterministic mode; the library does it for what its ops allocate.
     """
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if library.module is not None:
+        library.module.poison_memory(True)
     yield
     torch.use_deterministic_algorithms(False)
+    if library.module is not None:
+        library.module.poison_memory(False)

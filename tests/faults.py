@@ -615,8 +615,8 @@ CPU = (
     Fault(
         "compact_attention's gradient: the tail of dv is left as it was",
         "csrc/ops/compact_attention.cpp",
-        "for (const at::Tensor& t : {dq, dk, dv})",
-        "for (const at::Tensor& t : {dq, dk})",
+        "for (const Tensor& t : {dq, dk, dv})",
+        "for (const Tensor& t : {dq, dk})",
         f"{TAIL} -k 'cpu and attention'",
     ),
     Fault(

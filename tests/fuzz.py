@@ -19,6 +19,7 @@ from legality import HEADS, ROWS, VECTORS, Arguments, fits, selection_fits
 from torch import Tensor
 
 import sait_kernels as sk
+from sait_kernels import library
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OTHER_DTYPES = (torch.float64, torch.int32, torch.int64, torch.bool, torch.complex64, torch.uint8)
@@ -378,7 +379,9 @@ def call(op: str, arguments: Arguments, legal: bool) -> str | None:
 def main(seed: int, calls: int) -> int:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN, torch's and that of the ops
+    assert library.module is not None, library.problem
+    library.module.poison_memory(True)
     failures, legal_calls = [], 0
     for number in range(calls):
         op = rng.choice(OPS)

@@ -87,8 +87,7 @@ class Work:
         commands = [["env", "SAIT_NO_CUDA=1", *setup]]
         if LIBRARIES[group] == "_emulated":
             objects = [f"build/emulated/{source.stem}.o" for source in sorted((self.tree / "csrc/cuda").glob("*.cu"))]
-            places = ["--build-temp", "build/emulated/library", "--build-lib", "build/emulated/lib"]
-            commands = [["make", *objects], ["env", "SAIT_EMULATE=1", *setup, *places]]
+            commands = [["make", *objects], ["env", "SAIT_EMULATE=1", *setup]]
         for command in commands:
             done = subprocess.run(command, cwd=self.tree, capture_output=True, text=True, check=False)
             if done.returncode != 0:

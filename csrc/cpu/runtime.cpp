@@ -1,7 +1,5 @@
 #include "cpu/runtime.h"
 
-#include <ATen/Parallel.h>
-
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
@@ -51,12 +49,6 @@ void set_isa(Isa isa) {
                                 isa_name(best_isa()));
   }
   forced_isa.store(static_cast<int>(isa), std::memory_order_relaxed);
-}
-
-int num_threads() { return at::get_num_threads(); }
-
-void parallel_ranges(int64_t size, int64_t grain, void* context, RangeFn fn) {
-  at::parallel_for(0, size, grain, [=](int64_t begin, int64_t end) { fn(context, begin, end); });
 }
 
 }  // namespace sait::cpu

@@ -1,5 +1,5 @@
-// What a CPU kernel needs from the host: threads, and the instruction set in force. No torch header here; runtime.cpp is
-// the one file that bridges to ATen.
+// What a CPU kernel needs from the host: the instruction set in force, and threads, which are torch's: ops/torch.cpp has
+// them. Nothing in this folder knows torch.
 #pragma once
 
 #include <cstdint>
@@ -20,14 +20,14 @@ const char* isa_name(Isa isa);
 Isa isa_from_name(const char* name);
 
 int num_threads();
-using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
+using RangeFn = void (*)(int64_t begin, int64_t end, void* context);
 void parallel_ranges(int64_t size, int64_t grain, void* context, RangeFn fn);
 
 // body(begin, end) over [0, size) on torch's intra-op threads.
 template <typename Body>
 void parallel_for(int64_t size, int64_t grain, Body&& body) {
   parallel_ranges(size, grain, &body,
-                  [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); });
+                  [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); });
 }
 
 }  // namespace sait::cpu

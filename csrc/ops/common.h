@@ -1,17 +1,14 @@
 // What the op files share: argument checks with one form of message, and views of tensors for the kernels.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
-#include <torch/library.h>
-
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <sstream>
 #include <string>
 #include <tuple>
 
+#include "ops/torch.h"
 #include "sait/types.h"
 
 namespace sait {
@@ -24,18 +21,18 @@ namespace sait {
     message << op << ": " << argument << ": expected " << expected << ", got " << got << ". " << cure; \
     return message.str();                                                                              \
   }())
-#define SAIT_CHECK_VALUE(condition, ...) TORCH_CHECK_VALUE(condition, SAIT_MESSAGE(__VA_ARGS__))
-#define SAIT_CHECK_TYPE(condition, ...) TORCH_CHECK_TYPE(condition, SAIT_MESSAGE(__VA_ARGS__))
+#define SAIT_CHECK_VALUE(condition, ...)            \
+  do {                                              \
+    if (!(condition)) [[unlikely]]                  \
+      raise_value_error(SAIT_MESSAGE(__VA_ARGS__)); \
+  } while (false)
+#define SAIT_CHECK_TYPE(condition, ...)            \
+  do {                                             \
+    if (!(condition)) [[unlikely]]                 \
+      raise_type_error(SAIT_MESSAGE(__VA_ARGS__)); \
+  } while (false)
 
-// A function's checks as an op without results, for kernels that are launched from Python: sait::_check_<op>.
-template <auto function>
-struct ChecksOnly;
-template <typename Result, typename... Arguments, Result (*function)(Arguments...)>
-struct ChecksOnly<function> {
-  static void call(Arguments... arguments) { function(arguments...); }
-};
-
-inline std::string shape_of(const at::Tensor& t) {
+inline std::string shape_of(const Tensor& t) {
   std::ostringstream s;
   s << "shape (";
   for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
@@ -43,38 +40,41 @@ inline std::string shape_of(const at::Tensor& t) {
   return s.str();
 }
 
-inline DType dtype_of(const at::Tensor& t) {
+inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return DType::kFloat32;
-    case at::kBFloat16: return DType::kBFloat16;
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
     default: return DType::kFloat16;
   }
 }
 
-inline void check_dtype(const char* op, const char* name, const at::Tensor& t) {
+inline void check_dtype(const char* op, const char* name, const Tensor& t) {
   const auto type = t.scalar_type();
-  SAIT_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, op, name,
+  SAIT_CHECK_TYPE(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, name,
                   "float32, bfloat16 or float16", type,
                   "Convert it, or use `with sait_kernels.backend(\"reference\")`, which runs any floating-point type.");
 }
 
-// Same device and dtype as `like`, the op's first tensor.
-inline void check_same(const char* op, const char* name, const at::Tensor& t, const char* like_name,
-                       const at::Tensor& like) {
-  SAIT_CHECK_VALUE(t.device() == like.device(), op, name, "device " << like.device() << " as " << like_name, t.device(),
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+  SAIT_CHECK_VALUE(t.shares_device(like), op, name, "device " << like.device() << " as " << like_name, t.device(),
                    "Move all arguments to one device.");
+}
+
+// Same device and dtype as `like`, the op's first tensor.
+inline void check_same(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+  check_device(op, name, t, like_name, like);
   SAIT_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, name,
                   "dtype " << like.scalar_type() << " as " << like_name, t.scalar_type(),
                   "Convert the arguments to one dtype.");
 }
 
-inline void check_last_contiguous(const char* op, const char* name, const at::Tensor& t) {
+inline void check_last_contiguous(const char* op, const char* name, const Tensor& t) {
   SAIT_CHECK_VALUE(t.size(-1) <= 1 || t.stride(-1) == 1 || t.numel() == 0, op, name, "a contiguous last dimension",
                    "stride " << t.stride(-1) << " there", "Call .contiguous() on it.");
 }
 
 // (T, H, D) tensors: q, k, v.
-inline void check_heads(const char* op, const char* name, const at::Tensor& t) {
+inline void check_heads(const char* op, const char* name, const Tensor& t) {
   SAIT_CHECK_VALUE(t.dim() == 3, op, name, "a packed (T, H, D) tensor", shape_of(t),
                    "A batch (B, N, H, D) becomes packed by .flatten(0, 1).");
   check_dtype(op, name, t);
@@ -86,7 +86,7 @@ inline void check_heads(const char* op, const char* name, const at::Tensor& t) {
   check_last_contiguous(op, name, t);
 }
 
-inline void check_qkv_like(const char* op, const char* name, const at::Tensor& t, const at::Tensor& q) {
+inline void check_qkv_like(const char* op, const char* name, const Tensor& t, const Tensor& q) {
   check_same(op, name, t, "q", q);
   SAIT_CHECK_VALUE(t.sizes() == q.sizes(), op, name, shape_of(q) << " as q", shape_of(t),
                    "Take q, k and v from one QKV projection.");
@@ -94,7 +94,7 @@ inline void check_qkv_like(const char* op, const char* name, const at::Tensor& t
 }
 
 // (rows, C) tensors.
-inline void check_rows(const char* op, const char* name, const at::Tensor& t) {
+inline void check_rows(const char* op, const char* name, const Tensor& t) {
   SAIT_CHECK_VALUE(t.dim() == 2, op, name, "a packed (T, C) tensor", shape_of(t),
                    "A batch (B, N, C) becomes packed by .flatten(0, 1).");
   check_dtype(op, name, t);
@@ -102,18 +102,13 @@ inline void check_rows(const char* op, const char* name, const at::Tensor& t) {
 }
 
 // One value per channel of `like`, the rows.
-inline void check_channels(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like,
-                           int64_t channels) {
+inline void check_channels(const char* op, const char* name, const Tensor& t, const Tensor& like, int64_t channels) {
   SAIT_CHECK_VALUE(t.dim() == 1 && t.size(0) == channels, op, name,
                    "shape (" << channels << ",), one value per channel", shape_of(t),
                    "Take it from a layer over these channels.");
-  SAIT_CHECK_VALUE(t.device() == like.device(), op, name, "device " << like.device() << " as the rows", t.device(),
-                   "Move all arguments to one device.");
+  check_device(op, name, t, "the rows", like);
   check_dtype(op, name, t);
 }
-
-// (C,) in float32, whatever floating-point type it comes in.
-inline at::Tensor channel_vector(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
 
 inline void check_eps(const char* op, const char* name, double eps) {
   const float eps32 = static_cast<float>(eps);
@@ -122,26 +117,26 @@ inline void check_eps(const char* op, const char* name, double eps) {
 }
 
 // The rows and the eps of a LayerNorm.
-inline void check_norm(const char* op, const at::Tensor& rows, double eps) {
+inline void check_norm(const char* op, const Tensor& rows, double eps) {
   SAIT_CHECK_VALUE(rows.size(1) >= 1, op, "x", "at least one channel", shape_of(rows),
                    "There is nothing to normalise.");
   check_eps(op, "eps", eps);
 }
 
 // int32, 1-D, contiguous, on the device of `like`.
-inline void check_int32_vector(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like) {
+inline void check_int32_vector(const char* op, const char* name, const Tensor& t, const Tensor& like) {
   SAIT_CHECK_VALUE(t.dim() == 1, op, name, "a 1-D tensor", shape_of(t), "Take one row of it, or .flatten() it.");
-  SAIT_CHECK_TYPE(t.scalar_type() == at::kInt, op, name, "dtype Int (int32)", t.scalar_type(), "Convert with .int().");
-  SAIT_CHECK_VALUE(t.device() == like.device(), op, name, "device " << like.device() << " as the other arguments",
-                   t.device(), "Move all arguments to one device.");
+  SAIT_CHECK_TYPE(t.scalar_type() == ScalarType::Int, op, name, "dtype Int (int32)", t.scalar_type(),
+                  "Convert with .int().");
+  check_device(op, name, t, "the other arguments", like);
   SAIT_CHECK_VALUE(t.is_contiguous(), op, name, "a contiguous tensor", "stride " << t.stride(0),
                    "Call .contiguous() on it.");
 }
 
 // Rows behind the last offset are the tail: they belong to no image. The values are read only where that costs no
 // synchronisation: on the CPU.
-inline void check_cu_seqlens(const char* op, const char* name, const at::Tensor& cu, const at::Tensor& like,
-                             int64_t total, int64_t max_seqlen, int64_t num_prefix) {
+inline void check_cu_seqlens(const char* op, const char* name, const Tensor& cu, const Tensor& like, int64_t total,
+                             int64_t max_seqlen, int64_t num_prefix) {
   check_int32_vector(op, name, cu, like);
   SAIT_CHECK_VALUE(cu.size(0) >= 1, op, name, "(B + 1,) offsets", shape_of(cu), "An empty batch is tensor([0]).");
   SAIT_CHECK_VALUE(max_seqlen >= 0, op, "max_seqlen", "a bound >= 0", max_seqlen, "Pass the longest image's length.");
@@ -166,7 +161,7 @@ inline void check_cu_seqlens(const char* op, const char* name, const at::Tensor&
 
 // Ascending rows in [0, total), and behind them any number of times `total`, which is no row. Returns how many are
 // rows; on a GPU, where the values are not read, how many may be.
-inline int64_t check_indices(const char* op, const char* name, const at::Tensor& indices, const at::Tensor& like,
+inline int64_t check_indices(const char* op, const char* name, const Tensor& indices, const Tensor& like,
                              int64_t total) {
   check_int32_vector(op, name, indices, like);
   const int64_t size = indices.size(0);
@@ -185,9 +180,12 @@ inline int64_t check_indices(const char* op, const char* name, const at::Tensor&
   return present;
 }
 
-// Writes zeros to the rows from `first` on: what an op owes to rows of the tail.
-inline void zero_tail(const at::Tensor& t, int64_t first) {
-  if (first < t.size(0)) t.narrow(0, first, t.size(0) - first).zero_();
+// Writes zeros to the rows from `first` on, of a contiguous tensor on the CPU: what an op owes to rows of the tail.
+inline void zero_tail(const Tensor& t, int64_t first) {
+  const int64_t rows = t.size(0);
+  if (first >= rows) return;
+  const size_t bytes = t.numel() / rows * t.element_size();
+  std::memset(t.mutable_data_ptr<char>() + first * bytes, 0, (rows - first) * bytes);
 }
 
 // The factor of q . k: D ** -0.5 by default.
@@ -197,9 +195,9 @@ inline double check_scale(const char* op, std::optional<double> scale, int64_t h
   return scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
 }
 
-inline HeadView head_view(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
-inline RowView row_view(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
-inline Batch batch_view(const at::Tensor& cu_seqlens, int64_t max_seqlen) {
+inline HeadView head_view(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+inline RowView row_view(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
+inline Batch batch_view(const Tensor& cu_seqlens, int64_t max_seqlen) {
   return {cu_seqlens.const_data_ptr<int32_t>(), cu_seqlens.size(0) - 1, max_seqlen};
 }
 

@@ -4,10 +4,8 @@
 namespace sait {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 // The rows that stay, checked against the batch: indices and kept_cu_seqlens come together.
-Kept check_kept(const char* op, const at::Tensor& q, const at::Tensor& cu_seqlens, const OptionalTensor& indices,
+Kept check_kept(const char* op, const Tensor& q, const Tensor& cu_seqlens, const OptionalTensor& indices,
                 const OptionalTensor& kept_cu_seqlens) {
   SAIT_CHECK_VALUE(indices.has_value() == kept_cu_seqlens.has_value(), op, "selection",
                    "indices and cu_seqlens together", "only one of them", "Pass a whole Selection, or None.");
@@ -42,24 +40,27 @@ struct Checked {
   double scale;
 };
 
-Checked check_compact_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                const at::Tensor& cu_seqlens, int64_t max_seqlen, const OptionalTensor& indices,
+Checked check_compact_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                                int64_t max_seqlen, const OptionalTensor& indices,
                                 const OptionalTensor& kept_cu_seqlens, std::optional<double> scale) {
   constexpr const char* op = "compact_attention";
   const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, 0, scale);
   return {check_kept(op, q, cu_seqlens, indices, kept_cu_seqlens), factor};
 }
 
-at::Tensor compact_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor& cu_seqlens, int64_t max_seqlen, const OptionalTensor& indices,
-                             const OptionalTensor& kept_cu_seqlens, std::optional<double> scale) {
+Tensor compact_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                         int64_t max_seqlen, const OptionalTensor& indices, const OptionalTensor& kept_cu_seqlens,
+                         std::optional<double> scale) {
   const auto [kept, factor] = check_compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept_cu_seqlens, scale);
-  at::Tensor out = at::empty({kept.rows, q.size(1) * q.size(2)}, q.options());
+  Tensor out = allocate(q, {kept.rows, q.size(1) * q.size(2)});
 #ifdef SAIT_WITH_CUDA
   if (runs_on_cuda(q)) {
     check_cuda_attention("compact_attention", q);
-    if (cu_seqlens.size(0) == 1) return out.zero_();  // no block would see to the tail
-    const at::Tensor queries = aligned(q), keys = aligned(k), values = aligned(v);
+    if (cu_seqlens.size(0) == 1) {  // no block would see to the tail
+      set_to_zero(out);
+      return out;
+    }
+    const Tensor queries = aligned(q), keys = aligned(k), values = aligned(v);
     const CompactAttentionParams params =
         attention_params(queries, keys, values, cu_seqlens, max_seqlen, kept, factor, out.mutable_data_ptr());
     launch("compact_attention", q, [&](void* stream) { return cuda::compact_attention(params, stream); });
@@ -71,10 +72,11 @@ at::Tensor compact_attention(const at::Tensor& q, const at::Tensor& k, const at:
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> compact_attention_backward(
-    const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens,
-    int64_t max_seqlen, const OptionalTensor& indices, const OptionalTensor& kept_cu_seqlens,
-    std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor> compact_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                              const Tensor& v, const Tensor& cu_seqlens,
+                                                              int64_t max_seqlen, const OptionalTensor& indices,
+                                                              const OptionalTensor& kept_cu_seqlens,
+                                                              std::optional<double> scale) {
   constexpr const char* op = "compact_attention_backward";
   const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, 0, scale);
   const Kept kept = check_kept(op, q, cu_seqlens, indices, kept_cu_seqlens);
@@ -82,21 +84,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compact_attention_backward(
   check_same(op, "grad", grad, "q", q);
   SAIT_CHECK_VALUE(grad.size(0) == kept.rows && grad.size(1) == q.size(1) * q.size(2), op, "grad",
                    "shape (" << kept.rows << ", " << q.size(1) * q.size(2) << ") as the output", shape_of(grad), "");
-  const auto like = [](const at::Tensor& t) { return at::empty(t.sizes(), t.options()); };
-  at::Tensor dq = like(q), dk = like(k), dv = like(v);
+  Tensor dq = allocate_like(q), dk = allocate_like(k), dv = allocate_like(v);
   cpu::compact_attention_backward({attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, nullptr),
                                    {grad.const_data_ptr(), grad.stride(0), q.size(2)},
                                    dq.mutable_data_ptr(),
                                    dk.mutable_data_ptr(),
                                    dv.mutable_data_ptr()});
-  for (const at::Tensor& t : {dq, dk, dv}) zero_tail(t, cu_seqlens.const_data_ptr<int32_t>()[cu_seqlens.size(0) - 1]);
+  for (const Tensor& t : {dq, dk, dv}) zero_tail(t, cu_seqlens.const_data_ptr<int32_t>()[cu_seqlens.size(0) - 1]);
   return {dq, dk, dv};
 }
 
 }  // namespace
 }  // namespace sait
 
-TORCH_LIBRARY_FRAGMENT(sait, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "compact_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, Tensor? indices=None, "
       "Tensor? kept_cu_seqlens=None, float? scale=None) -> Tensor");
@@ -108,15 +109,15 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
       "Tensor? kept_cu_seqlens=None, float? scale=None) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(sait, CPU, m) {
-  m.impl("compact_attention", sait::compact_attention);
-  m.impl("compact_attention_backward", sait::compact_attention_backward);
+STABLE_TORCH_LIBRARY_IMPL(sait, CPU, m) {
+  m.impl("compact_attention", sait::boxed<sait::compact_attention>);
+  m.impl("compact_attention_backward", sait::boxed<sait::compact_attention_backward>);
 }
 
 #ifdef SAIT_WITH_CUDA
-TORCH_LIBRARY_IMPL(sait, CUDA, m) { m.impl("compact_attention", sait::compact_attention); }
+STABLE_TORCH_LIBRARY_IMPL(sait, CUDA, m) { m.impl("compact_attention", sait::boxed<sait::compact_attention>); }
 #endif
 
-TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
-  m.impl("_check_compact_attention", sait::ChecksOnly<sait::check_compact_attention>::call);
+STABLE_TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_compact_attention", sait::boxed_checks<sait::check_compact_attention>);
 }

@@ -10,15 +10,15 @@
 namespace sait {
 namespace {
 
-void check_gather_tokens(const at::Tensor& x, const at::Tensor& indices) {
+void check_gather_tokens(const Tensor& x, const Tensor& indices) {
   constexpr const char* op = "gather_tokens";
   check_rows(op, "x", x);
   check_indices(op, "selection.indices", indices, x, x.size(0));
 }
 
-at::Tensor gather_tokens(const at::Tensor& x, const at::Tensor& indices) {
+Tensor gather_tokens(const Tensor& x, const Tensor& indices) {
   check_gather_tokens(x, indices);
-  at::Tensor out = at::empty({indices.size(0), x.size(1)}, x.options());
+  Tensor out = allocate(x, {indices.size(0), x.size(1)});
   const int64_t size = x.element_size();
   const GatherTokensParams params{
       x.const_data_ptr(), out.mutable_data_ptr(), indices.const_data_ptr<int32_t>(), indices.size(0), x.size(0),
@@ -33,8 +33,7 @@ at::Tensor gather_tokens(const at::Tensor& x, const at::Tensor& indices) {
   return out;
 }
 
-void check_scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_t total,
-                          const std::optional<at::Tensor>& base) {
+void check_scatter_tokens(const Tensor& y, const Tensor& indices, int64_t total, const OptionalTensor& base) {
   constexpr const char* op = "scatter_tokens";
   check_rows(op, "y", y);
   SAIT_CHECK_VALUE(total >= 0, op, "total", "a number of rows >= 0", total,
@@ -51,10 +50,9 @@ void check_scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_
   }
 }
 
-at::Tensor scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_t total,
-                          const std::optional<at::Tensor>& base) {
+Tensor scatter_tokens(const Tensor& y, const Tensor& indices, int64_t total, const OptionalTensor& base) {
   check_scatter_tokens(y, indices, total, base);
-  at::Tensor out = at::empty({total, y.size(1)}, y.options());
+  Tensor out = allocate(y, {total, y.size(1)});
   const int64_t size = y.element_size();
   const ScatterTokensParams params{y.const_data_ptr(),
                                    base ? base->const_data_ptr() : nullptr,
@@ -78,26 +76,26 @@ at::Tensor scatter_tokens(const at::Tensor& y, const at::Tensor& indices, int64_
 }  // namespace
 }  // namespace sait
 
-TORCH_LIBRARY_FRAGMENT(sait, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def("gather_tokens(Tensor x, Tensor indices) -> Tensor");
   m.def("scatter_tokens(Tensor y, Tensor indices, SymInt total, Tensor? base=None) -> Tensor");
   m.def("_check_gather_tokens(Tensor x, Tensor indices) -> ()");
   m.def("_check_scatter_tokens(Tensor y, Tensor indices, int total, Tensor? base=None) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(sait, CPU, m) {
-  m.impl("gather_tokens", sait::gather_tokens);
-  m.impl("scatter_tokens", sait::scatter_tokens);
+STABLE_TORCH_LIBRARY_IMPL(sait, CPU, m) {
+  m.impl("gather_tokens", sait::boxed<sait::gather_tokens>);
+  m.impl("scatter_tokens", sait::boxed<sait::scatter_tokens>);
 }
 
-TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
-  m.impl("_check_gather_tokens", sait::check_gather_tokens);
-  m.impl("_check_scatter_tokens", sait::check_scatter_tokens);
+STABLE_TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_gather_tokens", sait::boxed_checks<sait::check_gather_tokens>);
+  m.impl("_check_scatter_tokens", sait::boxed_checks<sait::check_scatter_tokens>);
 }
 
 #ifdef SAIT_WITH_CUDA
-TORCH_LIBRARY_IMPL(sait, CUDA, m) {
-  m.impl("gather_tokens", sait::gather_tokens);
-  m.impl("scatter_tokens", sait::scatter_tokens);
+STABLE_TORCH_LIBRARY_IMPL(sait, CUDA, m) {
+  m.impl("gather_tokens", sait::boxed<sait::gather_tokens>);
+  m.impl("scatter_tokens", sait::boxed<sait::scatter_tokens>);
 }
 #endif

@@ -4,10 +4,9 @@
 namespace sait {
 namespace {
 
-void check_norm_linear(const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
-                       const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                       const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& gate_bias,
-                       std::string_view activation) {
+void check_norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+                       const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& gate,
+                       const OptionalTensor& gate_bias, std::string_view activation) {
   constexpr const char* op = "norm_linear";
   check_rows(op, "x", x);
   check_norm(op, x, eps);
@@ -19,24 +18,23 @@ void check_norm_linear(const at::Tensor& x, const at::Tensor& norm_weight, const
   activation_of(op, activation);
 }
 
-at::Tensor norm_linear(const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
-                       const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                       const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& gate_bias,
-                       std::string_view activation) {
+Tensor norm_linear(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+                   const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& gate,
+                   const OptionalTensor& gate_bias, std::string_view activation) {
   check_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, gate, gate_bias, activation);
   return run_packed_linear(x, pack_linear(weight, gate), weight.size(0), bias,
-                           {.norm_weight = norm_weight,
-                            .norm_bias = norm_bias,
+                           {.norm_weight = &norm_weight,
+                            .norm_bias = &norm_bias,
                             .eps = eps,
                             .activation = activation_of("norm_linear", activation),
                             .gated = gate.has_value(),
-                            .gate_bias = gate_bias.value_or(at::Tensor())});
+                            .gate_bias = or_null(gate_bias)});
 }
 
 }  // namespace
 }  // namespace sait
 
-TORCH_LIBRARY_FRAGMENT(sait, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight, Tensor? bias, "
       "Tensor? gate, Tensor? gate_bias, str activation) -> Tensor");
@@ -45,6 +43,8 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
       "Tensor? gate, Tensor? gate_bias, str activation) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(sait, CPU, m) { m.impl("norm_linear", sait::norm_linear); }
+STABLE_TORCH_LIBRARY_IMPL(sait, CPU, m) { m.impl("norm_linear", sait::boxed<sait::norm_linear>); }
 
-TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) { m.impl("_check_norm_linear", sait::check_norm_linear); }
+STABLE_TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_norm_linear", sait::boxed_checks<sait::check_norm_linear>);
+}

@@ -3,13 +3,13 @@
 
 namespace sait {
 
-at::Tensor pack_linear(const at::Tensor& weight, const std::optional<at::Tensor>& gate) {
+Tensor pack_linear(const Tensor& weight, const OptionalTensor& gate) {
   check_rows("pack_linear", "weight", weight);
   if (gate) check_gate("pack_linear", "weight", weight, weight, *gate);
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const DType dtype = dtype_of(weight);
-  at::Tensor packed = at::empty({packed_blocks(outputs, gate.has_value()), packed_depth(inputs, dtype), kPackedColumns},
-                                weight.options());
+  const Tensor packed =
+      allocate(weight, {packed_blocks(outputs, gate.has_value()), packed_depth(inputs, dtype), kPackedColumns});
   const RowView gate_rows = gate ? row_view(*gate) : RowView{nullptr, 0};
   cpu::pack_linear({row_view(weight), gate_rows, outputs, inputs, dtype, packed.mutable_data_ptr()});
   return packed;
@@ -17,50 +17,49 @@ at::Tensor pack_linear(const at::Tensor& weight, const std::optional<at::Tensor>
 
 namespace {
 
-const float* data_of(const at::Tensor& vector) { return vector.defined() ? vector.const_data_ptr<float>() : nullptr; }
-
 // The vectors of a layer in float, which have to live as long as the parameters that point to them.
 struct Vectors {
-  at::Tensor bias, gate_bias, norm_weight, norm_bias, gamma;
+  Contiguous bias, gate_bias, norm_weight, norm_bias, gamma;
 
-  Vectors(const std::optional<at::Tensor>& layer_bias, const Around& around) {
-    const auto vector = [](const at::Tensor& t) { return t.defined() ? channel_vector(t) : t; };
-    bias = vector(layer_bias.value_or(at::Tensor()));
-    gate_bias = vector(around.gate_bias);
-    norm_weight = vector(around.norm_weight);
-    norm_bias = vector(around.norm_bias);
-    gamma = vector(around.gamma);
-  }
+  Vectors(const OptionalTensor& layer_bias, const Around& around)
+      : bias(or_null(layer_bias), ScalarType::Float),
+        gate_bias(around.gate_bias, ScalarType::Float),
+        norm_weight(around.norm_weight, ScalarType::Float),
+        norm_bias(around.norm_bias, ScalarType::Float),
+        gamma(around.gamma, ScalarType::Float) {}
 };
 
-// Of a layer whose rows are those of `x`, or, where that is undefined, made by the kernel itself.
-PackedLinearParams parameters(const at::Tensor& x, const at::Tensor& packed, int64_t inputs, int64_t outputs,
-                              const Vectors& vectors, const Around& around, const at::Tensor& out) {
+// Of a layer whose rows are those of `x` and whose results go to `out`, or, where one is nullptr, are made and taken by
+// the kernel itself.
+PackedLinearParams parameters(const Tensor* x, const Tensor& packed, int64_t inputs, int64_t outputs,
+                              const Vectors& vectors, const Around& around, const Tensor* out) {
   PackedLinearParams p{};
-  if (x.defined()) p.x = row_view(x);
+  if (x != nullptr) {
+    p.x = row_view(*x);
+    p.rows = x->size(0);
+  }
   p.packed = packed.const_data_ptr();
   p.gated = around.gated;
-  p.bias = data_of(vectors.bias);
-  p.gate_bias = data_of(vectors.gate_bias);
-  p.norm_weight = data_of(vectors.norm_weight);
-  p.norm_bias = data_of(vectors.norm_bias);
+  p.bias = vectors.bias.data<float>();
+  p.gate_bias = vectors.gate_bias.data<float>();
+  p.norm_weight = vectors.norm_weight.data<float>();
+  p.norm_bias = vectors.norm_bias.data<float>();
   p.eps = static_cast<float>(around.eps);
   p.activation = around.activation;
-  if (around.residual.defined()) {
-    p.residual = row_view(around.residual);
-    p.total = around.residual.size(0);
+  if (around.residual != nullptr) {
+    p.residual = row_view(*around.residual);
+    p.total = around.residual->size(0);
   }
-  if (around.indices.defined()) p.indices = around.indices.const_data_ptr<int32_t>();
-  p.gamma = data_of(vectors.gamma);
-  p.rows = x.defined() ? x.size(0) : 0;
+  if (around.indices != nullptr) p.indices = around.indices->const_data_ptr<int32_t>();
+  p.gamma = vectors.gamma.data<float>();
   p.inputs = inputs;
   p.outputs = outputs;
   p.dtype = dtype_of(packed);
-  p.out = out.defined() ? out.mutable_data_ptr() : nullptr;
+  if (out != nullptr) p.out = out->mutable_data_ptr();
   return p;
 }
 
-void check_packed(const char* op, const char* name, const at::Tensor& packed, const at::Tensor& like, int64_t inputs,
+void check_packed(const char* op, const char* name, const Tensor& packed, const Tensor& like, int64_t inputs,
                   int64_t outputs, bool gated) {
   check_same(op, name, packed, "x", like);
   const int64_t blocks = packed_blocks(outputs, gated), depth = packed_depth(inputs, dtype_of(like));
@@ -72,25 +71,22 @@ void check_packed(const char* op, const char* name, const at::Tensor& packed, co
                    shape_of(packed), "Pass what pack_linear made of the weight, and the weight's shape[0].");
 }
 
-at::Tensor or_none(const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); }
-
 }  // namespace
 
-at::Tensor run_packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t outputs,
-                             const std::optional<at::Tensor>& bias, const Around& around) {
+Tensor run_packed_linear(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias,
+                         const Around& around) {
   const Vectors vectors(bias, around);
-  at::Tensor out = at::empty({x.size(0), outputs}, x.options());
-  cpu::packed_linear(parameters(x, packed, x.size(1), outputs, vectors, around, out));
+  Tensor out = allocate(x, {x.size(0), outputs});
+  cpu::packed_linear(parameters(&x, packed, x.size(1), outputs, vectors, around, &out));
   return out;
 }
 
 namespace {
 
-at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t out_features,
-                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& gate_bias, bool gated,
-                         const std::optional<at::Tensor>& norm_weight, const std::optional<at::Tensor>& norm_bias,
-                         double eps, std::string_view activation, const std::optional<at::Tensor>& residual,
-                         const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& gamma) {
+Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features, const OptionalTensor& bias,
+                     const OptionalTensor& gate_bias, bool gated, const OptionalTensor& norm_weight,
+                     const OptionalTensor& norm_bias, double eps, std::string_view activation,
+                     const OptionalTensor& residual, const OptionalTensor& indices, const OptionalTensor& gamma) {
   constexpr const char* op = "packed_linear";
   check_rows(op, "x", x);
   check_packed(op, "packed", packed, x, x.size(1), out_features, gated);
@@ -108,26 +104,23 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t 
                    "Leave the selection out: x has the selected rows already.");
   if (gamma) check_channels(op, "gamma", *gamma, x, out_features);
   return run_packed_linear(x, packed, out_features, bias,
-                           {.norm_weight = or_none(norm_weight),
-                            .norm_bias = or_none(norm_bias),
+                           {.norm_weight = or_null(norm_weight),
+                            .norm_bias = or_null(norm_bias),
                             .eps = eps,
                             .activation = activation_of(op, activation),
                             .gated = gated,
-                            .gate_bias = or_none(gate_bias),
-                            .residual = or_none(residual),
-                            .indices = or_none(indices),
-                            .gamma = or_none(gamma)});
+                            .gate_bias = or_null(gate_bias),
+                            .residual = or_null(residual),
+                            .indices = or_null(indices),
+                            .gamma = or_null(gamma)});
 }
 
-at::Tensor packed_block(const at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>& indices,
-                        const at::Tensor& proj, const std::optional<at::Tensor>& proj_bias,
-                        const std::optional<at::Tensor>& gamma1, const at::Tensor& norm_weight,
-                        const at::Tensor& norm_bias, double eps, const at::Tensor& fc1,
-                        const std::optional<at::Tensor>& fc1_bias, const std::optional<at::Tensor>& gate_bias,
-                        bool gated, std::string_view activation, int64_t hidden_features,
-                        const std::optional<at::Tensor>& hidden_norm_weight,
-                        const std::optional<at::Tensor>& hidden_norm_bias, double hidden_eps, const at::Tensor& fc2,
-                        const std::optional<at::Tensor>& fc2_bias, const std::optional<at::Tensor>& gamma2) {
+Tensor packed_block(const Tensor& y, const Tensor& x, const OptionalTensor& indices, const Tensor& proj,
+                    const OptionalTensor& proj_bias, const OptionalTensor& gamma1, const Tensor& norm_weight,
+                    const Tensor& norm_bias, double eps, const Tensor& fc1, const OptionalTensor& fc1_bias,
+                    const OptionalTensor& gate_bias, bool gated, std::string_view activation, int64_t hidden_features,
+                    const OptionalTensor& hidden_norm_weight, const OptionalTensor& hidden_norm_bias, double hidden_eps,
+                    const Tensor& fc2, const OptionalTensor& fc2_bias, const OptionalTensor& gamma2) {
   constexpr const char* op = "packed_block";
   check_rows(op, "y", y);
   check_rows(op, "x", x);
@@ -137,7 +130,7 @@ at::Tensor packed_block(const at::Tensor& y, const at::Tensor& x, const std::opt
   check_packed(op, "proj", proj, x, y.size(1), channels, false);
   check_packed(op, "fc1", fc1, x, channels, hidden_features, gated);
   check_packed(op, "fc2", fc2, x, hidden_features, channels, false);
-  const auto check_vector = [&](const char* name, const std::optional<at::Tensor>& t, int64_t size) {
+  const auto check_vector = [&](const char* name, const OptionalTensor& t, int64_t size) {
     if (t) check_channels(op, name, *t, x, size);
   };
   check_vector("proj_bias", proj_bias, channels);
@@ -154,30 +147,29 @@ at::Tensor packed_block(const at::Tensor& y, const at::Tensor& x, const std::opt
   check_vector("fc2_bias", fc2_bias, channels);
   check_vector("gamma2", gamma2, channels);
 
-  const Around after{.residual = x, .indices = or_none(indices), .gamma = or_none(gamma1)};
-  const Around around{.norm_weight = norm_weight,
-                      .norm_bias = norm_bias,
+  const Around after{.residual = &x, .indices = or_null(indices), .gamma = or_null(gamma1)};
+  const Around around{.norm_weight = &norm_weight,
+                      .norm_bias = &norm_bias,
                       .eps = eps,
                       .activation = activation_of(op, activation),
                       .gated = gated,
-                      .gate_bias = or_none(gate_bias)};
-  const Around last{.norm_weight = or_none(hidden_norm_weight),
-                    .norm_bias = or_none(hidden_norm_bias),
+                      .gate_bias = or_null(gate_bias)};
+  const Around last{.norm_weight = or_null(hidden_norm_weight),
+                    .norm_bias = or_null(hidden_norm_bias),
                     .eps = hidden_eps,
-                    .gamma = or_none(gamma2)};
+                    .gamma = or_null(gamma2)};
   const Vectors of_proj(proj_bias, after), of_fc1(fc1_bias, around), of_fc2(fc2_bias, last);
-  at::Tensor out = at::empty({y.size(0), channels}, x.options());
-  const at::Tensor none;
-  cpu::packed_block({parameters(y, proj, y.size(1), channels, of_proj, after, out),
-                     parameters(none, fc1, channels, hidden_features, of_fc1, around, none),
-                     parameters(none, fc2, hidden_features, channels, of_fc2, last, out)});
+  Tensor out = allocate(x, {y.size(0), channels});
+  cpu::packed_block({parameters(&y, proj, y.size(1), channels, of_proj, after, &out),
+                     parameters(nullptr, fc1, channels, hidden_features, of_fc1, around, nullptr),
+                     parameters(nullptr, fc2, hidden_features, channels, of_fc2, last, &out)});
   return out;
 }
 
 }  // namespace
 }  // namespace sait
 
-TORCH_LIBRARY_FRAGMENT(sait, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def("pack_linear(Tensor weight, Tensor? gate) -> Tensor");
   m.def(
       "packed_linear(Tensor x, Tensor packed, int out_features, Tensor? bias, Tensor? gate_bias, bool gated, "
@@ -190,8 +182,8 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
       "Tensor fc2, Tensor? fc2_bias, Tensor? gamma2) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(sait, CPU, m) {
-  m.impl("pack_linear", sait::pack_linear);
-  m.impl("packed_linear", sait::packed_linear);
-  m.impl("packed_block", sait::packed_block);
+STABLE_TORCH_LIBRARY_IMPL(sait, CPU, m) {
+  m.impl("pack_linear", sait::boxed<sait::pack_linear>);
+  m.impl("packed_linear", sait::boxed<sait::packed_linear>);
+  m.impl("packed_block", sait::boxed<sait::packed_block>);
 }

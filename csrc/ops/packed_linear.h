@@ -19,8 +19,8 @@ inline Activation activation_of(const char* op, std::string_view name) {
 }
 
 // The parameters of a linear layer over the rows of x, which the op calls `name`.
-inline void check_linear(const char* op, const char* name, const at::Tensor& x, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& bias) {
+inline void check_linear(const char* op, const char* name, const Tensor& x, const Tensor& weight,
+                         const OptionalTensor& bias) {
   check_rows(op, "weight", weight);
   check_same(op, "weight", weight, name, x);
   SAIT_CHECK_VALUE(weight.size(1) == x.size(1) && x.size(1) >= 1, op, "weight",
@@ -30,24 +30,23 @@ inline void check_linear(const char* op, const char* name, const at::Tensor& x, 
 }
 
 // A weight's gate; `like` has their dtype.
-inline void check_gate(const char* op, const char* name, const at::Tensor& like, const at::Tensor& weight,
-                       const at::Tensor& gate) {
+inline void check_gate(const char* op, const char* name, const Tensor& like, const Tensor& weight, const Tensor& gate) {
   check_rows(op, "gate", gate);
   check_same(op, "gate", gate, name, like);
   SAIT_CHECK_VALUE(gate.sizes() == weight.sizes(), op, "gate", shape_of(weight) << " as weight", shape_of(gate),
                    "Pass the weights of both halves of one gated layer.");
 }
 
-inline void check_gate_bias(const char* op, const std::optional<at::Tensor>& gate_bias, bool gated,
-                            const at::Tensor& like, int64_t outputs) {
+inline void check_gate_bias(const char* op, const OptionalTensor& gate_bias, bool gated, const Tensor& like,
+                            int64_t outputs) {
   if (!gate_bias) return;
   SAIT_CHECK_VALUE(gated, op, "gate_bias", "a gate to add it to", "a bias alone", "Leave it out, or pass the gate.");
   check_channels(op, "gate_bias", *gate_bias, like, outputs);
 }
 
 // A residual stream of `channels` channels with a row for each of the `rows` results, directly or by indices.
-inline void check_residual(const char* op, const char* like_name, const at::Tensor& like, const char* name,
-                           const at::Tensor& residual, const std::optional<at::Tensor>& indices, int64_t channels) {
+inline void check_residual(const char* op, const char* like_name, const Tensor& like, const char* name,
+                           const Tensor& residual, const OptionalTensor& indices, int64_t channels) {
   check_rows(op, name, residual);
   check_same(op, name, residual, like_name, like);
   if (indices) check_indices(op, "selection.indices", *indices, residual, residual.size(0));
@@ -58,20 +57,23 @@ inline void check_residual(const char* op, const char* like_name, const at::Tens
                    "Take them from one block, with the selection that made " << like_name << ".");
 }
 
-at::Tensor pack_linear(const at::Tensor& weight, const std::optional<at::Tensor>& gate = std::nullopt);
+Tensor pack_linear(const Tensor& weight, const OptionalTensor& gate = std::nullopt);
 
-// What follows and precedes the product; tensors that are left out are undefined.
+// What precedes and follows the product; nullptr is left out.
 struct Around {
-  at::Tensor norm_weight, norm_bias;
+  const Tensor* norm_weight = nullptr;
+  const Tensor* norm_bias = nullptr;
   double eps = 0;
   Activation activation = Activation::kNone;
   bool gated = false;
-  at::Tensor gate_bias;
-  at::Tensor residual, indices, gamma;
+  const Tensor* gate_bias = nullptr;
+  const Tensor* residual = nullptr;
+  const Tensor* indices = nullptr;
+  const Tensor* gamma = nullptr;
 };
 
 // Runs the kernel on arguments that were checked.
-at::Tensor run_packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t outputs,
-                             const std::optional<at::Tensor>& bias, const Around& around);
+Tensor run_packed_linear(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias,
+                         const Around& around);
 
 }  // namespace sait

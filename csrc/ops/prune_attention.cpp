@@ -14,14 +14,14 @@ namespace {
 #ifdef SAIT_WITH_CUDA
 // (indices, cu_seqlens) of the rows that stay, scored and selected: in one launch for the class token's kinds. The rows
 // of params.q, k and v are aligned().
-std::tuple<at::Tensor, at::Tensor> kept_rows_cuda(const char* op, ScoreTokensParams params, const KeepRule& rule,
-                                                  const at::Tensor& cu_seqlens, bool is_static) {
+std::tuple<Tensor, Tensor> kept_rows_cuda(const char* op, ScoreTokensParams params, const KeepRule& rule,
+                                          const Tensor& cu_seqlens, bool is_static) {
   const int64_t max_seqlen = params.batch.max_seqlen;
   if (params.kind == ScoreKind::kColumn) {
     return select_cuda(op, scores_cuda(op, params, cu_seqlens), cu_seqlens, max_seqlen, params.num_prefix, rule,
                        is_static);
   }
-  const at::Tensor scratch = at::empty({cuda::scratch_size(params, true)}, cu_seqlens.options().dtype(at::kFloat));
+  const Tensor scratch = allocate(cu_seqlens, {cuda::scratch_size(params, true)}, ScalarType::Float);
   params.head_sums = scratch.mutable_data_ptr<float>();
   return kept_rows_by(
       op, cu_seqlens, max_seqlen, params.total, params.num_prefix, rule, is_static,
@@ -47,17 +47,17 @@ void score_and_select(const ScoreTokensParams& params, const KeepRule& rule, Kee
 }
 
 // (indices, cu_seqlens) of the rows that stay.
-std::tuple<at::Tensor, at::Tensor> kept_rows(const char* op, const ScoreTokensParams& params, const KeepRule& rule,
-                                             const at::Tensor& cu_seqlens, bool is_static) {
+std::tuple<Tensor, Tensor> kept_rows(const char* op, const ScoreTokensParams& params, const KeepRule& rule,
+                                     const Tensor& cu_seqlens, bool is_static) {
   const int64_t images = params.batch.images, total = params.total;
-  const auto allocate = [&](int64_t kept, bool whole) {
+  const auto room_for = [&](int64_t kept, bool whole) {
     const int64_t rows = whole ? capacity(params.batch, total, params.num_prefix, rule) : kept;
     return empty_indices(rows, kept, total, cu_seqlens);
   };
   if (rule.mass == 0) {  // known beforehand: each image writes into its place
-    at::Tensor kept_cu = topk_cu_seqlens(op, cu_seqlens, params.num_prefix, rule);
+    Tensor kept_cu = topk_cu_seqlens(op, cu_seqlens, params.num_prefix, rule);
     const int32_t* offsets = kept_cu.const_data_ptr<int32_t>();
-    at::Tensor indices = allocate(offsets[images], is_full(params.batch, total));
+    Tensor indices = room_for(offsets[images], is_full(params.batch, total));
     int32_t* out = indices.mutable_data_ptr<int32_t>();
     score_and_select(params, rule, [&](int64_t b, const int32_t* rows, int64_t count) {
       std::copy_n(rows, count, out + offsets[b]);
@@ -67,11 +67,11 @@ std::tuple<at::Tensor, at::Tensor> kept_rows(const char* op, const ScoreTokensPa
   std::vector<std::vector<int32_t>> kept(images);
   score_and_select(params, rule,
                    [&](int64_t b, const int32_t* rows, int64_t count) { kept[b].assign(rows, rows + count); });
-  at::Tensor kept_cu = at::empty({images + 1}, cu_seqlens.options());
+  Tensor kept_cu = allocate(cu_seqlens, {images + 1});
   int32_t* offsets = kept_cu.mutable_data_ptr<int32_t>();
   offsets[0] = 0;
   for (int64_t b = 0; b < images; ++b) offsets[b + 1] = offsets[b] + static_cast<int32_t>(kept[b].size());
-  at::Tensor indices = allocate(offsets[images], is_static);
+  Tensor indices = room_for(offsets[images], is_static);
   int32_t* out = indices.mutable_data_ptr<int32_t>();
   for (int64_t b = 0; b < images; ++b) std::copy(kept[b].begin(), kept[b].end(), out + offsets[b]);
   return {indices, kept_cu};
@@ -80,27 +80,25 @@ std::tuple<at::Tensor, at::Tensor> kept_rows(const char* op, const ScoreTokensPa
 #ifdef SAIT_WITH_CUDA
 // One launch where a fixed number of rows stays by the class token's attention, of as many rows as images of max_seqlen
 // tokens have, and the device has clusters; else one that scores and selects, and one that attends.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention_cuda(const at::Tensor& q, const at::Tensor& k,
-                                                                    const at::Tensor& v, const at::Tensor& cu_seqlens,
-                                                                    ScoreTokensParams score, const KeepRule& rule,
-                                                                    bool is_static) {
+std::tuple<Tensor, Tensor, Tensor> prune_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                        const Tensor& cu_seqlens, ScoreTokensParams score,
+                                                        const KeepRule& rule, bool is_static) {
   constexpr const char* op = "prune_attention";
   check_cuda_attention(op, q);
-  const at::Tensor queries = aligned(q), keys = aligned(k), values = aligned(v);
+  const Tensor queries = aligned(q), keys = aligned(k), values = aligned(v);
   score.q = head_view(queries), score.k = head_view(keys), score.v = head_view(values);
   const Batch& batch = score.batch;
   const int64_t width = q.size(1) * q.size(2);
-  const auto empty = [&](int64_t size) { return at::empty({size}, cu_seqlens.options()); };
+  const auto empty = [&](int64_t size) { return allocate(cu_seqlens, {size}); };
   if (score.total > 0 && is_full(batch, score.total) && rule.mass == 0 && score.kind == ScoreKind::kCls) {
     const int64_t patches = batch.max_seqlen - std::min(score.num_prefix, batch.max_seqlen);
     const int64_t rows = batch.max_seqlen - patches + checked_patches(op, rule, patches, 0);
     PruneAttentionParams params{score.q,        score.k,          score.v, batch,   score.heads,
                                 score.head_dim, score.num_prefix, rule,    rows,    score.total,
                                 score.dtype,    score.scale,      nullptr, nullptr, nullptr};
-    const c10::OptionalDeviceGuard guard(q.device());
-    if (cuda::prunes_in_one_launch(params)) {
-      const at::Tensor out = at::empty({batch.images * rows, width}, q.options());
-      const at::Tensor indices = empty(batch.images * rows), kept_cu = empty(batch.images + 1);
+    if (on_device_of(op, q, [&] { return cuda::prunes_in_one_launch(params); })) {
+      const Tensor out = allocate(q, {batch.images * rows, width});
+      const Tensor indices = empty(batch.images * rows), kept_cu = empty(batch.images + 1);
       params.out = out.mutable_data_ptr();
       params.indices = indices.mutable_data_ptr<int32_t>();
       params.kept_cu_seqlens = kept_cu.mutable_data_ptr<int32_t>();
@@ -109,7 +107,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention_cuda(const at::Te
     }
   }
   const auto [indices, kept_cu] = kept_rows_cuda(op, score, rule, cu_seqlens, is_static);
-  const at::Tensor out = at::empty({indices.size(0), width}, q.options());
+  const Tensor out = allocate(q, {indices.size(0), width});
   const Kept kept{indices.const_data_ptr<int32_t>(), kept_cu.const_data_ptr<int32_t>(), indices.size(0)};
   const CompactAttentionParams params =
       attention_params(queries, keys, values, cu_seqlens, batch.max_seqlen, kept, score.scale, out.mutable_data_ptr());
@@ -123,11 +121,11 @@ struct Checked {
   KeepRule rule;
 };
 
-Checked check_prune_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                              const at::Tensor& cu_seqlens, int64_t max_seqlen, std::optional<double> rate,
-                              std::optional<int64_t> count, std::optional<double> mass, std::string_view kind,
-                              int64_t num_prefix, std::optional<double> scale, int64_t min_keep,
-                              std::optional<int64_t> max_keep, bool is_static) {
+Checked check_prune_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                              int64_t max_seqlen, std::optional<double> rate, std::optional<int64_t> count,
+                              std::optional<double> mass, std::string_view kind, int64_t num_prefix,
+                              std::optional<double> scale, int64_t min_keep, std::optional<int64_t> max_keep,
+                              bool is_static) {
   constexpr const char* op = "prune_attention";
   const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, num_prefix, scale);
   SAIT_CHECK_VALUE(!mass || !(rate || count), op, "mass", "either keep or mass", "both", "Pass one of them.");
@@ -140,20 +138,19 @@ Checked check_prune_attention(const at::Tensor& q, const at::Tensor& k, const at
       rule};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention(const at::Tensor& q, const at::Tensor& k,
-                                                               const at::Tensor& v, const at::Tensor& cu_seqlens,
-                                                               int64_t max_seqlen, std::optional<double> rate,
-                                                               std::optional<int64_t> count, std::optional<double> mass,
-                                                               std::string_view kind, int64_t num_prefix,
-                                                               std::optional<double> scale, int64_t min_keep,
-                                                               std::optional<int64_t> max_keep, bool is_static) {
+std::tuple<Tensor, Tensor, Tensor> prune_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                   const Tensor& cu_seqlens, int64_t max_seqlen,
+                                                   std::optional<double> rate, std::optional<int64_t> count,
+                                                   std::optional<double> mass, std::string_view kind,
+                                                   int64_t num_prefix, std::optional<double> scale, int64_t min_keep,
+                                                   std::optional<int64_t> max_keep, bool is_static) {
   const auto [score, rule] = check_prune_attention(q, k, v, cu_seqlens, max_seqlen, rate, count, mass, kind, num_prefix,
                                                    scale, min_keep, max_keep, is_static);
 #ifdef SAIT_WITH_CUDA
   if (runs_on_cuda(q)) return prune_attention_cuda(q, k, v, cu_seqlens, score, rule, is_static);
 #endif
   auto [indices, kept_cu] = kept_rows("prune_attention", score, rule, cu_seqlens, is_static);
-  at::Tensor out = at::empty({indices.size(0), q.size(1) * q.size(2)}, q.options());
+  Tensor out = allocate(q, {indices.size(0), q.size(1) * q.size(2)});
   const Kept kept{indices.const_data_ptr<int32_t>(), kept_cu.const_data_ptr<int32_t>(), indices.size(0)};
   cpu::compact_attention(attention_params(q, k, v, cu_seqlens, max_seqlen, kept, score.scale, out.mutable_data_ptr()));
   zero_tail(out, kept.cu_seqlens[score.batch.images]);
@@ -163,7 +160,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> prune_attention(const at::Tensor&
 }  // namespace
 }  // namespace sait
 
-TORCH_LIBRARY_FRAGMENT(sait, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "prune_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float? rate=None, "
       "SymInt? count=None, float? mass=None, str kind=\"cls\", int num_prefix=1, float? scale=None, SymInt min_keep=1, "
@@ -174,12 +171,12 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
       "int? max_keep=None, bool static=False) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(sait, CPU, m) { m.impl("prune_attention", sait::prune_attention); }
+STABLE_TORCH_LIBRARY_IMPL(sait, CPU, m) { m.impl("prune_attention", sait::boxed<sait::prune_attention>); }
 
 #ifdef SAIT_WITH_CUDA
-TORCH_LIBRARY_IMPL(sait, CUDA, m) { m.impl("prune_attention", sait::prune_attention); }
+STABLE_TORCH_LIBRARY_IMPL(sait, CUDA, m) { m.impl("prune_attention", sait::boxed<sait::prune_attention>); }
 #endif
 
-TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
-  m.impl("_check_prune_attention", sait::ChecksOnly<sait::check_prune_attention>::call);
+STABLE_TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_prune_attention", sait::boxed_checks<sait::check_prune_attention>);
 }

@@ -11,7 +11,7 @@ namespace sait {
 namespace {
 
 // Rows of the table, or -1. The values are read only where that costs no synchronisation: on the CPU.
-void check_positions(const char* op, const at::Tensor& positions, const at::Tensor& like, int64_t entries) {
+void check_positions(const char* op, const Tensor& positions, const Tensor& like, int64_t entries) {
   check_int32_vector(op, "positions", positions, like);
   SAIT_CHECK_VALUE(positions.size(0) == like.size(0), op, "positions", like.size(0) << ", one for each row",
                    positions.size(0), "It is -1 where a row has none.");
@@ -24,8 +24,8 @@ void check_positions(const char* op, const at::Tensor& positions, const at::Tens
   }
 }
 
-void check(const char* op, const char* q_name, const char* k_name, const at::Tensor& q, const at::Tensor& k,
-           const at::Tensor& positions, const at::Tensor& table) {
+void check(const char* op, const char* q_name, const char* k_name, const Tensor& q, const Tensor& k,
+           const Tensor& positions, const Tensor& table) {
   SAIT_CHECK_VALUE(q.dim() == 3, op, q_name, "a packed (T, H, D) tensor", shape_of(q),
                    "View a projection as heads: x.unflatten(1, (heads, head_dim)).");
   check_dtype(op, q_name, q);
@@ -44,23 +44,20 @@ void check(const char* op, const char* q_name, const char* k_name, const at::Ten
       (table.dim() == 2 || each_head) && table.size(-1) == 2 * head_dim && (!each_head || table.size(0) == heads), op,
       "table", "shape (P, " << 2 * head_dim << ") or (" << heads << ", P, " << 2 * head_dim << "), sin then cos",
       shape_of(table), "Repeat the frequencies so that each channel has its own.");
-  SAIT_CHECK_VALUE(table.device() == q.device(), op, "table", "device " << q.device() << " as " << q_name,
-                   table.device(), "Move all arguments to one device.");
-  SAIT_CHECK_TYPE(table.scalar_type() == at::kFloat, op, "table", "dtype Float (float32)", table.scalar_type(),
+  check_device(op, "table", table, q_name, q);
+  SAIT_CHECK_TYPE(table.scalar_type() == ScalarType::Float, op, "table", "dtype Float (float32)", table.scalar_type(),
                   "Make it with .float(), from the start.");
   check_last_contiguous(op, "table", table);
   check_positions(op, positions, q, table.size(-2));
 }
 
-void check_rotate(const at::Tensor& q, const at::Tensor& k, const at::Tensor& positions, const at::Tensor& table,
-                  bool) {
+void check_rotate(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& table, bool) {
   check("rotate", "q", "k", q, k, positions, table);
 }
 
-std::tuple<at::Tensor, at::Tensor> run(const char* op, const at::Tensor& q, const at::Tensor& k,
-                                       const at::Tensor& positions, const at::Tensor& table, bool pairs,
-                                       bool transposed) {
-  const at::Tensor q_out = at::empty(q.sizes(), q.options()), k_out = at::empty(q.sizes(), q.options());
+std::tuple<Tensor, Tensor> run(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions,
+                               const Tensor& table, bool pairs, bool transposed) {
+  const Tensor q_out = allocate_like(q), k_out = allocate_like(q);
   const RotateParams params{head_view(q),
                             head_view(k),
                             positions.const_data_ptr<int32_t>(),
@@ -86,14 +83,14 @@ std::tuple<at::Tensor, at::Tensor> run(const char* op, const at::Tensor& q, cons
   return {q_out, k_out};
 }
 
-std::tuple<at::Tensor, at::Tensor> rotate(const at::Tensor& q, const at::Tensor& k, const at::Tensor& positions,
-                                          const at::Tensor& table, bool pairs) {
+std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& table,
+                                  bool pairs) {
   check_rotate(q, k, positions, table, pairs);
   return run("rotate", q, k, positions, table, pairs, /*transposed=*/false);
 }
 
-std::tuple<at::Tensor, at::Tensor> rotate_backward(const at::Tensor& grad_q, const at::Tensor& grad_k,
-                                                   const at::Tensor& positions, const at::Tensor& table, bool pairs) {
+std::tuple<Tensor, Tensor> rotate_backward(const Tensor& grad_q, const Tensor& grad_k, const Tensor& positions,
+                                           const Tensor& table, bool pairs) {
   check("rotate_backward", "grad_q", "grad_k", grad_q, grad_k, positions, table);
   return run("rotate_backward", grad_q, grad_k, positions, table, pairs, /*transposed=*/true);
 }
@@ -101,23 +98,25 @@ std::tuple<at::Tensor, at::Tensor> rotate_backward(const at::Tensor& grad_q, con
 }  // namespace
 }  // namespace sait
 
-TORCH_LIBRARY_FRAGMENT(sait, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def("rotate(Tensor q, Tensor k, Tensor positions, Tensor table, bool pairs) -> (Tensor, Tensor)");
   m.def(
       "rotate_backward(Tensor grad_q, Tensor grad_k, Tensor positions, Tensor table, bool pairs) -> (Tensor, Tensor)");
   m.def("_check_rotate(Tensor q, Tensor k, Tensor positions, Tensor table, bool pairs) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(sait, CPU, m) {
-  m.impl("rotate", sait::rotate);
-  m.impl("rotate_backward", sait::rotate_backward);
+STABLE_TORCH_LIBRARY_IMPL(sait, CPU, m) {
+  m.impl("rotate", sait::boxed<sait::rotate>);
+  m.impl("rotate_backward", sait::boxed<sait::rotate_backward>);
 }
 
-TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) { m.impl("_check_rotate", sait::check_rotate); }
+STABLE_TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_rotate", sait::boxed_checks<sait::check_rotate>);
+}
 
 #ifdef SAIT_WITH_CUDA
-TORCH_LIBRARY_IMPL(sait, CUDA, m) {
-  m.impl("rotate", sait::rotate);
-  m.impl("rotate_backward", sait::rotate_backward);
+STABLE_TORCH_LIBRARY_IMPL(sait, CUDA, m) {
+  m.impl("rotate", sait::boxed<sait::rotate>);
+  m.impl("rotate_backward", sait::boxed<sait::rotate_backward>);
 }
 #endif

@@ -5,9 +5,9 @@ namespace sait {
 namespace {
 
 // Everything but the outputs.
-ScoreTokensParams checked_params(const char* op, const at::Tensor& q, const at::Tensor& k,
-                                 const std::optional<at::Tensor>& v, const at::Tensor& cu_seqlens, int64_t max_seqlen,
-                                 std::string_view kind_name, int64_t num_prefix, std::optional<double> scale) {
+ScoreTokensParams checked_params(const char* op, const Tensor& q, const Tensor& k, const OptionalTensor& v,
+                                 const Tensor& cu_seqlens, int64_t max_seqlen, std::string_view kind_name,
+                                 int64_t num_prefix, std::optional<double> scale) {
   check_heads(op, "q", q);
   check_qkv_like(op, "k", k, q);
   if (v) check_qkv_like(op, "v", *v, q);
@@ -31,65 +31,62 @@ ScoreTokensParams checked_params(const char* op, const at::Tensor& q, const at::
           nullptr};
 }
 
-ScoreTokensParams check_score_tokens(const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& v,
-                                     const at::Tensor& cu_seqlens, int64_t max_seqlen, std::string_view kind,
+ScoreTokensParams check_score_tokens(const Tensor& q, const Tensor& k, const OptionalTensor& v,
+                                     const Tensor& cu_seqlens, int64_t max_seqlen, std::string_view kind,
                                      int64_t num_prefix, std::optional<double> scale) {
   return checked_params("score_tokens", q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale);
 }
 
-at::Tensor score_tokens(const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& v,
-                        const at::Tensor& cu_seqlens, int64_t max_seqlen, std::string_view kind, int64_t num_prefix,
-                        std::optional<double> scale) {
+Tensor score_tokens(const Tensor& q, const Tensor& k, const OptionalTensor& v, const Tensor& cu_seqlens,
+                    int64_t max_seqlen, std::string_view kind, int64_t num_prefix, std::optional<double> scale) {
   ScoreTokensParams params = check_score_tokens(q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale);
 #ifdef SAIT_WITH_CUDA
   if (runs_on_cuda(q)) {
-    const at::Tensor queries = aligned(q), keys = aligned(k), values = params.v.data == nullptr ? keys : aligned(*v);
+    const Tensor queries = aligned(q), keys = aligned(k), values = params.v.data == nullptr ? keys : aligned(*v);
     params.q = head_view(queries), params.k = head_view(keys), params.v = head_view(values);
     return scores_cuda("score_tokens", params, q);
   }
 #endif
-  const auto float32 = q.options().dtype(at::kFloat);
-  at::Tensor scores = at::empty({params.total}, float32), head_sums;
+  const Tensor scores = allocate(q, {params.total}, ScalarType::Float);
+  OptionalTensor head_sums;
   params.scores = scores.mutable_data_ptr<float>();
   if (params.kind == ScoreKind::kColumn) {
-    head_sums = at::empty({params.heads, params.total}, float32);
-    params.head_sums = head_sums.mutable_data_ptr<float>();
+    head_sums = allocate(q, {params.heads, params.total}, ScalarType::Float);
+    params.head_sums = head_sums->mutable_data_ptr<float>();
   }
   cpu::score_tokens(params);
   zero_tail(scores, params.batch.cu_seqlens[params.batch.images]);
   return scores;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> score_tokens_backward(const at::Tensor& grad, const at::Tensor& q,
-                                                                     const at::Tensor& k,
-                                                                     const std::optional<at::Tensor>& v,
-                                                                     const at::Tensor& cu_seqlens, int64_t max_seqlen,
-                                                                     std::string_view kind, int64_t num_prefix,
-                                                                     std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor> score_tokens_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                         const OptionalTensor& v, const Tensor& cu_seqlens,
+                                                         int64_t max_seqlen, std::string_view kind, int64_t num_prefix,
+                                                         std::optional<double> scale) {
   constexpr const char* op = "score_tokens_backward";
   const ScoreTokensParams params = checked_params(op, q, k, v, cu_seqlens, max_seqlen, kind, num_prefix, scale);
   SAIT_CHECK_VALUE(grad.dim() == 1 && grad.size(0) == q.size(0), op, "grad", "shape (" << q.size(0) << ",)",
                    shape_of(grad), "It is the gradient of the scores.");
-  SAIT_CHECK_VALUE(grad.device() == q.device(), op, "grad", "device " << q.device() << " as q", grad.device(),
-                   "Move all arguments to one device.");
-  SAIT_CHECK_TYPE(grad.scalar_type() == at::kFloat, op, "grad", "dtype Float (float32)", grad.scalar_type(),
+  check_device(op, "grad", grad, "q", q);
+  SAIT_CHECK_TYPE(grad.scalar_type() == ScalarType::Float, op, "grad", "dtype Float (float32)", grad.scalar_type(),
                   "Convert with .float().");
   SAIT_CHECK_VALUE(grad.is_contiguous(), op, "grad", "a contiguous tensor", "stride " << grad.stride(0),
                    "Call .contiguous() on it.");
-  at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(q.sizes(), q.options()), dv;
-  if (params.kind == ScoreKind::kClsValue) dv = at::empty(q.sizes(), q.options());
-  else if (v) dv = at::zeros(q.sizes(), q.options());  // given, but this kind does not look at it
-  else dv = at::empty({0}, q.options());
+  const Tensor dq = allocate_like(q), dk = allocate_like(q);
+  // Given, but of a kind that does not look at it: zeros.
+  const Tensor dv = params.kind == ScoreKind::kClsValue ? allocate_like(q)
+                    : v                                 ? allocate_zeros(q, q.sizes())
+                                                        : allocate(q, {0});
   cpu::score_tokens_backward(
       {params, grad.const_data_ptr<float>(), dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()});
-  for (const at::Tensor& t : {dq, dk, dv}) zero_tail(t, params.batch.cu_seqlens[params.batch.images]);
+  for (const Tensor& t : {dq, dk, dv}) zero_tail(t, params.batch.cu_seqlens[params.batch.images]);
   return {dq, dk, dv};
 }
 
 }  // namespace
 }  // namespace sait
 
-TORCH_LIBRARY_FRAGMENT(sait, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "score_tokens(Tensor q, Tensor k, Tensor? v, Tensor cu_seqlens, SymInt max_seqlen, str kind, SymInt num_prefix, "
       "float? scale) -> Tensor");
@@ -101,15 +98,15 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
       "float? scale) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(sait, CPU, m) {
-  m.impl("score_tokens", sait::score_tokens);
-  m.impl("score_tokens_backward", sait::score_tokens_backward);
+STABLE_TORCH_LIBRARY_IMPL(sait, CPU, m) {
+  m.impl("score_tokens", sait::boxed<sait::score_tokens>);
+  m.impl("score_tokens_backward", sait::boxed<sait::score_tokens_backward>);
 }
 
-TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
-  m.impl("_check_score_tokens", sait::ChecksOnly<sait::check_score_tokens>::call);
+STABLE_TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_score_tokens", sait::boxed_checks<sait::check_score_tokens>);
 }
 
 #ifdef SAIT_WITH_CUDA
-TORCH_LIBRARY_IMPL(sait, CUDA, m) { m.impl("score_tokens", sait::score_tokens); }
+STABLE_TORCH_LIBRARY_IMPL(sait, CUDA, m) { m.impl("score_tokens", sait::boxed<sait::score_tokens>); }
 #endif

@@ -3,8 +3,6 @@
 
 #include <string_view>
 
-#include <ATen/ops/zeros.h>
-
 #include "ops/common.h"
 #include "sait/score_tokens.h"
 
@@ -26,11 +24,11 @@ inline ScoreKind score_kind(const char* op, std::string_view kind, int64_t num_p
 
 #ifdef SAIT_WITH_CUDA
 // (total,) scores; the rows of params.q, k and v are aligned(). The memory is that of `like`.
-inline at::Tensor scores_cuda(const char* op, ScoreTokensParams params, const at::Tensor& like) {
-  const auto float32 = like.options().dtype(at::kFloat);
-  if (params.batch.images == 0 || params.batch.max_seqlen == 0) return at::zeros({params.total}, float32);
-  const at::Tensor scores = at::empty({params.total}, float32);
-  const at::Tensor scratch = at::empty({cuda::scratch_size(params, false)}, float32);
+inline Tensor scores_cuda(const char* op, ScoreTokensParams params, const Tensor& like) {
+  const auto float32 = ScalarType::Float;
+  if (params.batch.images == 0 || params.batch.max_seqlen == 0) return allocate_zeros(like, {params.total}, float32);
+  const Tensor scores = allocate(like, {params.total}, float32);
+  const Tensor scratch = allocate(like, {cuda::scratch_size(params, false)}, float32);
   params.scores = scores.mutable_data_ptr<float>();
   params.head_sums = scratch.mutable_data_ptr<float>();
   launch(op, like, [&](void* stream) { return cuda::score_tokens(params, stream); });

@@ -4,49 +4,48 @@
 namespace sait {
 namespace {
 
-void check_scores(const char* op, const at::Tensor& scores, const at::Tensor& cu_seqlens, int64_t max_seqlen,
+void check_scores(const char* op, const Tensor& scores, const Tensor& cu_seqlens, int64_t max_seqlen,
                   int64_t num_prefix) {
   SAIT_CHECK_VALUE(scores.dim() == 1, op, "scores", "a packed (T,) tensor", shape_of(scores),
                    "A batch (B, N) becomes packed by .flatten().");
-  SAIT_CHECK_TYPE(scores.scalar_type() == at::kFloat, op, "scores", "dtype Float (float32)", scores.scalar_type(),
-                  "Convert with .float().");
+  SAIT_CHECK_TYPE(scores.scalar_type() == ScalarType::Float, op, "scores", "dtype Float (float32)",
+                  scores.scalar_type(), "Convert with .float().");
   check_cu_seqlens(op, "cu_seqlens", cu_seqlens, scores, scores.size(0), max_seqlen, num_prefix);
 }
 
-KeepRule check_select_topk(const at::Tensor& scores, const at::Tensor& cu_seqlens, int64_t max_seqlen,
+KeepRule check_select_topk(const Tensor& scores, const Tensor& cu_seqlens, int64_t max_seqlen,
                            std::optional<double> rate, std::optional<int64_t> count, int64_t num_prefix) {
   check_scores("select_topk", scores, cu_seqlens, max_seqlen, num_prefix);
   return topk_rule("select_topk", rate, count);
 }
 
-KeepRule check_select_mass(const at::Tensor& scores, const at::Tensor& cu_seqlens, int64_t max_seqlen, double mass,
+KeepRule check_select_mass(const Tensor& scores, const Tensor& cu_seqlens, int64_t max_seqlen, double mass,
                            int64_t num_prefix, int64_t min_keep, std::optional<int64_t> max_keep, bool) {
   check_scores("select_mass", scores, cu_seqlens, max_seqlen, num_prefix);
   return mass_rule("select_mass", mass, min_keep, max_keep);
 }
 
-std::tuple<at::Tensor, at::Tensor> select_topk(const at::Tensor& scores, const at::Tensor& cu_seqlens,
-                                               int64_t max_seqlen, std::optional<double> rate,
-                                               std::optional<int64_t> count, int64_t num_prefix) {
+std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const Tensor& cu_seqlens, int64_t max_seqlen,
+                                       std::optional<double> rate, std::optional<int64_t> count, int64_t num_prefix) {
   const KeepRule rule = check_select_topk(scores, cu_seqlens, max_seqlen, rate, count, num_prefix);
 #ifdef SAIT_WITH_CUDA
   if (runs_on_cuda(scores)) return select_cuda("select_topk", scores, cu_seqlens, max_seqlen, num_prefix, rule, false);
 #endif
-  const at::Tensor kept_cu = topk_cu_seqlens("select_topk", cu_seqlens, num_prefix, rule);
+  const Tensor kept_cu = topk_cu_seqlens("select_topk", cu_seqlens, num_prefix, rule);
   const int32_t* offsets = kept_cu.const_data_ptr<int32_t>();
   const Batch batch = batch_view(cu_seqlens, max_seqlen);
   const int64_t total = scores.size(0), kept = offsets[batch.images];
   const int64_t rows = is_full(batch, total) ? capacity(batch, total, num_prefix, rule) : kept;
-  at::Tensor indices = empty_indices(rows, kept, total, cu_seqlens);
-  const auto contiguous = scores.expect_contiguous();
-  cpu::select({contiguous->const_data_ptr<float>(), batch, num_prefix, rule, offsets,
-               indices.mutable_data_ptr<int32_t>(), nullptr});
+  Tensor indices = empty_indices(rows, kept, total, cu_seqlens);
+  const Contiguous contiguous(scores, ScalarType::Float);
+  cpu::select(
+      {contiguous.data<float>(), batch, num_prefix, rule, offsets, indices.mutable_data_ptr<int32_t>(), nullptr});
   return {indices, kept_cu};
 }
 
-std::tuple<at::Tensor, at::Tensor> select_mass(const at::Tensor& scores, const at::Tensor& cu_seqlens,
-                                               int64_t max_seqlen, double mass, int64_t num_prefix, int64_t min_keep,
-                                               std::optional<int64_t> max_keep, bool is_static) {
+std::tuple<Tensor, Tensor> select_mass(const Tensor& scores, const Tensor& cu_seqlens, int64_t max_seqlen, double mass,
+                                       int64_t num_prefix, int64_t min_keep, std::optional<int64_t> max_keep,
+                                       bool is_static) {
   const KeepRule rule =
       check_select_mass(scores, cu_seqlens, max_seqlen, mass, num_prefix, min_keep, max_keep, is_static);
 #ifdef SAIT_WITH_CUDA
@@ -56,17 +55,17 @@ std::tuple<at::Tensor, at::Tensor> select_mass(const at::Tensor& scores, const a
 #endif
   const Batch batch = batch_view(cu_seqlens, max_seqlen);
   // How many rows stay is known only afterwards: each image writes where its own rows lie, then they move together.
-  const at::Tensor spread = at::empty({scores.size(0)}, cu_seqlens.options());
-  at::Tensor kept_cu = at::empty(cu_seqlens.sizes(), cu_seqlens.options());
+  const Tensor spread = allocate(cu_seqlens, {scores.size(0)});
+  Tensor kept_cu = allocate_like(cu_seqlens);
   int32_t* offsets = kept_cu.mutable_data_ptr<int32_t>();
   offsets[0] = 0;
-  const auto contiguous = scores.expect_contiguous();
-  cpu::select({contiguous->const_data_ptr<float>(), batch, num_prefix, rule, batch.cu_seqlens,
-               spread.mutable_data_ptr<int32_t>(), offsets + 1});
+  const Contiguous contiguous(scores, ScalarType::Float);
+  cpu::select({contiguous.data<float>(), batch, num_prefix, rule, batch.cu_seqlens, spread.mutable_data_ptr<int32_t>(),
+               offsets + 1});
   for (int64_t b = 0; b < batch.images; ++b) offsets[b + 1] += offsets[b];
   const int64_t total = scores.size(0), kept = offsets[batch.images];
   const int64_t rows = is_static ? capacity(batch, total, num_prefix, rule) : kept;
-  at::Tensor indices = empty_indices(rows, kept, total, cu_seqlens);
+  Tensor indices = empty_indices(rows, kept, total, cu_seqlens);
   for (int64_t b = 0; b < batch.images; ++b) {
     std::copy_n(spread.const_data_ptr<int32_t>() + batch.cu_seqlens[b], offsets[b + 1] - offsets[b],
                 indices.mutable_data_ptr<int32_t>() + offsets[b]);
@@ -77,7 +76,7 @@ std::tuple<at::Tensor, at::Tensor> select_mass(const at::Tensor& scores, const a
 }  // namespace
 }  // namespace sait
 
-TORCH_LIBRARY_FRAGMENT(sait, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "select_topk(Tensor scores, Tensor cu_seqlens, SymInt max_seqlen, float? rate, SymInt? count, "
       "SymInt num_prefix) -> (Tensor, Tensor)");
@@ -92,19 +91,19 @@ TORCH_LIBRARY_FRAGMENT(sait, m) {
       "int? max_keep, bool static=False) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(sait, CPU, m) {
-  m.impl("select_topk", sait::select_topk);
-  m.impl("select_mass", sait::select_mass);
+STABLE_TORCH_LIBRARY_IMPL(sait, CPU, m) {
+  m.impl("select_topk", sait::boxed<sait::select_topk>);
+  m.impl("select_mass", sait::boxed<sait::select_mass>);
 }
 
-TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
-  m.impl("_check_select_topk", sait::ChecksOnly<sait::check_select_topk>::call);
-  m.impl("_check_select_mass", sait::ChecksOnly<sait::check_select_mass>::call);
+STABLE_TORCH_LIBRARY_IMPL(sait, CompositeExplicitAutograd, m) {
+  m.impl("_check_select_topk", sait::boxed_checks<sait::check_select_topk>);
+  m.impl("_check_select_mass", sait::boxed_checks<sait::check_select_mass>);
 }
 
 #ifdef SAIT_WITH_CUDA
-TORCH_LIBRARY_IMPL(sait, CUDA, m) {
-  m.impl("select_topk", sait::select_topk);
-  m.impl("select_mass", sait::select_mass);
+STABLE_TORCH_LIBRARY_IMPL(sait, CUDA, m) {
+  m.impl("select_topk", sait::boxed<sait::select_topk>);
+  m.impl("select_mass", sait::boxed<sait::select_mass>);
 }
 #endif

@@ -5,8 +5,6 @@
 #include <optional>
 #include <tuple>
 
-#include <ATen/ops/zeros.h>
-
 #include "ops/common.h"
 #include "sait/select.h"
 
@@ -42,9 +40,8 @@ inline int64_t checked_patches(const char* op, const KeepRule& rule, int64_t pat
 }
 
 // Where each image starts among the rows that a rate or a count keeps: (images + 1,) int32. cu_seqlens on the CPU.
-inline at::Tensor topk_cu_seqlens(const char* op, const at::Tensor& cu_seqlens, int64_t num_prefix,
-                                  const KeepRule& rule) {
-  at::Tensor kept = at::empty(cu_seqlens.sizes(), cu_seqlens.options());
+inline Tensor topk_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t num_prefix, const KeepRule& rule) {
+  Tensor kept = allocate_like(cu_seqlens);
   const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
   int32_t* offsets = kept.mutable_data_ptr<int32_t>();
   offsets[0] = 0;
@@ -68,8 +65,8 @@ inline int64_t capacity(const Batch& batch, int64_t total, int64_t num_prefix, c
 }
 
 // Indices of which the first `kept` are to be written; the others are `total`, which is no row. On the CPU.
-inline at::Tensor empty_indices(int64_t rows, int64_t kept, int64_t total, const at::Tensor& cu_seqlens) {
-  at::Tensor indices = at::empty({rows}, cu_seqlens.options());
+inline Tensor empty_indices(int64_t rows, int64_t kept, int64_t total, const Tensor& cu_seqlens) {
+  Tensor indices = allocate(cu_seqlens, {rows});
   int32_t* out = indices.mutable_data_ptr<int32_t>();
   std::fill(out + kept, out + rows, static_cast<int32_t>(total));
   return indices;
@@ -80,12 +77,11 @@ inline at::Tensor empty_indices(int64_t rows, int64_t kept, int64_t total, const
 // keep_rows. As many rows as images of max_seqlen tokens have, or a static mass: the size is known, and nothing
 // synchronises. Else one copy reads two numbers.
 template <typename Run>
-std::tuple<at::Tensor, at::Tensor> kept_rows_by(const char* op, const at::Tensor& cu_seqlens, int64_t max_seqlen,
-                                                int64_t total, int64_t num_prefix, const KeepRule& rule, bool is_static,
-                                                Run run) {
+std::tuple<Tensor, Tensor> kept_rows_by(const char* op, const Tensor& cu_seqlens, int64_t max_seqlen, int64_t total,
+                                        int64_t num_prefix, const KeepRule& rule, bool is_static, Run run) {
   const int64_t images = cu_seqlens.size(0) - 1;
-  const auto empty = [&](int64_t size) { return at::empty({size}, cu_seqlens.options()); };
-  if (total == 0 || images == 0) return {empty(0), at::zeros({images + 1}, cu_seqlens.options())};
+  const auto empty = [&](int64_t size) { return allocate(cu_seqlens, {size}); };
+  if (total == 0 || images == 0) return {empty(0), allocate_zeros(cu_seqlens, {images + 1})};
   const Batch given = batch_view(cu_seqlens, max_seqlen), batch = batch_view(cu_seqlens, std::min(max_seqlen, total));
   const int64_t prefix = std::min(num_prefix, total);
   const bool known = rule.mass == 0 && is_full(given, total);
@@ -95,9 +91,9 @@ std::tuple<at::Tensor, at::Tensor> kept_rows_by(const char* op, const at::Tensor
     rows = batch.max_seqlen - patches + checked_patches(op, rule, patches, 0);
   }
   const int64_t size = known ? images * rows : is_static ? capacity(batch, total, prefix, rule) : total;
-  const at::Tensor indices = empty(size);
-  const at::Tensor kept = known ? empty(images + 1) : at::zeros({cuda::kept_size(images)}, cu_seqlens.options());
-  const at::Tensor spread = empty(!known && batch.max_seqlen > cuda::kMostRowsInShared ? total : 0);
+  const Tensor indices = empty(size);
+  const Tensor kept = known ? empty(images + 1) : allocate_zeros(cu_seqlens, {cuda::kept_size(images)});
+  const Tensor spread = empty(!known && batch.max_seqlen > cuda::kMostRowsInShared ? total : 0);
   const cuda::KeptRowsParams params{nullptr,
                                     batch,
                                     prefix,
@@ -110,21 +106,21 @@ std::tuple<at::Tensor, at::Tensor> kept_rows_by(const char* op, const at::Tensor
                                     kept.mutable_data_ptr<int32_t>(),
                                     spread.numel() > 0 ? spread.mutable_data_ptr<int32_t>() : nullptr};
   launch(op, cu_seqlens, [&](void* stream) { return run(params, stream); });
-  const at::Tensor kept_cu = kept.narrow(0, 0, images + 1);
+  const Tensor kept_cu = first(kept, images + 1);
   if (known || is_static) return {indices, kept_cu};
-  const at::Tensor read = kept.narrow(0, images, 2).cpu();
-  const int32_t* sizes = read.const_data_ptr<int32_t>();
-  if (sizes[1] != 0) topk_cu_seqlens(op, cu_seqlens.cpu(), num_prefix, rule);  // raises, with the image's number
-  return {indices.narrow(0, 0, sizes[0]), kept_cu};
+  const Tensor read = on_cpu(kept);
+  const int32_t* sizes = read.const_data_ptr<int32_t>() + images;
+  if (sizes[1] != 0) topk_cu_seqlens(op, on_cpu(cu_seqlens), num_prefix, rule);  // raises, with the image's number
+  return {first(indices, sizes[0]), kept_cu};
 }
 
-inline std::tuple<at::Tensor, at::Tensor> select_cuda(const char* op, const at::Tensor& scores,
-                                                      const at::Tensor& cu_seqlens, int64_t max_seqlen,
-                                                      int64_t num_prefix, const KeepRule& rule, bool is_static) {
-  const auto contiguous = scores.expect_contiguous();
+inline std::tuple<Tensor, Tensor> select_cuda(const char* op, const Tensor& scores, const Tensor& cu_seqlens,
+                                              int64_t max_seqlen, int64_t num_prefix, const KeepRule& rule,
+                                              bool is_static) {
+  const Contiguous contiguous(scores, ScalarType::Float);
   return kept_rows_by(op, cu_seqlens, max_seqlen, scores.size(0), num_prefix, rule, is_static,
                       [&](cuda::KeptRowsParams params, void* stream) {
-                        params.scores = contiguous->const_data_ptr<float>();
+                        params.scores = contiguous.data<float>();
                         return cuda::select(params, stream);
                       });
 }

@@ -5,6 +5,7 @@
 //   SAIT_EMULATE_PTX=80             one whose driver makes the kernels' code from PTX for this capability
 //   SAIT_EMULATE_SHARED_BYTES=...   one with less shared memory for a block
 //   SAIT_EMULATE_ACTIVE_CLUSTERS=0  one that has no place for a cluster
+//   SAIT_EMULATE_DRIVER=12080       one whose driver serves CUDA up to 12.8
 //   SAIT_EMULATE_LOG=file           every launch leaves its blocks, threads, shared bytes and cluster there, in a line
 // It may change between two launches: what was known of one GPU does not hold for another, which has a number of its own.
 #pragma once
@@ -133,6 +134,10 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = sait::emulation::driver.device();
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = sait::emulation::asked("DRIVER", 13000);
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

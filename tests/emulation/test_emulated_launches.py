@@ -110,7 +110,7 @@ def test_gather_add_norm_reads_vectors_as_they_are(
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         got = call(weight, bias, gamma)
-    conversions = [event for event in profile.events() if event.name == "aten::_to_copy"]
+    conversions = [event for event in profile.events() if event.name == "aten::copy_"]
     assert len(conversions) == (0 if vectors in (rows, torch.float32) else 2 + scaled)
     for name, g, w in zip(("residual", "normed"), got, call(*(t.float() for t in (weight, bias, gamma))), strict=True):
         assert_same_bits(name, g, w)
