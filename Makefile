@@ -9,6 +9,8 @@
 # make emulate  the CUDA kernels on the host, thread for thread, under sanitizers: their tests without a GPU
 # make gpu      on a machine with a GPU: build, test and measure there, with its own Python, in half an hour
 # make gpu-library   a library for such a machine, to take along: built without a GPU, on the oldest stack
+# make wheel    wheels for every Python that is there, and a source distribution: dist/
+# make wheel-test    the wheels in clean environments without a compiler: the oldest torch, the newest, one without CUDA
 # make bench    every op and model against torch  make report  tables and plots from the newest results
 # make end-to-end   DeiT-S against every peer: compiled, OpenVINO, the same pruning in plain torch, EViT, ToMe
 # make end-to-end-models   other sizes and resolutions against some of them
@@ -26,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 RESULTS := benchmarks/results
 
-.PHONY: demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-start gpu-ops \
+.PHONY: wheel wheel-test demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-start gpu-ops \
 	gpu-end-to-end gpu-test-triton gpu-costs gpu-batches gpu-sanitizer gpu-summary gpu-library gpu-end-to-end-models \
 	gpu-end-to-end-autotuned bench end-to-end end-to-end-models families report paper clean
 
@@ -121,18 +123,16 @@ $(VENV_OLDEST)/.requirements: requirements-oldest.txt
 	$(OLDEST) -m pip --disable-pip-version-check install -r requirements-oldest.txt
 	touch $@
 
-# A library for one GPU, built without one on the oldest stack, which machines with a GPU have: to take along, and to be
-# found there by SAIT_LIBRARY=<folder>. Without what only a debugger reads.
-GPU_ARCH ?= 9.0
+# A library of the oldest stack, which machines with a GPU have: to take along, and to be found there by
+# SAIT_LIBRARY=<folder>. Without what only a debugger reads.
 GPU_LIBRARY ?= build/gpu-library
-BUILT := build/gpu-library-unstripped
+BUILT := build/gpu-library-parts
 
 $(GPU_LIBRARY)/_build_info.py: setup.py $(CSRC) $(VENV_OLDEST)/.requirements
-	TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) $(OLDEST) setup.py build_ext --build-lib $(BUILT) --build-temp build/gpu-library-objects
+	LDFLAGS=-Wl,-s $(OLDEST) setup.py build_ext --build-lib $(BUILT)
 	mkdir -p $(GPU_LIBRARY)
 	rm -f $(GPU_LIBRARY)/_C*.so
-	for built in $(BUILT)/sait_kernels/_C*.so; do \
-		strip --strip-unneeded -o $(GPU_LIBRARY)/$$(basename $$built) $$built || exit; done
+	cp $(BUILT)/sait_kernels/_C*.so $(GPU_LIBRARY)
 	cp $(BUILT)/sait_kernels/_build_info.py $@
 
 gpu-library: $(GPU_LIBRARY)/_build_info.py
@@ -146,6 +146,20 @@ oldest: $(GPU_LIBRARY)/_build_info.py
 	PYTHONPATH=.:python SAIT_LIBRARY=$(GPU_LIBRARY) TRITON_INTERPRET=0 $(OLDEST) tools/aot.py --limits-only
 	PYTHONPATH=.:python SAIT_LIBRARY=$(GPU_LIBRARY) $(OLDEST) -m pytest -n $(WORKERS) --dist worksteal \
 		tests/ops tests/models tests/extension tests/test_backend.py
+
+# Wheels for every Python that is there, or for WHEEL_PYTHONS="python3.12 python3.13", and a source distribution: dist/.
+# docs/releasing.md has the rest.
+WHEEL_PYTHONS ?=
+
+wheel: install $(VENV)/.requirements-dev
+	$(BIN)/python tools/wheels.py --out dist $(WHEEL_PYTHONS)
+	$(BIN)/python setup.py -q sdist
+
+# The oldest torch, the newest, and one without CUDA, which is in the place of another: <python>:<package>[,<package>...]
+WHEEL_TESTS ?= 3.12:torch==2.11.0,torchvision==0.26.0 3.11:torch==2.14.1,torchvision==0.29.1 3.11:torch==2.13.0
+
+wheel-test: wheel
+	$(BIN)/python tools/wheel_test.py --dist dist $(WHEEL_TESTS)
 
 OTHER_MODELS := --model deit_tiny_patch16_224 --model deit_base_patch16_224 --model vit_large_patch16_224
 OURS := --peer ours-dense --peer ours --peer ours-optimized-dense --peer ours-optimized
