@@ -126,7 +126,8 @@ def torch_and_python() -> list[str]:
 
     major, minor = supported["OLDEST"]["torch"].split(".")
     target = f"0x{int(major):02x}{int(minor):02x}000000000000"
-    folders = [TORCH / "include", Path(sysconfig.get_paths()["include"]), Path(pybind11.get_include())]
+    # pybind11's own first: torch has a copy, of which some refuse to be read beside TORCH_TARGET_VERSION.
+    folders = [Path(pybind11.get_include()), TORCH / "include", Path(sysconfig.get_paths()["include"])]
     return [*defined(TORCH_TARGET_VERSION=target), *(f"-isystem {folder}" for folder in folders)]
 
 

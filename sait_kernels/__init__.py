@@ -15,6 +15,7 @@ from sait_kernels.ops.gather_add_norm import gather_add_norm
 from sait_kernels.ops.gather_tokens import gather_tokens, scatter_tokens
 from sait_kernels.ops.linear_residual import linear_residual
 from sait_kernels.ops.norm_linear import norm_linear
+from sait_kernels.ops.packed_encoder import EncoderBlock, EncoderStage, PackedEncoder, packed_encoder
 from sait_kernels.ops.packed_linear import PackedLayer, pack_linear, packed_block, packed_linear
 from sait_kernels.ops.prune_attention import prune_attention
 from sait_kernels.ops.rotate import rotate
@@ -23,6 +24,9 @@ from sait_kernels.ops.select import select_mass, select_topk
 from sait_kernels.selection import Selection, uniform_cu_seqlens
 
 __all__ = [
+    "EncoderBlock",
+    "EncoderStage",
+    "PackedEncoder",
     "PackedLayer",
     "Selection",
     "__version__",
@@ -35,6 +39,7 @@ __all__ = [
     "norm_linear",
     "pack_linear",
     "packed_block",
+    "packed_encoder",
     "packed_linear",
     "prune_attention",
     "reference",

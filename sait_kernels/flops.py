@@ -80,6 +80,26 @@ def packed_block(op: Any, result: Any) -> int:
     return 2 * op.y.shape[0] * channels * (op.y.shape[1] + (1 + _matrices(op.gated)) * op.hidden_features)
 
 
+def packed_encoder(op: Any, result: Any) -> int:
+    """Block by block: the rows that it saw, and those that it left."""
+    _, _, offsets = result
+    channels, width, total = op.x.shape[1], op.heads * op.head_dim, 0
+    stages = {block: i for i, block in enumerate(op.stages[::5])}
+    lengths, blocks = op.cu_seqlens.diff().long(), len(op.weights) // 5
+    for block in range(blocks):
+        kept = offsets[stages[block]].diff().long() if block in stages else lengths
+        if op.prefix_only and block == blocks - 1:
+            kept = lengths.clamp_max(op.num_prefix)
+        total += 2 * int(lengths.sum()) * channels * 3 * width
+        if block in stages:
+            pairs = lengths * lengths if op.stages[5 * stages[block] + 1] == 1 else lengths  # 1: column scores
+            total += 2 * int(pairs.sum()) * width
+        total += 4 * int((lengths * kept).sum()) * width
+        total += 2 * int(kept.sum()) * channels * (width + (1 + _matrices(op.gated)) * op.hidden_features)
+        lengths = kept
+    return total
+
+
 def no_products(op: Any, result: Any) -> int:
     return 0
 
@@ -94,6 +114,7 @@ FORMULAS: dict[str, Formula] = {
     "norm_linear": norm_linear,
     "pack_linear": no_products,
     "packed_block": packed_block,
+    "packed_encoder": packed_encoder,
     "packed_linear": packed_linear,
     "prune_attention": prune_attention,
     "rotate": no_products,

@@ -6,6 +6,7 @@ from sait_kernels.ops.gather_tokens import gather_tokens_reference as gather_tok
 from sait_kernels.ops.gather_tokens import scatter_tokens_reference as scatter_tokens
 from sait_kernels.ops.linear_residual import linear_residual_reference as linear_residual
 from sait_kernels.ops.norm_linear import norm_linear_reference as norm_linear
+from sait_kernels.ops.packed_encoder import packed_encoder_reference as packed_encoder
 from sait_kernels.ops.packed_linear import pack_linear_reference as pack_linear
 from sait_kernels.ops.packed_linear import packed_block_reference as packed_block
 from sait_kernels.ops.packed_linear import packed_linear_reference as packed_linear
@@ -23,6 +24,7 @@ __all__ = [
     "norm_linear",
     "pack_linear",
     "packed_block",
+    "packed_encoder",
     "packed_linear",
     "prune_attention",
     "rotate",

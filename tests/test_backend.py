@@ -25,6 +25,7 @@ OPS = (
     "norm_linear",
     "pack_linear",
     "packed_block",
+    "packed_encoder",
     "packed_linear",
     "prune_attention",
     "rotate",

@@ -24,6 +24,8 @@ Isa best_isa() {
 #endif
 }
 
+thread_local bool Alone::is_ = false;
+
 static std::atomic<int> forced_isa{-1};
 
 Isa isa() {

@@ -19,6 +19,17 @@ void set_isa(Isa isa);  // lowers it (tests); raising it above best_isa() throws
 const char* isa_name(Isa isa);
 Isa isa_from_name(const char* name);
 
+// While one is there, its thread computes alone: parallel_for runs here, and num_threads() is 1.
+class Alone {
+ public:
+  Alone() { is_ = true; }
+  ~Alone() { is_ = false; }
+  static bool is() { return is_; }
+
+ private:
+  static thread_local bool is_;
+};
+
 int num_threads();
 using RangeFn = void (*)(int64_t begin, int64_t end, void* context);
 void parallel_ranges(int64_t size, int64_t grain, void* context, RangeFn fn);

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "ops/tensor.h"
 
@@ -39,6 +40,18 @@ struct Argument<OptionalTensor> {
   static Type take(StableIValue value) {
     const auto handle = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
     return handle ? OptionalTensor(std::in_place, *handle) : std::nullopt;
+  }
+};
+
+template <>
+struct Argument<std::vector<Tensor>> {
+  using Type = std::vector<Tensor>;
+  static Type take(StableIValue value) {
+    const auto handles = torch::stable::detail::to<std::vector<AtenTensorHandle>>(value);
+    Type tensors;
+    tensors.reserve(handles.size());
+    for (const AtenTensorHandle handle : handles) tensors.emplace_back(handle);
+    return tensors;
   }
 };
 

@@ -88,7 +88,7 @@ inline void check_heads(const char* op, const char* name, const Tensor& t) {
 
 inline void check_qkv_like(const char* op, const char* name, const Tensor& t, const Tensor& q) {
   check_same(op, name, t, "q", q);
-  SAIT_CHECK_VALUE(t.sizes() == q.sizes(), op, name, shape_of(q) << " as q", shape_of(t),
+  SAIT_CHECK_VALUE(t.sizes().equals(q.sizes()), op, name, shape_of(q) << " as q", shape_of(t),
                    "Take q, k and v from one QKV projection.");
   check_last_contiguous(op, name, t);
 }
@@ -178,6 +178,20 @@ inline int64_t check_indices(const char* op, const char* name, const Tensor& ind
     present += rows[i] < total;
   }
   return present;
+}
+
+// Positions of rotate: rows of a table, or -1. The values are read only where that costs no synchronisation: on the CPU.
+inline void check_positions(const char* op, const Tensor& positions, const Tensor& like, int64_t entries) {
+  check_int32_vector(op, "positions", positions, like);
+  SAIT_CHECK_VALUE(positions.size(0) == like.size(0), op, "positions", like.size(0) << ", one for each row",
+                   positions.size(0), "It is -1 where a row has none.");
+  if (!positions.is_cpu()) return;
+  const int32_t* values = positions.const_data_ptr<int32_t>();
+  for (int64_t t = 0; t < positions.size(0); ++t) {
+    SAIT_CHECK_VALUE(values[t] >= -1 && values[t] < entries, op, "positions",
+                     "rows of the table in [0, " << entries << "), or -1 for none", values[t] << " at row " << t,
+                     "Make the table for the size of these images.");
+  }
 }
 
 // Writes zeros to the rows from `first` on, of a contiguous tensor on the CPU: what an op owes to rows of the tail.

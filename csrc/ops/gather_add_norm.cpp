@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather_add_norm_backward(cons
   const auto check_like = [&](const char* name, const Tensor& t) {
     check_rows(op, name, t);
     check_same(op, name, t, "residual", residual);
-    SAIT_CHECK_VALUE(t.sizes() == residual.sizes(), op, name, shape_of(residual) << " as residual", shape_of(t),
+    SAIT_CHECK_VALUE(t.sizes().equals(residual.sizes()), op, name, shape_of(residual) << " as residual", shape_of(t),
                      "Pass what the forward call took and returned.");
   };
   check_like("grad_residual", grad_residual);

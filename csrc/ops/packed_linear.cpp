@@ -59,18 +59,6 @@ PackedLinearParams parameters(const Tensor* x, const Tensor& packed, int64_t inp
   return p;
 }
 
-void check_packed(const char* op, const char* name, const Tensor& packed, const Tensor& like, int64_t inputs,
-                  int64_t outputs, bool gated) {
-  check_same(op, name, packed, "x", like);
-  const int64_t blocks = packed_blocks(outputs, gated), depth = packed_depth(inputs, dtype_of(like));
-  SAIT_CHECK_VALUE(outputs >= 0 && packed.dim() == 3 && packed.size(0) == blocks && packed.size(1) == depth &&
-                       packed.size(2) == kPackedColumns && packed.is_contiguous(),
-                   op, name,
-                   "a contiguous (" << blocks << ", " << depth << ", " << kPackedColumns << ") for " << inputs
-                                    << " inputs and " << outputs << (gated ? " gated outputs" : " outputs"),
-                   shape_of(packed), "Pass what pack_linear made of the weight, and the weight's shape[0].");
-}
-
 }  // namespace
 
 Tensor run_packed_linear(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias,

@@ -33,7 +33,7 @@ inline void check_linear(const char* op, const char* name, const Tensor& x, cons
 inline void check_gate(const char* op, const char* name, const Tensor& like, const Tensor& weight, const Tensor& gate) {
   check_rows(op, "gate", gate);
   check_same(op, "gate", gate, name, like);
-  SAIT_CHECK_VALUE(gate.sizes() == weight.sizes(), op, "gate", shape_of(weight) << " as weight", shape_of(gate),
+  SAIT_CHECK_VALUE(gate.sizes().equals(weight.sizes()), op, "gate", shape_of(weight) << " as weight", shape_of(gate),
                    "Pass the weights of both halves of one gated layer.");
 }
 
@@ -42,6 +42,18 @@ inline void check_gate_bias(const char* op, const OptionalTensor& gate_bias, boo
   if (!gate_bias) return;
   SAIT_CHECK_VALUE(gated, op, "gate_bias", "a gate to add it to", "a bias alone", "Leave it out, or pass the gate.");
   check_channels(op, "gate_bias", *gate_bias, like, outputs);
+}
+
+inline void check_packed(const char* op, const char* name, const Tensor& packed, const Tensor& like, int64_t inputs,
+                         int64_t outputs, bool gated) {
+  check_same(op, name, packed, "x", like);
+  const int64_t blocks = packed_blocks(outputs, gated), depth = packed_depth(inputs, dtype_of(like));
+  SAIT_CHECK_VALUE(outputs >= 0 && packed.dim() == 3 && packed.size(0) == blocks && packed.size(1) == depth &&
+                       packed.size(2) == kPackedColumns && packed.is_contiguous(),
+                   op, name,
+                   "a contiguous (" << blocks << ", " << depth << ", " << kPackedColumns << ") for " << inputs
+                                    << " inputs and " << outputs << (gated ? " gated outputs" : " outputs"),
+                   shape_of(packed), "Pass what pack_linear made of the weight, and the weight's shape[0].");
 }
 
 // A residual stream of `channels` channels with a row for each of the `rows` results, directly or by indices.

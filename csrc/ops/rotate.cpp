@@ -10,20 +10,6 @@
 namespace sait {
 namespace {
 
-// Rows of the table, or -1. The values are read only where that costs no synchronisation: on the CPU.
-void check_positions(const char* op, const Tensor& positions, const Tensor& like, int64_t entries) {
-  check_int32_vector(op, "positions", positions, like);
-  SAIT_CHECK_VALUE(positions.size(0) == like.size(0), op, "positions", like.size(0) << ", one for each row",
-                   positions.size(0), "It is -1 where a row has none.");
-  if (!positions.is_cpu()) return;
-  const int32_t* values = positions.const_data_ptr<int32_t>();
-  for (int64_t t = 0; t < positions.size(0); ++t) {
-    SAIT_CHECK_VALUE(values[t] >= -1 && values[t] < entries, op, "positions",
-                     "rows of the table in [0, " << entries << "), or -1 for none", values[t] << " at row " << t,
-                     "Make the table for the size of these images.");
-  }
-}
-
 void check(const char* op, const char* q_name, const char* k_name, const Tensor& q, const Tensor& k,
            const Tensor& positions, const Tensor& table) {
   SAIT_CHECK_VALUE(q.dim() == 3, op, q_name, "a packed (T, H, D) tensor", shape_of(q),
@@ -35,7 +21,7 @@ void check(const char* op, const char* q_name, const char* k_name, const Tensor&
                    "Two channels turn together.");
   check_last_contiguous(op, q_name, q);
   check_same(op, k_name, k, q_name, q);
-  SAIT_CHECK_VALUE(k.sizes() == q.sizes(), op, k_name, shape_of(q) << " as " << q_name, shape_of(k),
+  SAIT_CHECK_VALUE(k.sizes().equals(q.sizes()), op, k_name, shape_of(q) << " as " << q_name, shape_of(k),
                    "Take q and k from one QKV projection.");
   check_last_contiguous(op, k_name, k);
 

@@ -128,12 +128,17 @@ void* current_cuda_stream(int32_t device) {
 namespace cpu {
 
 int num_threads() {
+  if (Alone::is()) return 1;
   uint32_t threads;
   TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   return static_cast<int>(threads);
 }
 
 void parallel_ranges(int64_t size, int64_t grain, void* context, RangeFn fn) {
+  if (Alone::is()) {
+    if (size > 0) fn(0, size, context);
+    return;
+  }
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, size, grain, fn, context));
 }
 

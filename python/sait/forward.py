@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sait_kernels as sk
 from sait.execution.apart import check_apart
+from sait.execution.encoder import encode
 from sait.execution.optimize import Way, block_for, products_for
 from sait.families.base import Family
 from sait.methods.base import Seen
@@ -34,7 +35,9 @@ def forward(
         check_apart(model, family, state)
     tokens = family.embed(model, images) if tokens is None else tokens
     enough = for_head and family.prefix_is_enough(model)
-    tokens, kept = run(model, family, plan, tokens, state.recorded, enough, homes)
+    one_op = state.recorded is None and homes is None and not family.checkpoints(model)
+    encoded = encode(model, family, plan, tokens, enough) if one_op else None
+    tokens, kept = encoded or run(model, family, plan, tokens, state.recorded, enough, homes)
     grid = family.grid(model, (images.shape[-2], images.shape[-1]))
     state.publish(Record(kept, tokens.entered, tokens.num_prefix, grid) if kept else None)
     return tokens

@@ -44,6 +44,7 @@ class State:
         self._last: tuple[Any, ...] | None = None
         self.recorded: list[Tensor] | None = None  # where record_scores asks for the scores
         self.glances: Any = None  # of the modules that are taken apart, as they were checked
+        self.encoder: Any = None  # of an optimized model: its blocks together
 
     def __reduce__(self) -> tuple[Any, ...]:
         return State, (self.plan, self.active)  # the record of a forward is not the copy's

@@ -81,9 +81,10 @@ def optimize(model: Any) -> Any:
     Raises:
         TypeError: the model is not sparse.
     """
-    state_of(model, "optimize")
+    state = state_of(model, "optimize")
     for block in sparse_family(model).blocks(model):
         setattr(block, HOLDER, Optimized())
+    state.encoder = None
     return model
 
 
@@ -93,7 +94,8 @@ def deoptimize(model: Any) -> Any:
     Raises:
         TypeError: the model is not sparse.
     """
-    state_of(model, "deoptimize")
+    state = state_of(model, "deoptimize")
+    state.encoder = None
     for block in sparse_family(model).blocks(model):
         vars(block).pop(HOLDER, None)
     return model
@@ -113,23 +115,23 @@ class Products:
     is_fused = True
 
     def __init__(self, view: BlockView, mlp: FeedForward, family: Family) -> None:
-        self.scale, self._heads, self._turns_pairs = view.scale, (view.heads, view.head_dim), view.rotates == "pairs"
+        self.scale, self.heads, self.turns_pairs = view.scale, (view.heads, view.head_dim), view.rotates == "pairs"
         self._q_norm, self._k_norm, self._norm = (
             None if type(norm) is nn.Identity else norm for norm in (view.q_norm, view.k_norm, view.norm)
         )
-        self._activation: Any = activation_of(mlp.act, family)
+        self.activation: Any = activation_of(mlp.act, family)
 
     def qkv(self, tokens: Tokens, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
         """q, k and v (T, H, D)."""
         projected = self.project(tokens.packed)
         if len(projected) == 1:
-            q, k, v = projected[0].view(projected[0].shape[0], 3, *self._heads).unbind(1)
+            q, k, v = projected[0].view(projected[0].shape[0], 3, *self.heads).unbind(1)
         else:
-            q, k, v = (t.view(t.shape[0], *self._heads) for t in projected)
+            q, k, v = (t.view(t.shape[0], *self.heads) for t in projected)
         q = q if self._q_norm is None else self._q_norm(q)
         k = k if self._k_norm is None else self._k_norm(k)
         if table is not None:
-            q, k = sk.rotate(q, k, tokens.positions, table, pairs=self._turns_pairs)
+            q, k = sk.rotate(q, k, tokens.positions, table, pairs=self.turns_pairs)
         return q, k, v, None
 
     def finish(self, attended: Attended, normed: Tensor | None, tokens: Tokens, after: After | None) -> Tokens:
@@ -170,9 +172,27 @@ class PackedBlock(Products):
             "hidden_features": mlp.fc1.weight.shape[0],
             "gamma1": _float(gamma_of(view.scale1, family)),
             "gamma2": _float(gamma_of(view.scale2, family)),
-            "activation": self._activation,
+            "activation": self.activation,
             "hidden_norm": None if has_no_norm(mlp) else _norm_in_float(mlp.norm),
         }
+
+    @property
+    def hidden_features(self) -> int:
+        return int(self._layers["hidden_features"])
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What blocks of one sk.PackedEncoder have in common, beside what that asks for itself."""
+        return self.dtype, self.scale, self.heads, self.turns_pairs, self.activation, self.hidden_features
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether q, k or the attention's result have a norm, which is a module of torch."""
+        return not (self._q_norm is None and self._k_norm is None and self._norm is None)
+
+    def as_encoder_block(self) -> sk.EncoderBlock:
+        layers = {name: self._layers[name] for name in ("proj", "fc1", "fc2", "gamma1", "gamma2", "hidden_norm")}
+        return sk.EncoderBlock(norm1=self._norm1, qkv=self._qkv, norm2=self._layers["norm"], **layers)
 
     def project(self, x: Tensor) -> list[Tensor]:
         return [sk.packed_linear(x, self._qkv.packed, self._qkv_features, self._qkv.bias, norm=self._norm1)]
@@ -223,7 +243,7 @@ class FusedBlock(Products):
         x = sk.linear_residual(out, proj["weight"], proj["bias"], x, selection=selection, gamma=gamma1)
         hidden = sk.norm_linear(
             *(x, norm["weight"], norm["bias"], self._eps2, fc1["weight"], fc1["bias"]),
-            activation=self._activation,
+            activation=self.activation,
             gate=gate.get("weight"),
             gate_bias=gate.get("bias"),
         )

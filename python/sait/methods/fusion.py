@@ -49,6 +49,11 @@ FUSED: dict[tuple[type, type], Fused] = {
 TRUSTED = (TopK, TopP, Threshold)  # their selections need no check
 
 
+def prunes_in_one_op(stage: Stage) -> bool:
+    """Whether sk.prune_attention computes what the stage's scorer and selector do."""
+    return FUSED.get((type(stage.scorer), type(stage.selector))) is _prune
+
+
 class Attended(NamedTuple):
     """What comes out of attention."""
 

@@ -1,0 +1,144 @@
+"""All blocks of an optimised model in one op, where nothing has to be done between them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+import sait_kernels as sk
+from sait.execution.optimize import HOLDER, Optimized, PackedBlock, products_for
+from sait.families.base import Family
+from sait.methods.fusion import prunes_in_one_op
+from sait.methods.plan import Plan, Stage
+from sait.tokens import Tokens, prefix_selection
+from sait_kernels import Selection
+
+
+class Encoder:
+    """A model's packed blocks together, made when they are. It hangs on the model's state."""
+
+    def __init__(self) -> None:
+        # One assignment each, so that threads that share a model see blocks and what was made of them.
+        self._made: tuple[tuple[PackedBlock, ...], sk.PackedEncoder | None] | None = None
+        self._stages: tuple[Plan, list[sk.EncoderStage]] | None = None
+
+    def of(self, blocks: tuple[PackedBlock, ...]) -> sk.PackedEncoder | None:
+        """None where the blocks are not alike."""
+        made = self._made
+        if made is None or len(made[0]) != len(blocks) or not all(map(operator.is_, made[0], blocks)):
+            made = blocks, _together(blocks)
+            self._made = made
+        return made[1]
+
+    def stages(self, plan: Plan) -> list[sk.EncoderStage]:
+        """Those that drop something, as the op takes them."""
+        made = self._stages
+        if made is None or made[0] is not plan:
+            made = plan, [_as_op_takes_it(stage) for stage in plan.stages if not stage.keeps_all]
+            self._stages = made
+        return made[1]
+
+
+def encode(
+    model: Any, family: Family, plan: Plan | None, tokens: Tokens, prefix_is_enough: bool
+) -> tuple[Tokens, tuple[Selection, ...]] | None:
+    """As the loop over the blocks: what leaves the last one, and for each stage who was left behind it. None: they
+    have to run one by one."""
+    if products_for(tokens.x) is not Optimized.packed or why_not_together(plan, tokens) is not None:
+        return None
+    blocks = packed_blocks(model, family, tokens.x)
+    if blocks is None:
+        return None
+    if model._sait.encoder is None:
+        model._sait.encoder = Encoder()
+    encoder: Encoder = model._sait.encoder
+    packed = encoder.of(blocks)
+    if packed is None:
+        return None
+    stages = [] if plan is None else encoder.stages(plan)
+    prefix_only = prefix_is_enough and not (stages and stages[-1].block == len(blocks) - 1)
+    rotates = tokens.rope is not None
+    out, kept = sk.packed_encoder(
+        *(tokens.packed, tokens.cu_seqlens, tokens.max_seqlen, packed),
+        stages=stages,
+        num_prefix=tokens.num_prefix,
+        positions=tokens.positions if rotates else None,
+        tables=_tables(tokens.rope),
+        pairs=blocks[0].turns_pairs,
+        prefix_only=prefix_only,
+    )
+    if prefix_only:
+        leaving = tokens.keep(prefix_selection(tokens), out, False)
+    elif kept:
+        ragged = any(stage.selector.ragged for stage in plan.stages) if plan is not None else False
+        leaving = tokens.keep(kept[-1], out, tokens.ragged or ragged)
+    else:
+        leaving = tokens.with_x(out.view(tokens.x.shape))
+    left, behind = [], iter(kept)
+    last: Selection | None = None
+    for stage in () if plan is None else plan.stages:
+        last = next(behind) if not stage.keeps_all else last
+        left.append(tokens.selection if last is None else last)
+    return leaving, tuple(left)
+
+
+def packed_blocks(model: Any, family: Family, x: Tensor) -> tuple[PackedBlock, ...] | None:
+    """The blocks' products; None where one has none."""
+    found = []
+    for block in family.blocks(model):
+        optimized = vars(block).get(HOLDER)
+        products = None if optimized is None else optimized.packed(block, family, x)
+        if products is None:
+            return None
+        found.append(products)
+    return tuple(found)
+
+
+def why_not_together(plan: Plan | None, tokens: Tokens | None = None) -> str | None:
+    """Why a forward of packed blocks cannot be one op; None: nothing of the plan is against it."""
+    if tokens is not None and tokens.state is not None:
+        return "a method carries something from block to block"
+    for stage in () if plan is None else plan.stages:
+        name = f"the stage at block {stage.block}"
+        if stage.before:
+            return f"{name} drops tokens ahead of it"
+        if stage.after is not None:
+            return f"{name} has a {type(stage.after).__name__}"
+        if stage.keeps_all:
+            continue
+        if not prunes_in_one_op(stage):
+            return f"{name} scores and selects by {type(stage.scorer).__name__} and {type(stage.selector).__name__}"
+        if stage.selector.rule.get("static"):
+            return f"{name} is static"
+    return None
+
+
+def _together(blocks: Sequence[PackedBlock]) -> sk.PackedEncoder | None:
+    first = blocks[0]
+    if any(block.alike != first.alike or block.has_norms for block in blocks):
+        return None
+    heads, head_dim = first.heads
+    try:
+        return sk.PackedEncoder(
+            [block.as_encoder_block() for block in blocks],
+            heads=heads,
+            head_dim=head_dim,
+            hidden_features=first.hidden_features,
+            activation=first.activation,
+            scale=first.scale,
+        )
+    except ValueError:
+        return None
+
+
+def _as_op_takes_it(stage: Stage) -> sk.EncoderStage:
+    scorer: Any = stage.scorer
+    rule = {name: value for name, value in stage.selector.rule.items() if name != "static"}
+    return sk.EncoderStage(stage.block, kind=scorer.kind, **rule)
+
+
+def _tables(rope: Tensor | tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    return () if rope is None else rope if isinstance(rope, tuple) else (rope,)
