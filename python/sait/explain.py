@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from sait.execution.apart import path_of
+from sait.execution.encoder import why_one_by_one
 from sait.execution.optimize import HOLDER, PackedBlock, block_for, products_for, why_no_products, why_not_here
 from sait.state import sparse_family, state_of
 
-MODULES = "its modules"
+MODULES, PACKED = "its modules", "packed weights"
 
 
 class BlockRun(NamedTuple):
@@ -24,6 +25,7 @@ class Explanation(NamedTuple):
 
     blocks: tuple[BlockRun, ...]
     note: str  # what holds for the whole model; empty where nothing does
+    one_by_one: str | None = None  # why blocks of packed weights are not one op; empty where they are
 
     def __str__(self) -> str:
         alike: dict[tuple[str, str], list[str]] = {}
@@ -33,6 +35,8 @@ class Explanation(NamedTuple):
         for (runs, why), names in alike.items():
             which = names[0] if len(names) == 1 else f"{len(names)} blocks, {names[0]} to {names[-1]}"
             lines.append(f"{which}: {runs}" + (f", because {why}" if why else ""))
+        if self.one_by_one is not None:
+            lines.append(f"one by one, because {self.one_by_one}" if self.one_by_one else "all of them in one op")
         return "\n".join(lines)
 
 
@@ -47,6 +51,7 @@ def explain(model: Any) -> Explanation:
     >>> with torch.inference_mode():
     ...     print(explain(model))
     12 blocks, blocks.0 to blocks.11: packed weights
+    all of them in one op
 
     Raises:
         TypeError: the model is not sparse.
@@ -60,14 +65,15 @@ def explain(model: Any) -> Explanation:
         way = products_for(x)
         made = block_for(block, family, way, x, after)
         if made.is_fused:
-            runs, why = "packed weights" if isinstance(made, PackedBlock) else "fused products", ""
+            runs, why = PACKED if isinstance(made, PackedBlock) else "fused products", ""
         else:
             runs, why = MODULES, _why_modules(block, family, x, after)
         found.append(BlockRun(path_of(model, block, i), runs, why))
     note = ""
     if plan is None and hasattr(type(model), "_sait_original"):
         note = "No token is dropped (sait.set_density): the model's own forward runs, not this:"
-    return Explanation(tuple(found), note)
+    packed = all(block.runs == PACKED for block in found)
+    return Explanation(tuple(found), note, (why_one_by_one(model, family, plan) or "") if packed else None)
 
 
 def _why_modules(block: Any, family: Any, x: Any, after: Any) -> str:

@@ -38,6 +38,12 @@ class EncoderBlock(NamedTuple):
     gamma2: Tensor | None = None
     hidden_norm: Norm | None = None
 
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What blocks of one PackedEncoder have in common: which vectors there are, a gate or none, and every eps."""
+        eps = tuple(norm[2] for norm in (self.norm1, self.norm2, self.hidden_norm) if norm is not None)
+        return tuple(vector is not None for vector in _vectors(self)), self.fc1.gated, eps
+
 
 class EncoderStage(NamedTuple):
     """Rows that the attention of a block drops, as prune_attention does; exactly one of keep and mass is given."""
@@ -82,9 +88,9 @@ class PackedEncoder:
         self.activation = activation_of(op, False, activation)
         first = self.blocks[0]
         for i, block in enumerate(self.blocks):
-            if _form(block) != _form(first):
+            if block.form != first.form:
                 raise ValueError(
-                    f"{op}: blocks: expected {_form(first)} as the first has, got {_form(block)} of block {i}. "
+                    f"{op}: blocks: expected {first.form} as the first has, got {block.form} of block {i}. "
                     "Run the blocks one by one."
                 )
         self.gated = first.fc1.gated
@@ -263,12 +269,6 @@ def _vectors(block: EncoderBlock) -> tuple[Tensor | None, ...]:
         *(*block.norm2[:2], block.fc1.bias, block.fc1.gate_bias),
         *(hidden_weight, hidden_bias, block.fc2.bias, block.gamma2),
     )
-
-
-def _form(block: EncoderBlock) -> tuple[Any, ...]:
-    """What all blocks have in common: which vectors there are, whether fc1 is gated, and every eps."""
-    eps = tuple(norm[2] for norm in (block.norm1, block.norm2, block.hidden_norm) if norm is not None)
-    return tuple(vector is not None for vector in _vectors(block)), block.fc1.gated, eps
 
 
 def _fake(

@@ -23,7 +23,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by the name of each op that runs in the place of linear layers."""
+    """Grows by the name of each op that runs in the place of linear layers; packed_encoder is those of its blocks."""
     names: list[str] = []
 
     def note(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -35,6 +35,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in {*PACKED, *FUSED}:
         monkeypatch.setattr(sk, name, note(name, getattr(sk, name)))
+    packed_encoder = sk.packed_encoder
+
+    def all_noted(*args: Any, **kwargs: Any) -> Any:
+        names.extend(PACKED * len(args[3].blocks))
+        return packed_encoder(*args, **kwargs)
+
+    monkeypatch.setattr(sk, "packed_encoder", all_noted)
     return names
 
 

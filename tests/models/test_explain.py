@@ -11,7 +11,7 @@ import sait
 import torch
 import zoo
 from optimized import shortened, sparse
-from sait.methods import ClassAttention, TopK
+from sait.methods import ClassAttention, RandomScore, Threshold, TopK
 from torch import nn
 
 import sait_kernels as sk
@@ -29,7 +29,7 @@ def test_where_it_is_called(calls: list[str]) -> None:
     with torch.no_grad():
         told = sait.explain(model)
         assert [tuple(block) for block in told.blocks] == [(f"blocks.{i}", "packed weights", "") for i in range(2)]
-        assert str(told) == "2 blocks, blocks.0 to blocks.1: packed weights"
+        assert str(told) == "2 blocks, blocks.0 to blocks.1: packed weights\nall of them in one op"
         model(x)
         assert len(calls) == 4, "so it is"
         with torch.autocast("cpu"):
@@ -43,6 +43,43 @@ def test_where_it_is_called(calls: list[str]) -> None:
         assert str(sait.explain(model)).startswith("No token is dropped")
     with pytest.raises(TypeError, match="explain: model: expected a sparse model"):
         sait.explain(zoo.build("vit"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "why"),
+    [
+        ({"scorer": ClassAttention(), "selector": TopK(0.5)}, ""),
+        ({"mass": 0.8}, ""),
+        ({"mass": 0.8, "static": True}, "the stage at block 1 is static"),
+        ({"keep": 1.0}, ""),
+        ({"keep": 0.5, "before": True, "scorer": RandomScore()}, "the stage at block 1 drops tokens ahead of it"),
+        ({"scorer": RandomScore(), "keep": 0.5}, "the stage at block 1 scores and selects by RandomScore and TopK"),
+        ({"selector": Threshold(0.01)}, "the stage at block 1 scores and selects by ClassAttention and Threshold"),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_blocks_in_one_op(stage: dict[str, Any], why: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sait.optimize(sait.sparsify(zoo.build("vit"), sait.Plan([sait.Stage(1, **stage)])))
+    count, encode = [], sk.packed_encoder
+    monkeypatch.setattr(sk, "packed_encoder", lambda *a, **o: count.append(1) or encode(*a, **o))
+    model(zoo.images("vit"))
+    assert len(count) == (why == "")
+    assert sait.explain(model).one_by_one == why
+
+
+def test_blocks_that_are_not_alike() -> None:
+    def other_eps(vit: Any) -> None:
+        vit.blocks[1].norm1.eps = 1e-3
+
+    with torch.no_grad():
+        for name, change, why in (("vit", other_eps, "they are not alike"), ("layerscale_qknorm", None, "have a norm")):
+            model = zoo.build(name)
+            if change is not None:
+                change(model)
+            told = sait.explain(sait.optimize(sait.sparsify(model, block=1, keep=0.5)))
+            assert why in str(told.one_by_one)
+            assert f"one by one, because {told.one_by_one}" in str(told)
 
 
 def hooked(block: Any) -> None:

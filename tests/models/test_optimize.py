@@ -190,6 +190,18 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     attend, prune = sk.compact_attention, sk.prune_attention
     monkeypatch.setattr(sk, "compact_attention", lambda *args, **kwargs: note(attend(*args, **kwargs)))
     monkeypatch.setattr(sk, "prune_attention", lambda *args, **kwargs: note(prune(*args, **kwargs)))
+    encode = sk.packed_encoder
+
+    def all_noted(*args: Any, **options: Any) -> Any:
+        out, kept = encode(*args, **options)
+        left, count = len(args[0]), len(args[3].blocks)
+        behind = {stage.block: len(selection.indices) for stage, selection in zip(options["stages"], kept, strict=True)}
+        for block in range(count):
+            left = len(out) if block == count - 1 else behind.get(block, left)
+            rows.append(left)
+        return out, kept
+
+    monkeypatch.setattr(sk, "packed_encoder", all_noted)
     return rows
 
 

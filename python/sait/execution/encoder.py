@@ -116,22 +116,34 @@ def why_not_together(plan: Plan | None, tokens: Tokens | None = None) -> str | N
     return None
 
 
+def why_one_by_one(model: Any, family: Family, plan: Plan | None) -> str | None:
+    """Why a forward of a model whose blocks are packed runs them one by one; None: they are one op."""
+    blocks = packed_blocks(model, family, next(family.blocks(model)[0].parameters()).detach()[:0])
+    return "a block is not packed" if blocks is None else why_not_together(plan) or _why_not_alike(blocks)
+
+
+def _why_not_alike(blocks: Sequence[PackedBlock]) -> str | None:
+    for block in blocks:
+        if block.has_norms:
+            return "q, k or what attention gives have a norm, which is a module of torch"
+        if block.form != blocks[0].form:
+            return "they are not alike"
+    return None
+
+
 def _together(blocks: Sequence[PackedBlock]) -> sk.PackedEncoder | None:
+    if _why_not_alike(blocks) is not None:
+        return None
     first = blocks[0]
-    if any(block.alike != first.alike or block.has_norms for block in blocks):
-        return None
     heads, head_dim = first.heads
-    try:
-        return sk.PackedEncoder(
-            [block.as_encoder_block() for block in blocks],
-            heads=heads,
-            head_dim=head_dim,
-            hidden_features=first.hidden_features,
-            activation=first.activation,
-            scale=first.scale,
-        )
-    except ValueError:
-        return None
+    return sk.PackedEncoder(
+        [block.as_encoder_block() for block in blocks],
+        heads=heads,
+        head_dim=head_dim,
+        hidden_features=first.hidden_features,
+        activation=first.activation,
+        scale=first.scale,
+    )
 
 
 def _as_op_takes_it(stage: Stage) -> sk.EncoderStage:

@@ -181,9 +181,12 @@ class PackedBlock(Products):
         return int(self._layers["hidden_features"])
 
     @property
-    def alike(self) -> tuple[Any, ...]:
-        """What blocks of one sk.PackedEncoder have in common, beside what that asks for itself."""
-        return self.dtype, self.scale, self.heads, self.turns_pairs, self.activation, self.hidden_features
+    def form(self) -> tuple[Any, ...]:
+        """What blocks of one sk.PackedEncoder have in common."""
+        return (
+            *(self.dtype, self.scale, self.heads, self.turns_pairs, self.activation, self.hidden_features),
+            self.as_encoder_block().form,
+        )
 
     @property
     def has_norms(self) -> bool:
