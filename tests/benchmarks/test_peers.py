@@ -11,7 +11,7 @@ import sait
 import torch
 from peers import PEERS, Setting
 from peers.evit import Evit
-from peers.openvino_dense import OpenVino
+from peers.engines import OnnxRuntime, OpenVino
 from peers.tome import Tome, merge
 from sait.bench.plain import PlainPruning, PlainViT, share
 from tiny import images, small_vit

@@ -86,7 +86,7 @@ def merge_heads(x: Tensor) -> Tensor:
 def best_rows(scores: Tensor, count: int, prefix: int) -> Tensor:
     """(B, patches) -> (B, prefix + count): all prefix rows and the best patches, in order."""
     patches = scores.topk(count).indices.sort().values + prefix
-    first = torch.arange(prefix, device=scores.device).expand(len(scores), -1)
+    first = torch.arange(prefix, device=scores.device).expand(scores.shape[0], -1)
     return torch.cat([first, patches], dim=1)
 
 

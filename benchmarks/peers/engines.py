@@ -1,0 +1,136 @@
+"""The dense model, and the same pruning in plain torch, in engines that convert a model once and run that.
+
+Both are converted for any batch: their user does not know it beforehand either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sait import cost
+from sait.bench.peers import Made, Peer, Setting
+from sait.bench.plain import PlainPruning
+from torch import Tensor, nn
+
+
+class Engine(nn.Module):
+    """A module in an engine, on the CPU, with torch's number of threads.
+
+    Args:
+        module: images (B, 3, height, width) -> logits.
+        images: some, of the dtype that it is to compute in.
+
+    Raises:
+        RuntimeError: the engine is not installed, the images are on a GPU, or it does not compute in their dtype.
+    """
+
+    package: str
+    dtypes: tuple[torch.dtype, ...]
+
+    def __init__(self, module: nn.Module, images: Tensor) -> None:
+        super().__init__()
+        if images.device.type != "cpu":
+            raise RuntimeError("measured on a CPU only")
+        try:
+            found = __import__(self.package)
+        except ImportError as error:
+            raise RuntimeError(f"not installed: pip install {self.package}") from error
+        if images.dtype not in self.dtypes:
+            wanted = " or ".join({torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype] for dtype in self.dtypes)
+            raise RuntimeError(f"expected {wanted}, got {images.dtype}")
+        self.version = found.__version__.partition("-")[0]
+        # Outside inference mode: a tracer wants tensors that autograd could follow. What it warns of, values that it
+        # takes for constants, are sizes.
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            self.convert(copy.deepcopy(module).float().eval(), images.float().clone(), images.dtype)
+
+    def convert(self, module: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
+        """Makes what forward runs, computing in ``dtype``."""
+        raise NotImplementedError
+
+
+class OpenVino(Engine):
+    package, dtypes = "openvino", (torch.bfloat16, torch.float32)
+
+    def convert(self, module: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
+        import openvino
+
+        options = {
+            "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        traced = openvino.convert_model(module, example_input=example, input=[-1, *example.shape[1:]])
+        self.request = openvino.Core().compile_model(traced, "CPU", options).create_infer_request()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.request.infer([images.float().numpy()], share_inputs=True)[0])
+
+
+class OnnxRuntime(Engine):
+    package, dtypes = "onnxruntime", (torch.float32,)  # its CPU kernels of bfloat16 convert to float32
+
+    def convert(self, module: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
+        import onnxruntime
+
+        program = io.BytesIO()
+        names = {"input_names": ["images"], "dynamic_shapes": {"images": {0: torch.export.Dim("batch")}}}
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()):
+            torch.onnx.export(Named(module), (example,), dynamo=True, **names).save(program)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(program.getvalue(), options, providers=["CPUExecutionProvider"])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(None, {"images": images.numpy()})[0])
+
+
+class Named(nn.Module):
+    """A module whose argument has the name that the engine is given."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.module(images)
+
+
+def _dense(engine: type[Engine]) -> Callable[[Setting], Made]:
+    def made(setting: Setting) -> Made:
+        module = engine(setting.vit, setting.images)
+        plan = f"dense, {engine.package} {module.version}"
+        return Made(module, plan, cost.plan_rows(setting.vit, None), counted=False)
+
+    return made
+
+
+def _pruned(engine: type[Engine]) -> Callable[[Setting], Made]:
+    def made(setting: Setting) -> Made:
+        module: Any = engine(PlainPruning(setting.vit, setting.block, setting.keep), setting.images)
+        rows = cost.plan_rows(setting.vit, setting.plan)
+        at = rows[setting.block]
+        rows[setting.block] = at._replace(queries=at.entering)  # attention of all rows
+        plan = f"block={setting.block}, keep={setting.keep}, score=cls, {engine.package} {module.version}"
+        return Made(module, plan, rows, counted=False)
+
+    return made
+
+
+PEERS = {
+    "openvino": Peer("OpenVINO", "dense", _dense(OpenVino), device="cpu"),
+    "onnxruntime": Peer("ONNX Runtime", "dense", _dense(OnnxRuntime), device="cpu"),
+    "openvino-pruned": Peer("OpenVINO, plain pruning", "pruned", _pruned(OpenVino), "openvino", device="cpu"),
+    "onnxruntime-pruned": Peer(
+        "ONNX Runtime, plain pruning", "pruned", _pruned(OnnxRuntime), "onnxruntime", device="cpu"
+    ),
+}
