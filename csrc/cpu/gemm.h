@@ -54,11 +54,24 @@ struct Step<BF16> {
 };
 #endif
 
+// What a product asks for meanwhile, a little with each step: what is multiplied next comes from the outer caches, or from
+// memory. Asked for in a loop of its own, it would cost the time that the loop takes.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t stride = 0;  // bytes from one step to the next
+
+  // A share of `bytes` from `from` on, for a product of `steps` steps.
+  static Ahead share_of(const void* from, int64_t bytes, int64_t share, int64_t shares, int64_t steps) {
+    const int64_t begin = bytes * share / shares, end = bytes * (share + 1) / shares;
+    return {static_cast<const char*>(from) + begin, (end - begin + steps - 1) / steps};
+  }
+};
+
 // C (R, V vectors) = A B in `steps` steps, += when accumulate; with kTail `tail` lanes of the last vector. What is added
 // to C is summed first, so that a long sum in parts is the more exact one.
 template <typename P, int R, int V, bool kTail>
 [[gnu::noinline]] void tile_product(int64_t steps, const typename P::type* A, int64_t lda, const typename P::type* B,
-                                    int64_t ldb, float* C, int64_t ldc, bool accumulate, int tail) {
+                                    int64_t ldb, float* C, int64_t ldc, bool accumulate, int tail, Ahead ahead) {
   using S = Step<P>;
   Vec c[R][V];
 #pragma GCC unroll 8  // everywhere, or the sums are in memory before and after the loop
@@ -68,6 +81,7 @@ template <typename P, int R, int V, bool kTail>
   }
   for (int64_t k = 0; k < steps; ++k) {
     const auto* row = B + k * ldb;
+    __builtin_prefetch(ahead.data + k * ahead.stride, 0, 2);
     typename S::Operand b[V];
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) {
@@ -95,9 +109,10 @@ template <typename P, int R, int V, bool kTail>
 // Tiles of V vectors for all rows: kTileRows at a time, then those that are left.
 template <typename P, int V, bool kTail>
 void column_of_tiles(int64_t M, int64_t steps, const typename P::type* A, int64_t lda, const typename P::type* B,
-                     int64_t ldb, float* C, int64_t ldc, bool accumulate, int tail) {
+                     int64_t ldb, float* C, int64_t ldc, bool accumulate, int tail, Ahead ahead = {}) {
+  if (ahead.data == nullptr) ahead.data = reinterpret_cast<const char*>(B);  // is there already
   const auto tile = [&](auto rows, int64_t i) {
-    tile_product<P, rows, V, kTail>(steps, A + i * lda, lda, B, ldb, C + i * ldc, ldc, accumulate, tail);
+    tile_product<P, rows, V, kTail>(steps, A + i * lda, lda, B, ldb, C + i * ldc, ldc, accumulate, tail, ahead);
   };
   int64_t i = 0;
   for (; i + kTileRows <= M; i += kTileRows) tile(Int<kTileRows>{}, i);

@@ -155,16 +155,6 @@ auto finish_of(const PackedLinearParams& p) {
   });
 }
 
-// Asks for a share of `size` elements: what is multiplied next comes from the outer caches, or from memory.
-template <typename T>
-inline void prefetch_share(const T* data, int64_t size, int64_t share, int64_t shares) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const int64_t lines = (size + kLine - 1) / kLine;
-  for (int64_t i = lines * share / shares; i < lines * (share + 1) / shares; ++i) {
-    __builtin_prefetch(data + i * kLine, 0, 2);
-  }
-}
-
 // All rows, at most kMaxBlock, of the result's blocks of columns [first, last). Where a sum is taken in parts, all rows
 // take one part, which stays in the cache, after the other.
 template <typename E>
@@ -187,11 +177,12 @@ void multiply(const PackedLinearParams& p, int64_t first, int64_t last) {
         const int64_t count = std::min<int64_t>(kTileRows, p.rows - i);
         float* tile = tiles + (parts == 1 ? 0 : i * N);
         if (part == parts - 1) prefetch_tile<E>(p, i, count, b * outputs);
-        if (more) prefetch_share(next, (to - from) * N, i / kTileRows, tile_rows);
+        const int64_t steps = (to - from) / kInputs, bytes = (to - from) * N * static_cast<int64_t>(sizeof(*next));
+        const Ahead ahead = more ? Ahead::share_of(next, bytes, i / kTileRows, tile_rows, steps) : Ahead{};
         const auto* A = rows.data + i * rows.stride + from;
         for (int64_t j = 0; j < N; j += kTileVecs * kWidth) {  // whole tiles only
-          column_of_tiles<P, kTileVecs, false>(count, (to - from) / kInputs, A, rows.stride,
-                                               columns + from * N + j * kInputs, N * kInputs, tile + j, N, part > 0, 0);
+          column_of_tiles<P, kTileVecs, false>(count, steps, A, rows.stride, columns + from * N + j * kInputs,
+                                               N * kInputs, tile + j, N, part > 0, 0, ahead);
         }
         if (part == parts - 1) finish_tile(p, i, count, b * outputs, tile);
       }
