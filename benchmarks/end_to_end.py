@@ -122,6 +122,8 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
     baseline = by_name[BASELINE]
     dense = [figure for figure in figures if PEERS[figure.name].group == "dense"]
     best = min(dense, key=lambda figure: figure.seconds)
+    alike = [figure for figure in figures if PEERS[figure.name].same_pruning]
+    best_alike = min(alike, key=lambda figure: figure.seconds, default=None)
     dtype = setting.images.dtype
     roofs = roofline.Roofs(harness.measured_roofs()["copy_tbps"], harness.matmul_tflops(dtype))
     rows = []
@@ -150,6 +152,9 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
             "of_floor": round(floor / figure.seconds, 3),
             "floor_parts_us": {kind: round(taken * 1e6, 1) for kind, taken in roofline.by_kind(needed, roofs).items()},
         }
+        if best_alike is not None:
+            row["best_pruned"] = PEERS[best_alike.name].label
+            row["vs_best_pruned"] = round(best_alike.seconds / figure.seconds, 3)
         if peer.dense in by_name:
             twin = by_name[peer.dense]
             promised = setting.gmac(twin.computed(setting.vit)) / setting.gmac(figure.computed(setting.vit))
@@ -177,13 +182,14 @@ def add_costs(rows: Sequence[Row], setting: Setting, figures: Sequence[Figure]) 
 
 def table(rows: Sequence[Row], title: str) -> Table:
     shown = Table("peer", "plan", title=title, title_justify="left")
-    columns = ("img/s", "× timm eager", "× best dense", "tokens", "GMAC", "of FLOP ratio", "of floor")
+    columns = ("img/s", "× best pruned", "× timm eager", "× best dense", "tokens", "GMAC", "of FLOP ratio", "of floor")
     for column in (*columns, "peak MiB", *(("launches", "host µs") if ON_GPU else ())):
         shown.add_column(column, justify="right")
     for row in rows:
         if "error" in row:
             continue
-        cells = [f"{row['images_per_s']:.1f}", f"{row['ratio']:.2f}", f"{row['vs_best_dense']:.2f}"]
+        alike = f"{row['vs_best_pruned']:.2f}" if "vs_best_pruned" in row else ""
+        cells = [f"{row['images_per_s']:.1f}", alike, f"{row['ratio']:.2f}", f"{row['vs_best_dense']:.2f}"]
         cells += [f"{row['tokens']:.0f}", f"{row['gmac']:.2f}"]
         cells += [f"{row['flop_share']:.0%}" if "flop_share" in row else "", f"{row['of_floor']:.0%}"]
         cells.append(f"{row['peak_mib']:.1f}" if "peak_mib" in row else "")

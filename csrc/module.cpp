@@ -21,6 +21,8 @@
 #define SAIT_CUDA_ARCHS ""
 #endif
 
+namespace py = pybind11;
+
 namespace {
 
 // Some words of each of several pieces of memory, which somebody else keeps alive: at most kWords of one, evenly spread,
@@ -59,6 +61,144 @@ class Sample {
   std::vector<std::pair<uintptr_t, int64_t>> pieces_;
 };
 
+// What some dictionaries hold, the first of them but for one key, of which classes some objects are, that other dictionaries are empty, and where some
+// tensors lie: a second look takes a third of what Python takes to compare the same. All of it is kept alive.
+class Held {
+ public:
+  Held(const py::list& dictionaries, bool by_identity, const py::object& ignored, const py::list& objects,
+       const py::list& empty, const py::list& tensors)
+      : by_identity_(by_identity), ignored_(ignored) {
+    for (const py::handle dictionary : dictionaries) {
+      Dictionary& seen = dictionaries_.emplace_back(py::reinterpret_borrow<py::object>(dictionary));
+      for_each(seen, [&](PyObject* key, PyObject* value) {
+        seen.entries.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
+        return true;
+      });
+    }
+    for (const py::handle object : objects) {
+      objects_.emplace_back(py::reinterpret_borrow<py::object>(object), py::type::of(object));
+    }
+    for (const py::handle dictionary : empty) empty_.push_back(py::reinterpret_borrow<py::object>(dictionary));
+    for (const py::handle tensor : tensors) {
+      tensors_.push_back({py::reinterpret_borrow<py::object>(tensor), {}});
+      tensors_.back().place = place_of(tensor);
+    }
+  }
+
+  bool unchanged() const {
+    for (const auto& dictionary : empty_) {
+      if (PyDict_Size(dictionary.ptr()) != 0) return false;
+    }
+    for (const auto& [object, type] : objects_) {
+      if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return false;
+    }
+    for (const Dictionary& seen : dictionaries_) {
+      size_t next = 0;
+      const bool same = for_each(seen, [&](PyObject* key, PyObject* value) {
+        if (next == seen.entries.size()) return false;
+        const auto& [held_key, held_value] = seen.entries[next++];
+        return are_same(key, held_key.ptr(), false) && are_same(value, held_value.ptr(), by_identity_);
+      });
+      if (!same || next != seen.entries.size()) return false;
+    }
+    for (const auto& [tensor, place] : tensors_) {
+      if (place_of(tensor) != place) return false;
+    }
+    return true;
+  }
+
+  int traverse(visitproc visit, void* arg) const {
+    for (const Dictionary& seen : dictionaries_) {
+      Py_VISIT(seen.dictionary.ptr());
+      for (const auto& [key, value] : seen.entries) Py_VISIT(value.ptr());
+    }
+    for (const auto& [object, type] : objects_) Py_VISIT(object.ptr());
+    for (const auto& dictionary : empty_) Py_VISIT(dictionary.ptr());
+    for (const auto& seen : tensors_) Py_VISIT(seen.tensor.ptr());
+    return 0;
+  }
+  void clear() {
+    dictionaries_.clear();
+    objects_.clear();
+    empty_.clear();
+    tensors_.clear();
+  }
+
+ private:
+  struct Dictionary {
+    explicit Dictionary(py::object given) : dictionary(std::move(given)) {}
+    py::object dictionary;
+    std::vector<std::pair<py::object, py::object>> entries;
+  };
+  struct Place {
+    int64_t version, address, contiguous;
+    bool operator==(const Place&) const = default;
+  };
+  struct Seen {
+    py::object tensor;
+    Place place;
+  };
+
+  template <typename Body>
+  bool for_each(const Dictionary& seen, Body body) const {
+    const bool ignores = &seen == dictionaries_.data() && !ignored_.is_none();
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(seen.dictionary.ptr(), &at, &key, &value);) {
+      if (ignores && PyUnicode_Check(key) && PyUnicode_Compare(key, ignored_.ptr()) == 0) continue;
+      if (!body(key, value)) return false;
+    }
+    return true;
+  }
+
+  // As Python compares what a dictionary holds: the same object, or an equal one.
+  static bool are_same(PyObject* now, PyObject* held, bool by_identity) {
+    if (now == held) return true;
+    if (by_identity) return false;
+    const py::object kept = py::reinterpret_borrow<py::object>(now);
+    const int equal = PyObject_RichCompareBool(now, held, Py_EQ);
+    if (equal < 0) PyErr_Clear();  // two tensors, or arrays: neither equal nor not
+    return equal == 1;
+  }
+
+  static Place place_of(const py::handle& tensor) {
+    static PyObject* const version = PyUnicode_InternFromString("_version");
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    static PyObject* const is_contiguous = PyUnicode_InternFromString("is_contiguous");
+    const auto number = [](PyObject* result) -> int64_t {
+      if (result == nullptr) {  // no version of one made in inference mode
+        PyErr_Clear();
+        return -1;
+      }
+      const auto value = static_cast<int64_t>(PyLong_AsUnsignedLongLongMask(result));
+      Py_DECREF(result);
+      return value;
+    };
+    return {number(PyObject_GetAttr(tensor.ptr(), version)), number(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr)),
+            number(PyObject_CallMethodNoArgs(tensor.ptr(), is_contiguous))};
+  }
+
+  std::vector<Dictionary> dictionaries_;
+  bool by_identity_;
+  py::object ignored_;
+  std::vector<std::pair<py::object, py::object>> objects_;
+  std::vector<py::object> empty_;
+  std::vector<Seen> tensors_;
+};
+
+// So that Python's garbage collector sees what it holds.
+void set_up_held(PyHeapTypeObject* heap_type) {
+  PyTypeObject* type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    return py::cast<Held&>(py::handle(self)).traverse(visit, arg);
+  };
+  type->tp_clear = [](PyObject* self) {
+    py::cast<Held&>(py::handle(self)).clear();
+    return 0;
+  };
+}
+
 // "0.1.0 in /path/to/_C.so"
 std::string library() {
   Dl_info info{};
@@ -83,6 +223,11 @@ PYBIND11_MODULE(SAIT_MODULE, m) {
   pybind11::class_<Sample>(m, "Sample", "Some words of pieces of memory: (address, bytes) each.")
       .def(pybind11::init<std::vector<std::pair<uintptr_t, int64_t>>>())
       .def("hash", &Sample::hash, "Of what lies there now.");
+  pybind11::class_<Held>(m, "Held", pybind11::custom_type_setup(set_up_held),
+                         "What dictionaries hold, classes of objects, dictionaries that are empty, places of tensors.")
+      .def(pybind11::init<py::list, bool, py::object, py::list, py::list, py::list>(), py::arg("dictionaries"),
+           py::arg("by_identity"), py::arg("ignored"), py::arg("objects"), py::arg("empty"), py::arg("tensors"))
+      .def("unchanged", &Held::unchanged, "Whether all of it still is so.");
   m.def("poison_memory", sait::poison_memory, "Whether memory that ops allocate on the CPU holds NaN first (tests).");
   m.def("poisoned_bytes", sait::poisoned_bytes, "How many bytes did so far.");
   m.def("best_isa", [] { return isa_name(best_isa()); }, "The widest instruction set of this CPU that kernels use.");

@@ -16,7 +16,15 @@ FAILED_BENCHMARK = {"name", "case", "error"}
 OPTIONAL_FAILED_BENCHMARK = {"batch", "dtype", "baseline"}
 FAILED_ROW = {"name", "case", "batch", "dtype", "model", "group", "peer", "error"}
 PEER_ROW = MODEL_ROW | {"group", "peer", "best_dense", "vs_best_dense", "floor_us", "floor_parts_us"}
-OPTIONAL_PEER_ROW = OPTIONAL_ROW | {"gmac_executed", "flop_share", "peak_mib", "launches", "host_us"}
+OPTIONAL_PEER_ROW = OPTIONAL_ROW | {
+    "best_pruned",
+    "vs_best_pruned",
+    "gmac_executed",
+    "flop_share",
+    "peak_mib",
+    "launches",
+    "host_us",
+}
 
 
 def check_results(document: dict[str, Any]) -> None:

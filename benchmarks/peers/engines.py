@@ -129,8 +129,10 @@ def _pruned(engine: type[Engine]) -> Callable[[Setting], Made]:
 PEERS = {
     "openvino": Peer("OpenVINO", "dense", _dense(OpenVino), device="cpu"),
     "onnxruntime": Peer("ONNX Runtime", "dense", _dense(OnnxRuntime), device="cpu"),
-    "openvino-pruned": Peer("OpenVINO, plain pruning", "pruned", _pruned(OpenVino), "openvino", device="cpu"),
+    "openvino-pruned": Peer(
+        *("OpenVINO, plain pruning", "pruned", _pruned(OpenVino), "openvino"), device="cpu", same_pruning=True
+    ),
     "onnxruntime-pruned": Peer(
-        "ONNX Runtime, plain pruning", "pruned", _pruned(OnnxRuntime), "onnxruntime", device="cpu"
+        *("ONNX Runtime, plain pruning", "pruned", _pruned(OnnxRuntime), "onnxruntime"), device="cpu", same_pruning=True
     ),
 }

@@ -14,6 +14,7 @@ MODEL = "deit_small_patch16_224"
 # The cell of a row, empty where there is no such figure.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "img/s": lambda row: number(row["images_per_s"], 1),
+    "× best pruned": lambda row: number(row["vs_best_pruned"], 2) if "vs_best_pruned" in row else "",
     "× timm eager": lambda row: number(row["ratio"], 2),
     "× best dense": lambda row: number(row["vs_best_dense"], 2),
     "of FLOP ratio": lambda row: f"{row['flop_share']:.0%}" if "flop_share" in row else "",
@@ -29,7 +30,7 @@ CONTENDERS = (
     "ours-graphed",
     "ours-optimized-graphed",
 )  # the best of them is held against the best dense peer
-HEADLINE_COLUMNS = ("img/s", "× timm eager", "× best dense")
+HEADLINE_COLUMNS = ("img/s", "× best pruned", "× timm eager", "× best dense")
 PEERS_SHOWN = ("timm", "openvino", "ours-dense", "ours")  # of the peers: whose floor is shown by stages
 
 
@@ -66,16 +67,17 @@ def best_of_ours(rows: Sequence[Row]) -> list[Row]:
 
 
 def overview(document: Document) -> list[str]:
-    """One table of the best dense peer and the fastest of CONTENDERS in each setting, or none where neither ran."""
+    """One table of the fastest of CONTENDERS in each setting, beside the fastest peer that prunes alike and the fastest
+    dense one; or none where none ran."""
     lines = []
     for rows in settings(document):
         for ours in best_of_ours(rows):
-            dense = next(row for row in rows if row["case"] == ours["best_dense"])
-            line = [ours["model"], str(ours["batch"]), ours["dtype"], dense["case"], ours["case"]]
-            line += [number(row["images_per_s"], 1) for row in (dense, ours)]
-            lines.append([*line, number(ours["vs_best_dense"], 2)])
-    header = ["model", "batch", "dtype", "best dense", "ours", "best dense img/s", "ours img/s", "×"]
-    return [render(header, lines, text=5)] if lines else []
+            line = [ours["model"], str(ours["batch"]), ours["dtype"], ours["case"]]
+            line += [ours.get("best_pruned", ""), ours["best_dense"]]
+            line += [number(ours["images_per_s"], 1), COLUMNS["× best pruned"](ours), COLUMNS["× best dense"](ours)]
+            lines.append(line)
+    header = ["model", "batch", "dtype", "ours", "best pruned", "best dense", "ours img/s", "× pruned", "× dense"]
+    return [render(header, lines, text=6)] if lines else []
 
 
 def losses(document: Document) -> str:

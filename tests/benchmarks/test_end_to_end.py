@@ -85,6 +85,12 @@ def test_rows(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["ratio"] for row in rows.values()] == [1.0, 2.0, 2.667, 4.0, 0.5]
     assert [row["vs_best_dense"] for row in rows.values()] == [0.5, 1.0, 1.333, 2.0, 0.25]
     assert {row["best_dense"] for row in rows.values()} == {"timm compiled"}  # ours is none of them
+    assert not any("best_pruned" in row for row in rows.values()), "EViT prunes in another way"
+    made = PEERS["plain"].make(setting)
+    figures.append(Figure("plain", made, made.rows, 1.5))
+    rows = {row["peer"]: row for row in end_to_end.rows_of(setting, figures, {}, common)}
+    assert {row["best_pruned"] for row in rows.values()} == {"plain torch"}
+    assert rows["ours"]["vs_best_pruned"] == 1.5
     assert rows["ours"]["images_per_s"] == 2.0
     promised = setting.gmac(figures[0].rows) / setting.gmac(figures[3].rows)
     assert rows["ours"]["flop_share"] == pytest.approx(1.5 / promised, abs=1e-3)
@@ -169,7 +175,7 @@ def test_a_run_writes_a_results_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert document["roofs"] == ROOFS | {"matmul_tflops_fp32": 0.5}
     assert [row["peer"] for row in document["rows"]] == ["timm", "ours", "ours-dense", "tome", "timm-autotuned"]
     assert {row["weights"] for row in document["rows"]} == {"random"}
-    for words in ("timm eager", "of FLOP ratio", "test_vit, fp32, batch 1", "written"):
+    for words in ("timm eager", "FLOP", "test_vit, fp32, batch 1", "written"):
         assert words in printed
 
 
@@ -250,8 +256,9 @@ def test_weights_are_those_that_optimize_takes(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_is_left_out_of_the_default_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     graphed = {name for name in PEERS if "graphed" in name}
+    engines = {name for name in PEERS if name.startswith(("openvino", "onnxruntime"))}
     assert len(graphed) == 4
-    for device, missing in {"cpu": graphed, "cuda": {"openvino"}}.items():
+    for device, missing in {"cpu": graphed, "cuda": engines}.items():
         monkeypatch.setattr(end_to_end, "DEVICE", device)
         assert set(PEERS) - set(end_to_end.default_peers()) == {"timm-autotuned"} | missing
 

@@ -111,7 +111,7 @@ def why_not_together(plan: Plan | None, tokens: Tokens | None = None) -> str | N
             continue
         if not prunes_in_one_op(stage):
             return f"{name} scores and selects by {type(stage.scorer).__name__} and {type(stage.selector).__name__}"
-        if stage.selector.rule.get("static"):
+        if _rule(stage).get("static"):
             return f"{name} is static"
     return None
 
@@ -148,8 +148,14 @@ def _together(blocks: Sequence[PackedBlock]) -> sk.PackedEncoder | None:
 
 def _as_op_takes_it(stage: Stage) -> sk.EncoderStage:
     scorer: Any = stage.scorer
-    rule = {name: value for name, value in stage.selector.rule.items() if name != "static"}
+    rule = {name: value for name, value in _rule(stage).items() if name != "static"}
     return sk.EncoderStage(stage.block, kind=scorer.kind, **rule)
+
+
+def _rule(stage: Stage) -> dict[str, Any]:
+    """Of a selector that prunes_in_one_op."""
+    selector: Any = stage.selector
+    return selector.rule
 
 
 def _tables(rope: Tensor | tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,55 +24,34 @@ class Watch:
     """
 
     def __init__(self, module: nn.Module, holder: str) -> None:
-        self._holder = holder
-        self._class, self._own, own = type(module), self._seen(module), vars(module)
-        self._parts = list(module.modules())[1:]
-        self._classes = [type(part) for part in self._parts]
-        owns = [vars(part) for part in self._parts]
-        # Dictionaries and what they held, as two lists: to compare these takes a third of the time of a loop. Values
-        # are compared by identity first, so what the dictionaries among the attributes hold is not seen: the parts of
-        # the parts are listed beside them, and hooks looked for.
-        self._dictionaries = [*owns, own["_modules"], *(other["_modules"] for other in owns)]
-        self._held = [dict(dictionary) for dictionary in self._dictionaries]
-        self._hooks = [other[name] for other in (own, *owns) for name in HOOKS]
+        self._class = type(module)
+        owns = [vars(part) for part in module.modules()]
+        parts = list(module.modules())[1:]
+        # What the dictionaries among the attributes hold is not seen: the parts of the parts are listed beside them,
+        # and hooks looked for.
+        dictionaries = [*owns, *(own["_modules"] for own in owns)]
+        hooks = [own[name] for own in owns for name in HOOKS]
+        self._held = held(dictionaries, ignored=holder, objects=parts, empty=hooks)
 
     def unchanged(self, module: nn.Module) -> bool:
-        try:
-            return (
-                type(module) is self._class
-                and self._dictionaries == self._held
-                and self._seen(module) == self._own
-                and list(map(type, self._parts)) == self._classes
-                and not any(self._hooks)
-            )
-        except (RuntimeError, ValueError):  # two tensors, or arrays, as an attribute: neither equal nor not
-            return False
-
-    def _seen(self, module: nn.Module) -> dict[str, Any]:
-        own = dict(vars(module))
-        own.pop(self._holder, None)
-        return own
+        return type(module) is self._class and bool(self._held.unchanged())
 
 
 class Glance:
     """Whether some modules are what they were: of the same class, with the same attributes, parts and hooks."""
 
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
-        self._owns = [vars(module) for module in modules]
-        self._modules, self._classes = modules, list(map(type, modules))
-        inside = [own[name] for own in self._owns for name in ("_modules", *HOOKS)]
-        self._dictionaries = [*self._owns, *inside]
-        self._held = [dict(dictionary) for dictionary in self._dictionaries]
+        self._modules = modules
+        owns = [vars(module) for module in modules]
+        inside = [own[name] for own in owns for name in ("_modules", *HOOKS)]
+        self._held = held([*owns, *inside], objects=list(modules))
 
     def of(self, modules: tuple[nn.Module, ...]) -> bool:
         """Whether it is these, or the first of them, that it has seen."""
         return all(map(operator.is_, modules, self._modules))
 
     def unchanged(self) -> bool:
-        try:
-            return self._dictionaries == self._held and list(map(type, self._modules)) == self._classes
-        except (RuntimeError, ValueError):  # as in Watch
-            return False
+        return bool(self._held.unchanged())
 
 
 class WatchOfParameters:
@@ -83,30 +63,42 @@ class WatchOfParameters:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        parts = [vars(part) for part in module.modules()]
-        self._owns = [own["_parameters"] for own in parts] + [own["_buffers"] for own in parts if own["_buffers"]]
-        self._found = self._now()
-        self._tensors = [*module.parameters(), *module.buffers()]
-        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
-        self._kept = [tensor.detach() for tensor in self._tensors]  # while these are, nothing else is at their address
-        on_host = [tensor for tensor in self._tensors if tensor.device.type == "cpu"]
+        owns = [vars(part)[name] for part in module.modules() for name in ("_parameters", "_buffers")]
+        tensors = [*module.parameters(), *module.buffers()]
+        self._held = held(owns, by_identity=True, tensors=tensors)
+        self._kept = [tensor.detach() for tensor in tensors]  # while these are, nothing else is at their address
+        on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
         self._sample = None if library.module is None else library.module.Sample(list(map(_memory, on_host)))
-        self._state = self._states()
+        self._hash = self._hash_now()
 
     def unchanged(self) -> bool:
-        return self._found == self._now() and self._state == self._states()
+        return self._held.unchanged() and self._hash == self._hash_now()
 
-    def _states(self) -> tuple[Any, ...]:
-        return (
-            [tensor._version for tensor in self._counted],
-            [tensor.data_ptr() for tensor in self._tensors],
-            [tensor.is_contiguous() for tensor in self._tensors],
-            0 if self._sample is None else self._sample.hash(),
-        )
+    def _hash_now(self) -> int:
+        return 0 if self._sample is None else self._sample.hash()
 
-    def _now(self) -> tuple[list[int], list[int]]:
-        """How many each part has, and which."""
-        return list(map(len, self._owns)), [id(parameter) for own in self._owns for parameter in own.values()]
+
+def held(
+    dictionaries: list[dict[str, Any]],
+    *,
+    by_identity: bool = False,
+    ignored: str | None = None,
+    objects: Sequence[Any] = (),
+    empty: Sequence[Any] = (),
+    tensors: Sequence[Tensor] = (),
+) -> Any:
+    """What these are now, to be compared later: what dictionaries hold, the first but for one key, the classes of
+    objects, that others are empty, and the version and place of tensors."""
+    if library.module is None:
+        return Unknown()
+    return library.module.Held(dictionaries, by_identity, ignored, list(objects), list(empty), list(tensors))
+
+
+class Unknown:
+    """Without the library nobody remembers: everything is looked at closely each time."""
+
+    def unchanged(self) -> bool:
+        return False
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
