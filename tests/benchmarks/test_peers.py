@@ -10,8 +10,8 @@ import pytest
 import sait
 import torch
 from peers import PEERS, Setting
-from peers.evit import Evit
 from peers.engines import OnnxRuntime, OpenVino
+from peers.evit import Evit
 from peers.tome import Tome, merge
 from sait.bench.plain import PlainPruning, PlainViT, share
 from tiny import images, small_vit
@@ -181,16 +181,26 @@ def test_a_cpu_has_no_graphs() -> None:
         PEERS["ours-graphed"].make(setting())
 
 
-def test_without_openvino_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(RuntimeError, match="pip install openvino"):
-        OpenVino(small_vit().float(), images().float())
+ENGINES = [OpenVino, OnnxRuntime]
 
 
-def test_openvino_is_the_dense_model() -> None:
-    pytest.importorskip("openvino")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_an_engine_the_reason_is_given(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, engine.package, None)
+    with pytest.raises(RuntimeError, match=f"pip install {engine.package}"):
+        engine(small_vit().float(), images().float())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("pruned", [False, True])
+def test_an_engine_is_what_it_was_made_of(engine: Any, pruned: bool) -> None:
+    """Of any batch, too: the number of images is not one of the constants."""
+    pytest.importorskip(engine.package)
     vit = small_vit().float()
+    module = PlainPruning(vit, 1, 0.45) if pruned else vit
     before = copy.deepcopy(vit.state_dict())
     with torch.inference_mode():
-        torch.testing.assert_close(OpenVino(vit, images().float())(images().float()), vit(images().float()))
+        made = engine(module, images().float())
+        for batch in (images().float(), images().float().repeat(3, 1, 1, 1)[:-1]):
+            torch.testing.assert_close(made(batch), module(batch), rtol=1e-4, atol=1e-4)
     assert all(torch.equal(before[name], tensor) for name, tensor in vit.state_dict().items())
