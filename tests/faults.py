@@ -28,6 +28,7 @@ GATHER_ADD_NORM = f"{OPS}gather_add_norm.py"
 ROTATE = f"{OPS}rotate.py"
 PACKED = f"{OPS}packed_linear.py"
 LINEAR = f"{OPS}norm_linear.py"
+ENCODER = f"{OPS}packed_encoder.py"
 PRUNE = f"{OPS}prune_attention.py"
 TAIL = f"{OPS}tail.py"
 OPTIMIZE = "tests/models/test_optimize.py tests/models/test_optimize_changes.py"
@@ -278,8 +279,8 @@ PYTHON = (
     Fault(
         "a stale weight: the step of a fused optimizer is not seen",
         "python/sait/execution/watch.py",
-        "0 if self._sample is None else self._sample.hash(),",
-        "0,",
+        "return 0 if self._sample is None else self._sample.hash()",
+        "return 0",
         "tests/models/test_apart.py",
     ),
     Fault(
@@ -559,8 +560,8 @@ CPU = (
     Fault(
         "packed_linear: of a long sum in parts the last one alone is left",
         "csrc/cpu/packed_linear.cpp",
-        "tile + j, N, part > 0, 0);",
-        "tile + j, N, false, 0);",
+        "tile + j, N, part > 0, 0, ahead);",
+        "tile + j, N, false, 0, ahead);",
         f"{PACKED} -k values",
     ),
     Fault(
@@ -628,7 +629,7 @@ CPU = (
     ),
     Fault(
         "packed_linear: a weight packed for other inputs is not refused",
-        "csrc/ops/packed_linear.cpp",
+        "csrc/ops/packed_linear.h",
         "packed.size(0) == blocks && packed.size(1) == depth &&",
         "packed.size(0) == blocks &&",
         f"{PACKED} -k bad",
@@ -639,6 +640,41 @@ CPU = (
         ".eps = hidden_eps,",
         ".eps = eps,",
         f"{PACKED} -k inner_norm",
+    ),
+    Fault(
+        "packed_encoder: who is left is counted in the rows that the stage saw",
+        "csrc/cpu/packed_encoder.cpp",
+        "to[t] = from[kept.indices[t]];",
+        "to[t] = kept.indices[t];",
+        f"{ENCODER} -k 'single_ops'",
+    ),
+    Fault(
+        "packed_encoder: a second selection is written over the offsets of the first",
+        "csrc/cpu/packed_encoder.cpp",
+        "work_.cu_seqlens[++selections_ % 2]",
+        "work_.cu_seqlens[0 * ++selections_]",
+        f"{ENCODER} -k 'single_ops'",
+    ),
+    Fault(
+        "packed_encoder: images that no thread takes alone are left out",
+        "csrc/cpu/packed_encoder.cpp",
+        "if (tasks * size < images) encode",
+        "if (tasks == 0) encode",
+        f"{ENCODER} -k 'single_ops'",
+    ),
+    Fault(
+        "a watch does not look where a parameter lies",
+        "csrc/module.cpp",
+        "number(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr)),",
+        "int64_t(data_ptr != nullptr),",
+        "tests/models/test_watch.py -k parameter",
+    ),
+    Fault(
+        "a watch finds equal what holds less than before",
+        "csrc/module.cpp",
+        "if (!same || next != seen.entries.size()) return false;",
+        "if (!same) return false;",
+        "tests/models/test_watch.py -k every_change",
     ),
 )
 

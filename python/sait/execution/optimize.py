@@ -45,7 +45,8 @@ def optimize(model: Any) -> Any:
     The weights stay the parameters: state_dict and training are as before. At each forward it matters where the input
     lies:
 
-    - On a CPU the weights are packed, which takes one more copy of them; float32 or bfloat16, no torch.compile, whose
+    - On a CPU the weights are packed, which takes one more copy of them, and all blocks are one op, sk.packed_encoder,
+      where nothing has to be done between them: sait.explain says whether. float32 or bfloat16, no torch.compile, whose
       code fuses for itself, and no bfloat16 where the CPU has AMX, which oneDNN uses and these kernels do not. After a
       change of a weight the next forward packs anew: a replaced parameter, an update in place, an optimizer's step of
       any kind, training in between. Torch does not count all of these, so a sample of each weight is looked at, too;
