@@ -35,6 +35,9 @@ def arguments() -> dict[str, Callable[[], Any]]:
     table = randn(7, 2 * D)
     proj, fc1, fc2 = (sk.pack_linear(w) for w in (square, wide, narrow))
     layers = [sk.PackedLayer(packed) for packed in (proj, fc1, fc2)]
+    norm, qkv = (weight, bias, 1e-6), sk.PackedLayer(sk.pack_linear(randn(3 * C, C) / 14))
+    block = sk.EncoderBlock(norm, qkv, layers[0], norm, *layers[1:])
+    encoder = sk.PackedEncoder([block] * 2, heads=H, head_dim=D, hidden_features=4 * C)
     return {
         "score_tokens": lambda: sk.score_tokens(q, k, cu, N),
         "select_topk": lambda: sk.select_topk(scores, cu, N, keep=0.45),
@@ -50,8 +53,9 @@ def arguments() -> dict[str, Callable[[], Any]]:
         "pack_linear": lambda: sk.pack_linear(square),
         "packed_linear": lambda: sk.packed_linear(x, fc1, 4 * C, activation="gelu"),
         "packed_block": lambda: sk.packed_block(
-            y, x, layers[0], (weight, bias, 1e-6), *layers[1:], hidden_features=4 * C, selection=selection
+            y, x, layers[0], norm, *layers[1:], hidden_features=4 * C, selection=selection
         ),
+        "packed_encoder": lambda: sk.packed_encoder(x, cu, N, encoder, stages=[sk.EncoderStage(0, keep=0.45)]),
     }
 
 
