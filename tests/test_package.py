@@ -13,19 +13,10 @@ from pathlib import Path
 
 import pytest
 from helpers import run_python
+from wheels import CONFIG
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {"sait_kernels": ROOT / "sait_kernels", "sait": ROOT / "python" / "sait"}
-CONFIG = """\
-[build]
-build_base = {0}/base
-build_lib = {0}/lib
-[egg_info]
-egg_base = {0}
-[bdist_wheel]
-bdist_dir = {0}/bdist
-dist_dir = {0}/dist
-"""
 
 
 def module_names() -> list[str]:
