@@ -27,6 +27,7 @@ VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 CONFIG = """\
 [build]
 build_base = {0}/base
+build_lib = {0}/lib
 [egg_info]
 egg_base = {0}
 [bdist_wheel]
