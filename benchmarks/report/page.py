@@ -40,8 +40,17 @@ def newest(folder: Path, kind: str | None = None) -> list[Document]:
 
 
 def whole(documents: Sequence[Document]) -> list[Document]:
-    """Those that are no part: the headline and the floor are of these."""
+    """Those that are no part: the floor is of these."""
     return [document for document in documents if "part" not in document]
+
+
+def headlined(documents: Sequence[Document]) -> list[Document]:
+    """Of each device the newest with ours against the same pruning elsewhere, be it a part; else its whole one."""
+    chosen = {document["device"]: document for document in whole(documents)}
+    for document in sorted(documents, key=lambda document: document["date"]):
+        if any("vs_best_pruned" in row for row in document["rows"] if row.get("model") == performance.MODEL):
+            chosen[document["device"]] = document
+    return list(chosen.values())
 
 
 def sections(documents: Sequence[Document], written: Callable[[Document], str]) -> str:
@@ -133,7 +142,7 @@ def updated(readme: str, results: Path, accuracy: Path) -> str:
     summary = (
         paper_report.summary(json.loads(accuracy.read_text(encoding="utf-8"))) if accuracy.exists() else NOTHING_YET
     )
-    peers = sections(whole(newest(results, performance.KIND)), performance.headline)
+    peers = sections(headlined(newest(results, performance.KIND)), performance.headline)
     readme = insert(readme, "results", sections(newest(results), markdown))
     return insert(insert(readme, "end-to-end", peers), "accuracy", summary)
 

@@ -102,6 +102,18 @@ def test_newest_of_each_device_and_kind(tmp_path: Path) -> None:
     assert [found["date"][:10] for found in report.newest(tmp_path, "end-to-end")] == ["2026-03-01"]
 
 
+def test_the_headline_is_against_the_same_pruning(tmp_path: Path) -> None:
+    """Where a device has that, in whichever part; the newest of them."""
+    pruned = {"model": report.performance.MODEL, "vs_best_pruned": 1.2}
+    write(tmp_path, "a", date="2026-03-01T00:00:00+00:00", kind="end-to-end", rows=[{"model": "other"}])
+    write(tmp_path, "b", date="2026-01-01T00:00:00+00:00", kind="end-to-end", part="engines", rows=[pruned])
+    write(tmp_path, "c", date="2026-02-01T00:00:00+00:00", kind="end-to-end", part="more", rows=[pruned])
+    write(tmp_path, "d", device="Another", kind="end-to-end", rows=[])
+    found = {document["device"]: document for document in report.headlined(report.newest(tmp_path, "end-to-end"))}
+    assert found["Some CPU avx2"]["part"] == "more"
+    assert "part" not in found["Another"]
+
+
 def test_a_part_stands_beside_the_main_run(tmp_path: Path) -> None:
     """And replaces an older run of the same part only; headline and floor are of the main run."""
     write(tmp_path, "a", date="2026-03-01T00:00:00+00:00", kind="end-to-end", part="models", rows=[], threads=4)
