@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from shlex import quote
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -128,7 +129,7 @@ def torch_and_python() -> list[str]:
     target = f"0x{int(major):02x}{int(minor):02x}000000000000"
     # pybind11's own first: torch has a copy, of which some refuse to be read beside TORCH_TARGET_VERSION.
     folders = [Path(pybind11.get_include()), TORCH / "include", Path(sysconfig.get_paths()["include"])]
-    return [*defined(TORCH_TARGET_VERSION=target), *(f"-isystem {folder}" for folder in folders)]
+    return [*defined(TORCH_TARGET_VERSION=target), *(f"-isystem {quote(str(folder))}" for folder in folders)]
 
 
 class Ninja:
@@ -142,7 +143,7 @@ class Ninja:
         self.file = Writer((folder / "build.ninja").open("w", encoding="utf-8"), width=1000)
         self.file.variable("builddir", str(OBJECTS))  # what is known of objects there, all builds share
         compiler = os.environ.get("CXX", "g++")
-        rules = {"cxx": compiler, "nvcc": f"{CUDA_HOME}/bin/nvcc"}
+        rules = {"cxx": compiler, "nvcc": quote(f"{CUDA_HOME}/bin/nvcc")}
         for rule, program in rules.items():
             command = f"{program} -MD -MF $out.d $flags -c $in -o $out"
             self.file.rule(rule, command, description="$in", depfile="$out.d", deps="gcc")
@@ -190,7 +191,7 @@ class Build(build_ext):
         kernels = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "csrc" / "older_libraries.cpp"]
         ninja.compile("cxx", kernels, OBJECTS / "cpu", CXX_FLAGS)
         flags = CXX_FLAGS + torch_and_python()
-        link = ["-Wl,--version-script=csrc/exported.map", f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+        link = ["-Wl,--version-script=csrc/exported.map", f"-L{quote(str(TORCH / 'lib'))}", "-ltorch_cpu"]
         module = defined(SAIT_VERSION=f'"{VERSION}"', SAIT_MODULE=extension.name.rpartition(".")[2])
         if EMULATE:
             flags += defined(SAIT_WITH_CUDA=None, SAIT_EMULATE=None)
@@ -206,7 +207,7 @@ class Build(build_ext):
             folder = OBJECTS / f"cuda-{CUDA_VERSION}-{re.sub('[^0-9A-Z.]+', '-', ARCHS)}"
             ninja.compile("nvcc", sources, folder, NVCC_FLAGS + archs + gencode(ARCHS))
             # Linked in, so that the same file loads where there is no CUDA.
-            link += [f"-L{CUDA_HOME / 'lib64'}", "-lcudart_static"]
+            link += [f"-L{quote(str(CUDA_HOME / 'lib64'))}", "-lcudart_static"]
         ninja.compile("cxx", sorted((ROOT / "csrc" / "ops").glob("*.cpp")), ours, flags)
         ninja.compile("cxx", [ROOT / "csrc" / "module.cpp"], ours, flags + module)
         # LDFLAGS: tools/wheels.py links with the libraries of an older system.
