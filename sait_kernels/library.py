@@ -87,7 +87,8 @@ def _cut_short(file: Path) -> str | None:
     """What is wrong with the file, where it ends before what its headers promise. To load it would kill the process."""
     if sys.platform != "linux":
         return None
-    content, size = file.read_bytes()[:4096], file.stat().st_size
+    with file.open("rb") as opened:
+        content, size = opened.read(4096), file.stat().st_size
     if len(content) < 64 or content[:4] != b"\x7fELF":
         return "is no library"
     segments, sections = struct.unpack_from("<2Q", content, 0x20)  # where the tables of them start

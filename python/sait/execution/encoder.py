@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -49,9 +49,12 @@ def encode(
     have to run one by one."""
     if products_for(tokens.x) is not Optimized.packed or why_not_together(plan, tokens) is not None:
         return None
-    blocks = packed_blocks(model, family, tokens.x)
-    if blocks is None:
-        return None
+    found: list[PackedBlock] = []
+    for products in packed_blocks(model, family, tokens.x):
+        if products is None or products.has_norms:  # the loop will ask again: the fewer here, the better
+            return None
+        found.append(products)
+    blocks = tuple(found)
     if model._sait.encoder is None:
         model._sait.encoder = Encoder()
     encoder: Encoder = model._sait.encoder
@@ -72,9 +75,8 @@ def encode(
     )
     if prefix_only:
         leaving = tokens.keep(prefix_selection(tokens), out, False)
-    elif kept:
-        ragged = any(stage.selector.ragged for stage in plan.stages) if plan is not None else False
-        leaving = tokens.keep(kept[-1], out, tokens.ragged or ragged)
+    elif plan is not None and kept:
+        leaving = tokens.keep(kept[-1], out, tokens.ragged or plan.ragged)
     else:
         leaving = tokens.with_x(out.view(tokens.x.shape))
     left, behind = [], iter(kept)
@@ -85,16 +87,11 @@ def encode(
     return leaving, tuple(left)
 
 
-def packed_blocks(model: Any, family: Family, x: Tensor) -> tuple[PackedBlock, ...] | None:
-    """The blocks' products; None where one has none."""
-    found = []
+def packed_blocks(model: Any, family: Family, x: Tensor) -> Iterator[PackedBlock | None]:
+    """Each block's products, as they are asked for; None of one that has none."""
     for block in family.blocks(model):
         optimized = vars(block).get(HOLDER)
-        products = None if optimized is None else optimized.packed(block, family, x)
-        if products is None:
-            return None
-        found.append(products)
-    return tuple(found)
+        yield None if optimized is None else optimized.packed(block, family, x)
 
 
 def why_not_together(plan: Plan | None, tokens: Tokens | None = None) -> str | None:
@@ -118,8 +115,11 @@ def why_not_together(plan: Plan | None, tokens: Tokens | None = None) -> str | N
 
 def why_one_by_one(model: Any, family: Family, plan: Plan | None) -> str | None:
     """Why a forward of a model whose blocks are packed runs them one by one; None: they are one op."""
-    blocks = packed_blocks(model, family, next(family.blocks(model)[0].parameters()).detach()[:0])
-    return "a block is not packed" if blocks is None else why_not_together(plan) or _why_not_alike(blocks)
+    x = next(family.blocks(model)[0].parameters()).detach()[:0]
+    blocks = [products for products in packed_blocks(model, family, x) if products is not None]
+    if len(blocks) < len(family.blocks(model)):
+        return "a block is not packed"
+    return why_not_together(plan) or _why_not_alike(blocks)
 
 
 def _why_not_alike(blocks: Sequence[PackedBlock]) -> str | None:
