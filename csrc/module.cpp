@@ -80,8 +80,7 @@ class Held {
     }
     for (const py::handle dictionary : empty) empty_.push_back(py::reinterpret_borrow<py::object>(dictionary));
     for (const py::handle tensor : tensors) {
-      tensors_.push_back({py::reinterpret_borrow<py::object>(tensor), {}});
-      tensors_.back().place = place_of(tensor);
+      tensors_.push_back({py::reinterpret_borrow<py::object>(tensor), place_of(tensor, true)});
     }
   }
 
@@ -102,7 +101,7 @@ class Held {
       if (!same || next != seen.entries.size()) return false;
     }
     for (const auto& [tensor, place] : tensors_) {
-      if (place_of(tensor) != place) return false;
+      if (place_of(tensor, place.version != kNoVersion) != place) return false;
     }
     return true;
   }
@@ -160,20 +159,24 @@ class Held {
     return equal == 1;
   }
 
-  static Place place_of(const py::handle& tensor) {
+  // A tensor made in inference mode has no version: to ask for it takes microseconds, and ends in an error.
+  static constexpr int64_t kNoVersion = -1;
+
+  static Place place_of(const py::handle& tensor, bool has_version) {
     static PyObject* const version = PyUnicode_InternFromString("_version");
     static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
     static PyObject* const is_contiguous = PyUnicode_InternFromString("is_contiguous");
     const auto number = [](PyObject* result) -> int64_t {
-      if (result == nullptr) {  // no version of one made in inference mode
+      if (result == nullptr) {
         PyErr_Clear();
-        return -1;
+        return kNoVersion;
       }
       const auto value = static_cast<int64_t>(PyLong_AsUnsignedLongLongMask(result));
       Py_DECREF(result);
       return value;
     };
-    return {number(PyObject_GetAttr(tensor.ptr(), version)), number(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr)),
+    return {has_version ? number(PyObject_GetAttr(tensor.ptr(), version)) : kNoVersion,
+            number(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr)),
             number(PyObject_CallMethodNoArgs(tensor.ptr(), is_contiguous))};
   }
 
