@@ -1,4 +1,5 @@
-// The pybind11 module sait_kernels._C (sait_kernels._emulated in `make emulate`): build facts and CPU features. Importing it registers the torch ops.
+// The pybind11 module sait_kernels._C (sait_kernels._emulated in `make emulate`): build facts and CPU features. Importing
+// it registers the torch ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <dlfcn.h>
@@ -25,33 +26,45 @@ namespace py = pybind11;
 
 namespace {
 
+// Something that was looked at, and can be looked at again.
+class Watched {
+ public:
+  virtual ~Watched() = default;
+  virtual bool unchanged() const = 0;
+};
+
 // Some words of each of several pieces of memory, which somebody else keeps alive: at most kWords of one, evenly spread,
 // its first and last among them. An optimizer's step changes nearly every weight, so their hash tells that there was one
 // whoever made it.
-class Sample {
+class Sample : public Watched {
  public:
-  explicit Sample(std::vector<std::pair<uintptr_t, int64_t>> pieces) : pieces_(std::move(pieces)) {}
+  explicit Sample(std::vector<std::pair<uintptr_t, int64_t>> pieces) : pieces_(std::move(pieces)), seen_(hash()) {}
 
+  bool unchanged() const override { return hash() == seen_; }
+
+ private:
   uint64_t hash() const {
-    uint64_t hash = 0xcbf29ce484222325;
+    uint64_t lanes[kLanes] = {};  // in turns: each step of one waits for its last
     for (const auto& [address, bytes] : pieces_) {
       const char* data = reinterpret_cast<const char*>(address);
       const int64_t words = bytes / kWordBytes, taken = std::min(words, kWords);
+      const int64_t stride = taken < 2 ? 0 : (words - 1) / (taken - 1);
       for (int64_t i = 0; i < taken; ++i) {
-        const int64_t word = taken == 1 ? 0 : i * (words - 1) / (taken - 1);
+        const int64_t word = i + 1 < taken ? i * stride : words - 1;
         uint64_t value;
         std::memcpy(&value, data + word * kWordBytes, kWordBytes);
-        hash = mixed(hash, value);
+        lanes[i % kLanes] = mixed(lanes[i % kLanes], value);
       }
       uint64_t rest = 0;
       std::memcpy(&rest, data + words * kWordBytes, bytes - words * kWordBytes);
-      hash = mixed(hash, rest);
+      lanes[0] = mixed(lanes[0], rest);
     }
+    uint64_t hash = 0xcbf29ce484222325;
+    for (const uint64_t lane : lanes) hash = mixed(hash, lane);
     return hash;
   }
 
- private:
-  static constexpr int64_t kWords = 64, kWordBytes = 8;
+  static constexpr int64_t kWords = 64, kWordBytes = 8, kLanes = 8;
 
   static uint64_t mixed(uint64_t hash, uint64_t value) {
     hash = (hash ^ value) * 0x9e3779b97f4a7c15;
@@ -59,11 +72,13 @@ class Sample {
   }
 
   std::vector<std::pair<uintptr_t, int64_t>> pieces_;
+  uint64_t seen_;
 };
 
-// What some dictionaries hold, the first of them but for one key, of which classes some objects are, that other dictionaries are empty, and where some
-// tensors lie: a second look takes a third of what Python takes to compare the same. All of it is kept alive.
-class Held {
+// What some dictionaries hold, the first of them but for one key, of which classes some objects are, that other
+// dictionaries are empty, and where some tensors lie: a second look takes a third of what Python takes to compare the
+// same. All of it is kept alive.
+class Held : public Watched {
  public:
   Held(const py::list& dictionaries, bool by_identity, const py::object& ignored, const py::list& objects,
        const py::list& empty, const py::list& tensors)
@@ -80,11 +95,12 @@ class Held {
     }
     for (const py::handle dictionary : empty) empty_.push_back(py::reinterpret_borrow<py::object>(dictionary));
     for (const py::handle tensor : tensors) {
-      tensors_.push_back({py::reinterpret_borrow<py::object>(tensor), place_of(tensor, true)});
+      const bool is_matrix = py::cast<int>(tensor.attr("ndim")) > 1;
+      tensors_.push_back({py::reinterpret_borrow<py::object>(tensor), is_matrix, place_of(tensor, true, is_matrix)});
     }
   }
 
-  bool unchanged() const {
+  bool unchanged() const override {
     for (const auto& dictionary : empty_) {
       if (PyDict_Size(dictionary.ptr()) != 0) return false;
     }
@@ -92,6 +108,8 @@ class Held {
       if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return false;
     }
     for (const Dictionary& seen : dictionaries_) {
+      const uint64_t version = version_of(seen.dictionary);
+      if (version != kNoTag && version == seen.version) continue;
       size_t next = 0;
       const bool same = for_each(seen, [&](PyObject* key, PyObject* value) {
         if (next == seen.entries.size()) return false;
@@ -99,9 +117,10 @@ class Held {
         return are_same(key, held_key.ptr(), false) && are_same(value, held_value.ptr(), by_identity_);
       });
       if (!same || next != seen.entries.size()) return false;
+      seen.version = version;
     }
-    for (const auto& [tensor, place] : tensors_) {
-      if (place_of(tensor, place.version != kNoVersion) != place) return false;
+    for (const auto& [tensor, is_matrix, place] : tensors_) {
+      if (place_of(tensor, place.version != kNoVersion, is_matrix) != place) return false;
     }
     return true;
   }
@@ -128,6 +147,7 @@ class Held {
     explicit Dictionary(py::object given) : dictionary(std::move(given)) {}
     py::object dictionary;
     std::vector<std::pair<py::object, py::object>> entries;
+    mutable uint64_t version = kNoTag;  // that it had when it was found to hold this
   };
   struct Place {
     int64_t version, address, contiguous;
@@ -135,8 +155,23 @@ class Held {
   };
   struct Seen {
     py::object tensor;
+    bool is_matrix;
     Place place;
   };
+
+  // Python 3.11 and 3.12 number the states of all dictionaries: one that has its number still has not been written to.
+  static constexpr uint64_t kNoTag = 0;
+
+  static uint64_t version_of(const py::object& dictionary) {
+#if PY_VERSION_HEX < 0x030d0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+    return reinterpret_cast<PyDictObject*>(dictionary.ptr())->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+    return kNoTag;
+#endif
+  }
 
   template <typename Body>
   bool for_each(const Dictionary& seen, Body body) const {
@@ -162,7 +197,7 @@ class Held {
   // A tensor made in inference mode has no version: to ask for it takes microseconds, and ends in an error.
   static constexpr int64_t kNoVersion = -1;
 
-  static Place place_of(const py::handle& tensor, bool has_version) {
+  static Place place_of(const py::handle& tensor, bool has_version, bool is_matrix) {
     static PyObject* const version = PyUnicode_InternFromString("_version");
     static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
     static PyObject* const is_contiguous = PyUnicode_InternFromString("is_contiguous");
@@ -177,7 +212,7 @@ class Held {
     };
     return {has_version ? number(PyObject_GetAttr(tensor.ptr(), version)) : kNoVersion,
             number(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr)),
-            number(PyObject_CallMethodNoArgs(tensor.ptr(), is_contiguous))};
+            is_matrix ? number(PyObject_CallMethodNoArgs(tensor.ptr(), is_contiguous)) : 1};
   }
 
   std::vector<Dictionary> dictionaries_;
@@ -202,6 +237,11 @@ void set_up_held(PyHeapTypeObject* heap_type) {
   };
 }
 
+bool all_unchanged(const py::tuple& watched) {
+  return std::all_of(watched.begin(), watched.end(),
+                     [](const py::handle& one) { return py::cast<const Watched&>(one).unchanged(); });
+}
+
 // "0.1.0 in /path/to/_C.so"
 std::string library() {
   Dl_info info{};
@@ -223,14 +263,15 @@ PYBIND11_MODULE(SAIT_MODULE, m) {
   m.attr("cuda_archs") = SAIT_CUDA_ARCHS;
   m.attr("compiler") = __VERSION__;
   m.attr("cuda_head_dims") = std::vector<int64_t>(std::begin(sait::cuda::kHeadDims), std::end(sait::cuda::kHeadDims));
-  pybind11::class_<Sample>(m, "Sample", "Some words of pieces of memory: (address, bytes) each.")
-      .def(pybind11::init<std::vector<std::pair<uintptr_t, int64_t>>>())
-      .def("hash", &Sample::hash, "Of what lies there now.");
-  pybind11::class_<Held>(m, "Held", pybind11::custom_type_setup(set_up_held),
-                         "What dictionaries hold, classes of objects, dictionaries that are empty, places of tensors.")
+  pybind11::class_<Watched>(m, "Watched").def("unchanged", &Watched::unchanged, "Whether all of it still is so.");
+  pybind11::class_<Sample, Watched>(m, "Sample", "Some words of pieces of memory: (address, bytes) each.")
+      .def(pybind11::init<std::vector<std::pair<uintptr_t, int64_t>>>());
+  pybind11::class_<Held, Watched>(
+      m, "Held", pybind11::custom_type_setup(set_up_held),
+      "What dictionaries hold, classes of objects, dictionaries that are empty, places of tensors.")
       .def(pybind11::init<py::list, bool, py::object, py::list, py::list, py::list>(), py::arg("dictionaries"),
-           py::arg("by_identity"), py::arg("ignored"), py::arg("objects"), py::arg("empty"), py::arg("tensors"))
-      .def("unchanged", &Held::unchanged, "Whether all of it still is so.");
+           py::arg("by_identity"), py::arg("ignored"), py::arg("objects"), py::arg("empty"), py::arg("tensors"));
+  m.def("all_unchanged", all_unchanged, "Whether several of these, in a tuple, still are what they were.");
   m.def("poison_memory", sait::poison_memory, "Whether memory that ops allocate on the CPU holds NaN first (tests).");
   m.def("poisoned_bytes", sait::poisoned_bytes, "How many bytes did so far.");
   m.def("best_isa", [] { return isa_name(best_isa()); }, "The widest instruction set of this CPU that kernels use.");

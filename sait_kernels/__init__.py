@@ -14,7 +14,9 @@ from sait_kernels.ops.compact_attention import compact_attention
 from sait_kernels.ops.gather_add_norm import gather_add_norm
 from sait_kernels.ops.gather_tokens import gather_tokens, scatter_tokens
 from sait_kernels.ops.linear_residual import linear_residual
+from sait_kernels.ops.norm_heads import norm_heads
 from sait_kernels.ops.norm_linear import norm_linear
+from sait_kernels.ops.packed_embed import packed_embed
 from sait_kernels.ops.packed_encoder import EncoderBlock, EncoderStage, PackedEncoder, packed_encoder
 from sait_kernels.ops.packed_linear import PackedLayer, pack_linear, packed_block, packed_linear
 from sait_kernels.ops.prune_attention import prune_attention
@@ -36,9 +38,11 @@ __all__ = [
     "gather_add_norm",
     "gather_tokens",
     "linear_residual",
+    "norm_heads",
     "norm_linear",
     "pack_linear",
     "packed_block",
+    "packed_embed",
     "packed_encoder",
     "packed_linear",
     "prune_attention",

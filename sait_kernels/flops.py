@@ -80,6 +80,10 @@ def packed_block(op: Any, result: Any) -> int:
     return 2 * op.y.shape[0] * channels * (op.y.shape[1] + (1 + _matrices(op.gated)) * op.hidden_features)
 
 
+def packed_embed(op: Any, result: Any) -> int:
+    return 2 * op.images.numel() * op.out_features
+
+
 def packed_encoder(op: Any, result: Any) -> int:
     """Block by block: the rows that it saw, and those that it left."""
     _, _, offsets = result
@@ -111,9 +115,11 @@ FORMULAS: dict[str, Formula] = {
     "gather_add_norm_backward": no_products,
     "gather_tokens": no_products,
     "linear_residual": linear_residual,
+    "norm_heads": no_products,
     "norm_linear": norm_linear,
     "pack_linear": no_products,
     "packed_block": packed_block,
+    "packed_embed": packed_embed,
     "packed_encoder": packed_encoder,
     "packed_linear": packed_linear,
     "prune_attention": prune_attention,

@@ -5,7 +5,9 @@ from sait_kernels.ops.gather_add_norm import gather_add_norm_reference as gather
 from sait_kernels.ops.gather_tokens import gather_tokens_reference as gather_tokens
 from sait_kernels.ops.gather_tokens import scatter_tokens_reference as scatter_tokens
 from sait_kernels.ops.linear_residual import linear_residual_reference as linear_residual
+from sait_kernels.ops.norm_heads import norm_heads_reference as norm_heads
 from sait_kernels.ops.norm_linear import norm_linear_reference as norm_linear
+from sait_kernels.ops.packed_embed import packed_embed_reference as packed_embed
 from sait_kernels.ops.packed_encoder import packed_encoder_reference as packed_encoder
 from sait_kernels.ops.packed_linear import pack_linear_reference as pack_linear
 from sait_kernels.ops.packed_linear import packed_block_reference as packed_block
@@ -21,9 +23,11 @@ __all__ = [
     "gather_add_norm",
     "gather_tokens",
     "linear_residual",
+    "norm_heads",
     "norm_linear",
     "pack_linear",
     "packed_block",
+    "packed_embed",
     "packed_encoder",
     "packed_linear",
     "prune_attention",

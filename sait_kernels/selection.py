@@ -41,7 +41,9 @@ def uniform_cu_seqlens(B: int, N: int, device: torch.device | str | None = None)
     >>> uniform_cu_seqlens(2, 197, "cpu")
     tensor([  0, 197, 394], dtype=torch.int32)
     """
-    return torch.arange(B + 1, dtype=torch.int32, device=device) * N
+    if N == 0:
+        return torch.zeros(B + 1, dtype=torch.int32, device=device)
+    return torch.arange(0, B * N + 1, N, dtype=torch.int32, device=device)
 
 
 def with_no_row(x: Tensor) -> Tensor:

@@ -172,6 +172,7 @@ def assert_as_exact_as_torch(what: str, got: Tensor, exact: Tensor, *in_torch: T
     ``exact`` is the float64 result. Its rounding to the output's dtype alone costs half an ulp, and an ulp of a value
     below m is at most eps * m: hence eps / 2 times the largest magnitude. Of several ``in_torch``, the worst counts.
     """
+    assert exact.dtype == torch.float64, f"{what}: {exact.dtype} is not exact"
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     assert got.isfinite().all(), f"{what}: {int((~got.isfinite()).sum())} elements are not finite"
     if not exact.numel():

@@ -35,6 +35,7 @@ def arguments() -> dict[str, Callable[[], Any]]:
     table = randn(7, 2 * D)
     proj, fc1, fc2 = (sk.pack_linear(w) for w in (square, wide, narrow))
     layers = [sk.PackedLayer(packed) for packed in (proj, fc1, fc2)]
+    images, patches = randn(2, 3, 8, 12), sk.pack_linear(randn(C, 48) / 7)
     norm, qkv = (weight, bias, 1e-6), sk.PackedLayer(sk.pack_linear(randn(3 * C, C) / 14))
     block = sk.EncoderBlock(norm, qkv, layers[0], norm, *layers[1:])
     encoder = sk.PackedEncoder([block] * 2, heads=H, head_dim=D, hidden_features=4 * C)
@@ -54,6 +55,10 @@ def arguments() -> dict[str, Callable[[], Any]]:
         "packed_linear": lambda: sk.packed_linear(x, fc1, 4 * C, activation="gelu"),
         "packed_block": lambda: sk.packed_block(
             y, x, layers[0], norm, *layers[1:], hidden_features=4 * C, selection=selection
+        ),
+        "norm_heads": lambda: sk.norm_heads(q, weight[:D], bias[:D], 1e-6),
+        "packed_embed": lambda: sk.packed_embed(
+            images, patches, C, bias, patch=(4, 4), prefix=x[:1], positions=x[1:7]
         ),
         "packed_encoder": lambda: sk.packed_encoder(x, cu, N, encoder, stages=[sk.EncoderStage(0, keep=0.45)]),
     }

@@ -1,12 +1,11 @@
 // packed_encoder on the CPU. A thread takes an image, or a few short ones, through all blocks before it turns to the next:
-// their rows stay in its cache, the weights stream by, no thread waits for another between two ops, and one that is held
-// up elsewhere takes fewer images. What is left over, fewer images than threads, all threads take through together.
+// their rows stay in its cache, the weights stream by, and no thread waits for another between two ops. What is left over,
+// fewer images than threads, all threads take through together.
 //
 // It calls the kernels of the single ops, whose bits depend neither on the batch nor on the number of threads.
 #include "sait/packed_encoder.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -15,6 +14,7 @@
 
 #include "cpu/runtime.h"
 #include "sait/compact_attention.h"
+#include "sait/norm_heads.h"
 #include "sait/rotate.h"
 #include "sait/score_tokens.h"
 
@@ -51,7 +51,7 @@ class Buffer {
 
 // What a thread needs on its way through the blocks.
 struct Workspace {
-  Buffer x[2], qkv, turned, attended, scores;
+  Buffer x[2], qkv, normed, turned, attended, scores;
   Buffer indices, spread, lengths, cu_seqlens[2], rows[2], positions[2];
 };
 
@@ -81,6 +81,7 @@ class Group {
         ++stage;
       }
     }
+    if (p_.prefix_only) deliver(p_.leaving);
     deliver_rows();
   }
 
@@ -97,6 +98,15 @@ class Group {
 
     HeadView q{qkv, 3 * width, p_.head_dim}, k = q, v = q;
     k.data = qkv + width * bytes_, v.data = qkv + 2 * width * bytes_;
+    if (b.q_norm_weight != nullptr) {
+      char* normed = work_.normed.room(2 * total_ * width * bytes_);
+      const auto norm = [&](HeadView& heads, const float* weight, const float* bias, char* out) {
+        norm_heads({heads, weight, bias, p_.head_eps, total_, p_.heads, p_.head_dim, p_.dtype, out});
+        heads = {out, width, p_.head_dim};
+      };
+      norm(q, b.q_norm_weight, b.q_norm_bias, normed);
+      norm(k, b.k_norm_weight, b.k_norm_bias, normed + total_ * width * bytes_);
+    }
     if (b.table != nullptr) {
       char* turned = work_.turned.room(2 * total_ * width * bytes_);
       rotate({q, k, positions_, b.table, b.table_row_stride, b.table_head_stride, total_, p_.heads, p_.head_dim,
@@ -226,13 +236,7 @@ void packed_encoder(const PackedEncoderParams& p) {
   const int64_t mean = std::max<int64_t>(1, p.batch.cu_seqlens[images] / images);
   const int64_t size = std::clamp<int64_t>(kRowsOfTask / mean, 1, std::max<int64_t>(1, images / (4 * threads)));
   const int64_t tasks = images / size / threads * threads;
-  std::atomic<int64_t> next{0};
-  parallel_for(tasks > 0 ? threads : 0, 1, [&](int64_t begin, int64_t end) {
-    const Alone alone;
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t task = next++; task < tasks; task = next++) encode(task * size, (task + 1) * size);
-    }
-  });
+  parallel_tasks(tasks, [&](int64_t task) { encode(task * size, (task + 1) * size); });
   if (tasks * size < images) encode(tasks * size, images);
 }
 

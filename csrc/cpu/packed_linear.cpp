@@ -1,4 +1,4 @@
-// packed_linear and packed_block on the CPU: a block of rows is normalised once, stays in the cache, and meets one block
+// packed_linear, packed_block and packed_embed on the CPU: a block of rows is normalised once, stays in the cache, and meets one block
 // of columns of the weight after the other. What follows the product is done on its float tile, before the result is
 // rounded and written once. packed_block does the same for its three layers in turn, and of many rows the hidden ones
 // stay in L2.
@@ -10,6 +10,7 @@
 #include "cpu/activation.h"
 #include "cpu/rows.h"
 #include "cpu/gemm.h"
+#include "sait/packed_embed.h"
 #include "sait/packed_linear.h"
 
 namespace sait::cpu::SAIT_ISA {
@@ -281,7 +282,54 @@ void packed_block(const PackedBlockParams& p) {
   });
 }
 
+// Copies at least 16 bytes: 16 at a time, the last of them perhaps once more.
+inline void copy_long(char* to, const char* from, int64_t bytes) {
+  for (int64_t i = 0; i + 16 < bytes; i += 16) std::memcpy(to + i, from + i, 16);
+  std::memcpy(to + bytes - 16, from + bytes - 16, 16);
+}
+
+// Some patches of an image, as rows: (rows, inputs).
+template <typename T>
+void gather_patches(const PackedEmbedParams& p, const T* image, int64_t first, int64_t rows, T* out) {
+  const int64_t height = p.patch_height, width = p.patch_width, bytes = width * static_cast<int64_t>(sizeof(T));
+  for (int64_t patch = first; patch < first + rows; ++patch) {
+    const T* corner = image + patch / p.columns * height * p.row_stride + patch % p.columns * width;
+    for (int64_t c = 0; c < p.channels; ++c, corner += p.channel_stride) {
+      for (int64_t y = 0; y < height; ++y, out += width) {
+        const T* pixels = corner + y * p.row_stride;
+        if (bytes >= 16) copy_long(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(pixels), bytes);
+        else std::copy_n(pixels, width, out);
+      }
+    }
+  }
+}
+
+// The patches of an image are gathered where their product finds them in the cache, and become rows of the batch.
+template <typename E>
+void packed_embed(const PackedEmbedParams& p) {
+  using T = typename E::type;
+  const PackedLinearParams& patches = p.linear;
+  const int64_t outputs = patches.outputs, row_bytes = patches.inputs * sizeof(typename Products<E>::type);
+  const Blocks blocks(patches.rows, row_bytes, p.count < num_threads() ? num_threads() : 1);
+  parallel_tasks(p.count * blocks.count, [&](int64_t task) {
+    const int64_t image = task / blocks.count, block = task % blocks.count;
+    const int64_t first = blocks.first(block), rows = blocks.rows_of(block);
+    T* out = static_cast<T*>(patches.out) + image * (p.num_prefix + patches.rows) * outputs;
+    if (block == 0) std::copy_n(static_cast<const T*>(p.prefix), p.num_prefix * outputs, out);
+    T* inputs = scratch<T, 4>(kMaxBlock * patches.inputs);
+    gather_patches(p, static_cast<const T*>(p.images) + image * p.image_stride, first, rows, inputs);
+    PackedLinearParams some = some_rows<E>(patches, first, rows);
+    some.x = {inputs, patches.inputs};
+    some.out = out + (p.num_prefix + first) * outputs;
+    multiply<E>(some, 0, blocks_of(some));
+  });
+}
+
 }  // namespace linear
+
+void packed_embed(const PackedEmbedParams& p) {
+  visit_dtype(p.linear.dtype, [&](auto element) { linear::packed_embed<decltype(element)>(p); });
+}
 
 void packed_linear(const PackedLinearParams& p) {
   visit_dtype(p.dtype, [&](auto element) { linear::packed_linear<decltype(element)>(p); });
@@ -333,6 +381,10 @@ void packed_linear(const PackedLinearParams& p) {
 
 void packed_block(const PackedBlockParams& p) {
   if (p.proj.rows > 0) SAIT_DISPATCH(packed_block, p);
+}
+
+void packed_embed(const PackedEmbedParams& p) {
+  if (p.linear.outputs > 0) SAIT_DISPATCH(packed_embed, p);
 }
 
 }  // namespace sait::cpu

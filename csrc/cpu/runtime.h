@@ -2,6 +2,8 @@
 // them. Nothing in this folder knows torch.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -23,10 +25,11 @@ Isa isa_from_name(const char* name);
 class Alone {
  public:
   Alone() { is_ = true; }
-  ~Alone() { is_ = false; }
+  ~Alone() { is_ = was_; }
   static bool is() { return is_; }
 
  private:
+  const bool was_ = is_;
   static thread_local bool is_;
 };
 
@@ -39,6 +42,19 @@ template <typename Body>
 void parallel_for(int64_t size, int64_t grain, Body&& body) {
   parallel_ranges(size, grain, &body,
                   [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); });
+}
+
+// task(i) for each i of [0, tasks): a thread takes the next one as soon as it is free, and computes it alone, so that one
+// that is held up elsewhere takes fewer.
+template <typename Task>
+void parallel_tasks(int64_t tasks, Task&& task) {
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min<int64_t>(tasks, num_threads()), 1, [&](int64_t begin, int64_t end) {
+    const Alone alone;
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t i = next++; i < tasks; i = next++) task(i);
+    }
+  });
 }
 
 }  // namespace sait::cpu

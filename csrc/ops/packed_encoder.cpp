@@ -17,23 +17,24 @@ constexpr size_t kWeights = 5;  // of a block: qkv, proj, fc1, fc2, and its vect
 
 using Vectors = const float* EncoderBlock::*;
 // In their order in a block's tensor of vectors; bit i of `present` says whether the i-th is there.
-constexpr Vectors kVectors[] = {&EncoderBlock::norm1_weight,
-                                &EncoderBlock::norm1_bias,
-                                &EncoderBlock::qkv_bias,
-                                &EncoderBlock::proj_bias,
-                                &EncoderBlock::gamma1,
-                                &EncoderBlock::norm2_weight,
-                                &EncoderBlock::norm2_bias,
-                                &EncoderBlock::fc1_bias,
-                                &EncoderBlock::gate_bias,
-                                &EncoderBlock::hidden_norm_weight,
-                                &EncoderBlock::hidden_norm_bias,
-                                &EncoderBlock::fc2_bias,
-                                &EncoderBlock::gamma2};
-constexpr int64_t kNorms = 0b0000001100011;  // norm1 and norm2, which are always there
+constexpr Vectors kVectors[] = {&EncoderBlock::norm1_weight,     &EncoderBlock::norm1_bias,
+                                &EncoderBlock::qkv_bias,         &EncoderBlock::proj_bias,
+                                &EncoderBlock::gamma1,           &EncoderBlock::norm2_weight,
+                                &EncoderBlock::norm2_bias,       &EncoderBlock::fc1_bias,
+                                &EncoderBlock::gate_bias,        &EncoderBlock::hidden_norm_weight,
+                                &EncoderBlock::hidden_norm_bias, &EncoderBlock::fc2_bias,
+                                &EncoderBlock::gamma2,           &EncoderBlock::q_norm_weight,
+                                &EncoderBlock::q_norm_bias,      &EncoderBlock::k_norm_weight,
+                                &EncoderBlock::k_norm_bias};
+constexpr int64_t kNorms = 0b1100011;                // norm1 and norm2, which are always there
+constexpr int64_t kHeadNorms = 0b11110000000000000;  // those of q and k: all or none
 
 int64_t size_of(Vectors vector, const PackedEncoderParams& p) {
   if (vector == &EncoderBlock::qkv_bias) return 3 * p.heads * p.head_dim;
+  for (const Vectors of_head : {&EncoderBlock::q_norm_weight, &EncoderBlock::q_norm_bias, &EncoderBlock::k_norm_weight,
+                                &EncoderBlock::k_norm_bias}) {
+    if (vector == of_head) return p.head_dim;
+  }
   const bool of_hidden = vector == &EncoderBlock::fc1_bias || vector == &EncoderBlock::gate_bias ||
                          vector == &EncoderBlock::hidden_norm_weight || vector == &EncoderBlock::hidden_norm_bias;
   return of_hidden ? p.hidden : p.channels;
@@ -44,8 +45,11 @@ std::vector<EncoderBlock> check_blocks(const Tensor& x, const PackedEncoderParam
                                        const std::vector<Tensor>& tables) {
   SAIT_CHECK_VALUE(!weights.empty() && weights.size() % kWeights == 0, op, "weights",
                    kWeights << " tensors for each block", weights.size(), "Pass what PackedEncoder made.");
-  SAIT_CHECK_VALUE((present & kNorms) == kNorms && present < (1 << std::size(kVectors)), op, "vectors",
-                   "weight and bias of both norms", present, "Pass what PackedEncoder made.");
+  const int64_t head_norms = present & kHeadNorms;
+  SAIT_CHECK_VALUE((present & kNorms) == kNorms && (head_norms == 0 || head_norms == kHeadNorms) &&
+                       present < (1 << std::size(kVectors)),
+                   op, "vectors", "weight and bias of both norms, and of both heads' norms or none", present,
+                   "Pass what PackedEncoder made.");
   int64_t floats = 0;
   for (size_t i = 0; i < std::size(kVectors); ++i) floats += present >> i & 1 ? size_of(kVectors[i], p) : 0;
   const int64_t width = p.heads * p.head_dim;
@@ -171,7 +175,7 @@ std::vector<EncoderStage> check_stages(const std::vector<int64_t>& numbers, cons
 std::tuple<Tensor, Tensor, Tensor> packed_encoder(const Tensor& x, const Tensor& cu_seqlens, int64_t max_seqlen,
                                                   const std::vector<Tensor>& weights, int64_t heads, int64_t head_dim,
                                                   int64_t hidden_features, int64_t num_prefix, double eps1, double eps2,
-                                                  double hidden_eps, std::optional<double> scale,
+                                                  double hidden_eps, double head_eps, std::optional<double> scale,
                                                   std::string_view activation, bool gated, int64_t present,
                                                   const OptionalTensor& positions, const std::vector<Tensor>& tables,
                                                   bool pairs, const std::vector<int64_t>& stage_numbers,
@@ -192,7 +196,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_encoder(const Tensor& x, const Tensor&
                    "Rows of no image are not served here: cut them off.");
   p.channels = x.size(1), p.heads = heads, p.head_dim = head_dim, p.hidden = hidden_features;
   p.num_prefix = num_prefix, p.eps1 = static_cast<float>(eps1), p.eps2 = static_cast<float>(eps2);
-  p.hidden_eps = static_cast<float>(hidden_eps), p.scale = static_cast<float>(check_scale(op, scale, head_dim));
+  p.hidden_eps = static_cast<float>(hidden_eps), p.head_eps = static_cast<float>(head_eps);
+  p.scale = static_cast<float>(check_scale(op, scale, head_dim));
   p.activation = activation_of(op, activation), p.gated = gated, p.pairs = pairs, p.dtype = dtype_of(x);
   p.prefix_only = prefix_only;
   SAIT_CHECK_VALUE(positions.has_value() == !tables.empty(), op, "positions", "them and tables, or neither",
@@ -210,34 +215,37 @@ std::tuple<Tensor, Tensor, Tensor> packed_encoder(const Tensor& x, const Tensor&
 
   const int64_t images = p.batch.images;
   const Room room(p, stages);
+  if (prefix_only) stages.push_back({});
+  const auto count = static_cast<int64_t>(stages.size());
   int64_t total = 0;
-  for (size_t i = 0; i < stages.size(); ++i) total += room.offsets[i].back();
+  for (int64_t i = 0; i < count; ++i) total += room.offsets[i].back();
   const auto ints = [&](Sizes sizes) { return allocate(x, sizes, ScalarType::Int); };
-  Tensor rows = ints({total}), lengths = ints({static_cast<int64_t>(stages.size()) + 1, images});
+  Tensor rows = ints({total}), lengths = ints({count + 1, images});
   int32_t *next_rows = rows.mutable_data_ptr<int32_t>(), *length = lengths.mutable_data_ptr<int32_t>();
-  for (size_t i = 0; i < stages.size(); ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     stages[i].offsets = room.offsets[i].data();
     stages[i].rows = next_rows;
     stages[i].lengths = length + i * images;
     next_rows += room.offsets[i].back();
   }
-  p.stages = stages.data(), p.stage_count = static_cast<int64_t>(stages.size());
+  p.stages = stages.data(), p.stage_count = count;
+  if (prefix_only) p.leaving = stages.back(), --p.stage_count;
   Tensor out = allocate(x, {room.offsets.back().back(), p.channels});
-  p.offsets = room.offsets.back().data(), p.out = out.mutable_data_ptr(), p.lengths = length + stages.size() * images;
+  p.offsets = room.offsets.back().data(), p.out = out.mutable_data_ptr(), p.lengths = length + count * images;
   cpu::packed_encoder(p);
 
   if (room.ragged) {
     out = compacted(out, room.offsets.back(), p.lengths);
     std::vector<int64_t> all{0};
-    for (size_t i = 0; i < stages.size(); ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       const int64_t before = all.back();
       for (int64_t b = 1; b <= images; ++b) all.push_back(before + room.offsets[i][b]);
     }
     rows = compacted(rows, all, length);
   }
-  Tensor offsets = ints({static_cast<int64_t>(stages.size()), images + 1});
+  Tensor offsets = ints({count, images + 1});
   int32_t* sum = offsets.mutable_data_ptr<int32_t>();
-  for (size_t i = 0; i < stages.size(); ++i, sum += images + 1) {
+  for (int64_t i = 0; i < count; ++i, sum += images + 1) {
     sum[0] = 0;
     for (int64_t b = 0; b < images; ++b) sum[b + 1] = sum[b] + stages[i].lengths[b];
   }
@@ -250,7 +258,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_encoder(const Tensor& x, const Tensor&
 STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "packed_encoder(Tensor x, Tensor cu_seqlens, int max_seqlen, Tensor[] weights, int heads, int head_dim, "
-      "int hidden_features, int num_prefix, float eps1, float eps2, float hidden_eps, float? scale, str activation, "
+      "int hidden_features, int num_prefix, float eps1, float eps2, float hidden_eps, float head_eps, float? scale, "
+      "str activation, "
       "bool gated, int vectors, Tensor? positions, Tensor[] tables, bool pairs, int[] stages, float[] shares, "
       "bool prefix_only) -> (Tensor, Tensor, Tensor)");
 }

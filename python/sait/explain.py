@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from sait.execution.apart import path_of
+from sait.execution.embedding import why_not_packed
 from sait.execution.encoder import why_one_by_one
-from sait.execution.optimize import HOLDER, PackedBlock, block_for, products_for, why_no_products, why_not_here
+from sait.execution.optimize import (
+    HOLDER,
+    Optimized,
+    PackedBlock,
+    block_for,
+    products_for,
+    why_no_products,
+    why_not_here,
+)
 from sait.state import sparse_family, state_of
 
 MODULES, PACKED = "its modules", "packed weights"
@@ -26,6 +35,7 @@ class Explanation(NamedTuple):
     blocks: tuple[BlockRun, ...]
     note: str  # what holds for the whole model; empty where nothing does
     one_by_one: str | None = None  # why blocks of packed weights are not one op; empty where they are
+    embedding: str | None = None  # why the patch embedding is not of packed weights, where any are; empty where it is
 
     def __str__(self) -> str:
         alike: dict[tuple[str, str], list[str]] = {}
@@ -37,6 +47,9 @@ class Explanation(NamedTuple):
             lines.append(f"{which}: {runs}" + (f", because {why}" if why else ""))
         if self.one_by_one is not None:
             lines.append(f"one by one, because {self.one_by_one}" if self.one_by_one else "all of them in one op")
+        if self.embedding is not None:
+            runs = f"{MODULES}, because {self.embedding}" if self.embedding else PACKED
+            lines.append(f"patch embedding: {runs}")
         return "\n".join(lines)
 
 
@@ -52,6 +65,7 @@ def explain(model: Any) -> Explanation:
     ...     print(explain(model))
     12 blocks, blocks.0 to blocks.11: packed weights
     all of them in one op
+    patch embedding: packed weights
 
     Raises:
         TypeError: the model is not sparse.
@@ -73,7 +87,12 @@ def explain(model: Any) -> Explanation:
     if plan is None and hasattr(type(model), "_sait_original"):
         note = "No token is dropped (sait.set_density): the model's own forward runs, not this:"
     packed = all(block.runs == PACKED for block in found)
-    return Explanation(tuple(found), note, (why_one_by_one(model, family, plan) or "") if packed else None)
+    one_by_one = (why_one_by_one(model, family, plan) or "") if packed else None
+    first = family.blocks(model)[0]
+    x, embedding = next(first.parameters()).detach(), None
+    if HOLDER in vars(first) and products_for(x) is Optimized.packed:
+        embedding = why_not_packed(family.patch_embedding(model), x) or ""
+    return Explanation(tuple(found), note, one_by_one, embedding)
 
 
 def _why_modules(block: Any, family: Any, x: Any, after: Any) -> str:

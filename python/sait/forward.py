@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sait_kernels as sk
 from sait.execution.apart import check_apart
+from sait.execution.embedding import embed
 from sait.execution.encoder import encode
 from sait.execution.optimize import Way, block_for, products_for
 from sait.families.base import Family
@@ -33,7 +34,7 @@ def forward(
     if plan is not None:
         check_blocks(plan, len(family.blocks(model)))
         check_apart(model, family, state)
-    tokens = family.embed(model, images) if tokens is None else tokens
+    tokens = embed(model, family, images) if tokens is None else tokens
     enough = for_head and family.prefix_is_enough(model)
     one_op = state.recorded is None and homes is None and not family.checkpoints(model)
     encoded = encode(model, family, plan, tokens, enough) if one_op else None

@@ -43,8 +43,9 @@ class State:
         # Its record as bare tuples: torch.compile of torch 2.11 cannot leave a NamedTuple on an object.
         self._last: tuple[Any, ...] | None = None
         self.recorded: list[Tensor] | None = None  # where record_scores asks for the scores
-        self.glances: Any = None  # of the modules that are taken apart, as they were checked
+        self.checked: Any = None  # the modules that are taken apart, as they were then
         self.encoder: Any = None  # of an optimized model: its blocks together
+        self.embedding: Any = None  # of an optimized model: its packed patch embedding
 
     def __reduce__(self) -> tuple[Any, ...]:
         return State, (self.plan, self.active)  # the record of a forward is not the copy's

@@ -146,6 +146,8 @@ def prefix_selection(tokens: Tokens) -> Selection:
 def prefix_rows(tokens: Tokens) -> Tensor:
     """(B, P) int32: the packed rows of each image's prefix tokens."""
     starts = tokens.cu_seqlens[:-1, None]
+    if tokens.num_prefix == 1:
+        return starts
     return starts + torch.arange(tokens.num_prefix, dtype=starts.dtype, device=starts.device)
 
 

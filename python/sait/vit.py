@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from sait.families.base import entering
+from sait.families.base import PatchEmbedding, entering
 from sait.families.timm_vit import TimmVit
 from sait.forward import forward
 from sait.methods.base import Scorer
@@ -41,7 +41,14 @@ class SaitVitFamily(TimmVit):
     def embed(self, model: Any, images: Tensor) -> Tokens:
         patches = model.patch_embed(images)
         x = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], dim=1) + model.pos_embed
+        return self.enter(model, x, (images.shape[2], images.shape[3]))
+
+    def enter(self, model: Any, x: Tensor, size: tuple[int, int]) -> Tokens:
         return entering(x, 1)
+
+    def patch_embedding(self, model: Any) -> PatchEmbedding | None:
+        embed = model.patch_embed
+        return PatchEmbedding(embed, embed.img_size, (), (model.cls_token,), model.pos_embed, count_prefix=True)
 
     def prefix_is_enough(self, model: Any) -> bool:
         return True

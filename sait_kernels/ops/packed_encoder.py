@@ -11,6 +11,7 @@ from torch import Tensor
 from sait_kernels.activation import activation_of
 from sait_kernels.backend import backend, choose, kernels, register
 from sait_kernels.ops.compact_attention import compact_attention
+from sait_kernels.ops.norm_heads import norm_heads
 from sait_kernels.ops.packed_linear import PackedLayer, _refuse_gradients, packed_block, packed_linear
 from sait_kernels.ops.prune_attention import prune_attention
 from sait_kernels.ops.rotate import rotate
@@ -37,11 +38,14 @@ class EncoderBlock(NamedTuple):
     gamma1: Tensor | None = None
     gamma2: Tensor | None = None
     hidden_norm: Norm | None = None
+    q_norm: Norm | None = None  # of each head, (D,); with k_norm, or neither
+    k_norm: Norm | None = None
 
     @property
     def form(self) -> tuple[Any, ...]:
         """What blocks of one PackedEncoder have in common: which vectors there are, a gate or none, and every eps."""
-        eps = tuple(norm[2] for norm in (self.norm1, self.norm2, self.hidden_norm) if norm is not None)
+        norms = self.norm1, self.norm2, self.hidden_norm, self.q_norm, self.k_norm
+        eps = tuple(norm[2] for norm in norms if norm is not None)
         return tuple(vector is not None for vector in _vectors(self)), self.fc1.gated, eps
 
 
@@ -94,7 +98,13 @@ class PackedEncoder:
                     "Run the blocks one by one."
                 )
         self.gated = first.fc1.gated
-        self.eps = first.norm1[2], first.norm2[2], 0.0 if first.hidden_norm is None else first.hidden_norm[2]
+        hidden_eps, q_eps, k_eps = (0.0 if n is None else n[2] for n in (first.hidden_norm, first.q_norm, first.k_norm))
+        if q_eps != k_eps:
+            raise ValueError(
+                f"{op}: q_norm: expected the eps of k_norm, {k_eps} (0.0: there is none), got {q_eps}. Run the blocks "
+                "one by one."
+            )
+        self.eps = first.norm1[2], first.norm2[2], hidden_eps, q_eps
         self.present = sum(1 << i for i, vector in enumerate(_vectors(first)) if vector is not None)
         self.weights: list[Tensor] = []
         for block in self.blocks:
@@ -115,7 +125,8 @@ def packed_encoder(
     pairs: bool = False,
     prefix_only: bool = False,
 ) -> tuple[Tensor, tuple[Selection, ...]]:
-    """All blocks: each is packed_linear of norm1 and qkv, rotate, compact_attention or prune_attention, packed_block.
+    """All blocks: each is packed_linear of norm1 and qkv, norm_heads, rotate, compact_attention or prune_attention,
+    packed_block.
 
     The same bits as these one after the other. A thread takes an image through all blocks before it turns to the next,
     so an image's rows stay in its cache; where there are fewer images than threads, all threads share each op.
@@ -133,7 +144,8 @@ def packed_encoder(
         prefix_only: the last block computes the prefix rows alone; then it has no stage.
 
     Returns:
-        (out (S, C) of x's dtype, for each stage the Selection of who is left behind it, in rows of x).
+        (out (S, C) of x's dtype; for each stage the Selection of who is left behind it, in rows of x, and of
+        prefix_only one more: whose rows ``out`` has).
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or stage.
@@ -152,6 +164,8 @@ def packed_encoder(
         numbers += n
         shares += s
         bounds.append(longest)
+    if prefix_only:
+        bounds.append(min(longest, num_prefix))
     required = {"x": x, "qkv": encoder.weights[0], "cu_seqlens": cu_seqlens}
     served = choose(op, required, {"positions": positions, "table": tables[0] if tables else None})
     _refuse_gradients(op, x, *encoder.weights, *tables)
@@ -193,6 +207,8 @@ def packed_encoder_in_steps(
     for i, block in enumerate(encoder.blocks):
         qkv = packed_linear(x, block.qkv.packed, 3 * width, block.qkv.bias, norm=block.norm1)
         q, k, v = qkv.view(len(x), 3, heads, head_dim).unbind(1)
+        if block.q_norm is not None and block.k_norm is not None:
+            q, k = norm_heads(q, *block.q_norm), norm_heads(k, *block.k_norm)
         if positions is not None:
             q, k = rotate(q, k, positions, tables[i if len(tables) > 1 else 0], pairs=pairs)
         stage, selection = of_block.get(i), None
@@ -204,7 +220,7 @@ def packed_encoder_in_steps(
             )
         else:
             if prefix_only and i + 1 == len(encoder.blocks):
-                selection = _prefix_rows(cu_seqlens, num_prefix)
+                selection = _prefix_rows(cu_seqlens, max_seqlen, num_prefix)
             attended = compact_attention(q, k, v, cu_seqlens, max_seqlen, selection=selection, scale=scale)
         x = packed_block(
             *(attended, x, block.proj, block.norm2, block.fc1, block.fc2),
@@ -219,7 +235,6 @@ def packed_encoder_in_steps(
             rows = rows.index_select(0, selection.indices)
             positions = None if positions is None else positions.index_select(0, selection.indices)
             cu_seqlens, max_seqlen = selection.cu_seqlens, selection.max_seqlen
-        if stage is not None:
             selections.append(Selection(rows, cu_seqlens, max_seqlen))
     return x, tuple(selections)
 
@@ -229,7 +244,7 @@ def packed_encoder_reference(*arguments: Any, **options: Any) -> tuple[Tensor, t
         return packed_encoder_in_steps(*arguments, **options)
 
 
-def _prefix_rows(cu_seqlens: Tensor, num_prefix: int) -> Selection:
+def _prefix_rows(cu_seqlens: Tensor, max_seqlen: int, num_prefix: int) -> Selection:
     lengths = cu_seqlens.diff().clamp_max(num_prefix)
     rows = torch.cat(
         [
@@ -238,7 +253,8 @@ def _prefix_rows(cu_seqlens: Tensor, num_prefix: int) -> Selection:
         ]
         or [torch.empty(0, dtype=torch.int32)]
     )
-    return Selection(rows.int(), torch.cat([cu_seqlens[:1], lengths.cumsum(0).int()]), num_prefix)
+    longest = min(max_seqlen, num_prefix)
+    return Selection(rows.int(), torch.cat([cu_seqlens[:1], lengths.cumsum(0).int()]), longest)
 
 
 def _stage(op: str, stage: EncoderStage, longest: int, num_prefix: int) -> tuple[list[int], list[float], int]:
@@ -263,11 +279,13 @@ def _stage(op: str, stage: EncoderStage, longest: int, num_prefix: int) -> tuple
 
 def _vectors(block: EncoderBlock) -> tuple[Tensor | None, ...]:
     """In the order of csrc/ops/packed_encoder.cpp."""
-    hidden_weight, hidden_bias = (None, None) if block.hidden_norm is None else block.hidden_norm[:2]
+    hidden_norm, q_norm, k_norm = (
+        (None, None) if norm is None else norm[:2] for norm in (block.hidden_norm, block.q_norm, block.k_norm)
+    )
     return (
         *(*block.norm1[:2], block.qkv.bias, block.proj.bias, block.gamma1),
         *(*block.norm2[:2], block.fc1.bias, block.fc1.gate_bias),
-        *(hidden_weight, hidden_bias, block.fc2.bias, block.gamma2),
+        *(*hidden_norm, block.fc2.bias, block.gamma2, *q_norm, *k_norm),
     )
 
 
@@ -276,7 +294,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     context = torch.library.get_ctx()
     rows, kept = context.new_dynamic_size(), context.new_dynamic_size()
-    stages = len(others[-2]) // 2
+    stages = len(others[-2]) // 2 + others[-1]  # shares; prefix_only
     return x.new_empty(rows, x.shape[1]), cu_seqlens.new_empty(kept), cu_seqlens.new_empty(stages, cu_seqlens.shape[0])
 
 

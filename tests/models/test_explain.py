@@ -29,7 +29,9 @@ def test_where_it_is_called(calls: list[str]) -> None:
     with torch.no_grad():
         told = sait.explain(model)
         assert [tuple(block) for block in told.blocks] == [(f"blocks.{i}", "packed weights", "") for i in range(2)]
-        assert str(told) == "2 blocks, blocks.0 to blocks.1: packed weights\nall of them in one op"
+        assert str(told) == (
+            "2 blocks, blocks.0 to blocks.1: packed weights\nall of them in one op\npatch embedding: packed weights"
+        )
         model(x)
         assert len(calls) == 4, "so it is"
         with torch.autocast("cpu"):
@@ -73,7 +75,7 @@ def test_blocks_that_are_not_alike() -> None:
         vit.blocks[1].norm1.eps = 1e-3
 
     with torch.no_grad():
-        for name, change, why in (("vit", other_eps, "they are not alike"), ("layerscale_qknorm", None, "have a norm")):
+        for name, change, why in (("vit", other_eps, "they are not alike"), ("scale_norms", None, "have a norm")):
             model = zoo.build(name)
             if change is not None:
                 change(model)

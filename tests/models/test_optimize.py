@@ -195,7 +195,8 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def all_noted(*args: Any, **options: Any) -> Any:
         out, kept = encode(*args, **options)
         left, count = len(args[0]), len(args[3].blocks)
-        behind = {stage.block: len(selection.indices) for stage, selection in zip(options["stages"], kept, strict=True)}
+        pairs = zip(options["stages"], kept, strict=False)  # of the prefix rows there may be one more
+        behind = {stage.block: len(selection.indices) for stage, selection in pairs}
         for block in range(count):
             left = len(out) if block == count - 1 else behind.get(block, left)
             rows.append(left)

@@ -48,6 +48,7 @@ def encoder(dtype: torch.dtype, form: str = "plain", seed: int = 0) -> sk.Packed
         vectors: dict[str, Any] = {}
         if form == "rich":
             vectors = {"gamma1": 0.3 * draw(C), "gamma2": 0.3 * draw(C), "hidden_norm": norm(HIDDEN)}
+            vectors |= {"q_norm": norm(HEAD_DIM), "k_norm": norm(HEAD_DIM)}
         layers = layer(3 * width, C), layer(C, width), norm(C), layer(HIDDEN, C, rich), layer(C, HIDDEN)
         blocks.append(sk.EncoderBlock(norm(C), *layers, **vectors))
     sizes = {"heads": HEADS, "head_dim": HEAD_DIM, "hidden_features": HIDDEN}
@@ -116,7 +117,7 @@ def test_against_float64(dtype: torch.dtype, form: str) -> None:
     exact, _ = sk.reference.packed_encoder(doubles(x)[0], cu, longest, wide)
     in_torch, _ = sk.reference.packed_encoder(x, cu, longest, packed)
     got, _ = sk.packed_encoder(x, cu, longest, packed)
-    assert_as_exact_as_torch("out", got, in_torch, exact)
+    assert_as_exact_as_torch("out", got, exact, in_torch)
 
 
 def doubled(block: sk.EncoderBlock) -> sk.EncoderBlock:
@@ -318,6 +319,9 @@ def test_blocks_that_differ() -> None:
     other = plain._replace(norm2=(*plain.norm2[:2], 1e-5))
     with pytest.raises(ValueError, match=r"got .*1e-05"):
         sk.PackedEncoder([plain, other], **sizes)
+    for q_norm in (None, (*rich.q_norm[:2], 1e-5)):
+        with pytest.raises(ValueError, match=r"PackedEncoder: q_norm: expected the eps of k_norm, 1e-06 .* got"):
+            sk.PackedEncoder([rich._replace(q_norm=q_norm)], **sizes)
 
 
 def test_it_has_no_gradient() -> None:

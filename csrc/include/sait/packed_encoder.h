@@ -1,5 +1,5 @@
 // packed_encoder: all blocks of a transformer whose weights are packed. Each is what packed_linear (norm1 and qkv), rotate,
-// score_tokens and select, compact_attention and packed_block give one after the other, bit for bit.
+// norm_heads, score_tokens and select, compact_attention and packed_block give one after the other, bit for bit.
 #pragma once
 
 #include "sait/packed_linear.h"
@@ -14,6 +14,7 @@ struct EncoderBlock {
   const float *norm1_weight, *norm1_bias, *qkv_bias, *proj_bias, *gamma1;
   const float *norm2_weight, *norm2_bias, *fc1_bias, *gate_bias;
   const float *hidden_norm_weight, *hidden_norm_bias, *fc2_bias, *gamma2;
+  const float *q_norm_weight, *q_norm_bias, *k_norm_weight, *k_norm_bias;
   const float* table;  // of rotate, or nullptr
   int64_t table_row_stride, table_head_stride;
 };
@@ -33,7 +34,7 @@ struct PackedEncoderParams {
   RowView x;  // (total, channels)
   Batch batch;
   int64_t channels, heads, head_dim, hidden, num_prefix;
-  float eps1, eps2, hidden_eps, scale;
+  float eps1, eps2, hidden_eps, head_eps, scale;
   Activation activation;
   bool gated;
   const int32_t* positions;  // (total,) of rotate, or nullptr
@@ -45,6 +46,7 @@ struct PackedEncoderParams {
   const EncoderStage* stages;  // in the order of their blocks
   int64_t stage_count;
   bool prefix_only;  // the last block computes the prefix rows alone
+  EncoderStage leaving;  // of that block, then: where its rows are delivered
   // Of image b, which has room for offsets[b + 1] - offsets[b] rows: what leaves the last block.
   const int64_t* offsets;
   void* out;

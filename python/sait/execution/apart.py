@@ -6,13 +6,15 @@ not fire, a forward of their own would not run, another class would not count. E
 
 from __future__ import annotations
 
+import operator
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from sait.execution.watch import HOOKS, Glance
+from sait.execution.watch import HOOKS, Glance, all_unchanged
 from sait.families.base import Family
 from sait.state import State
 
@@ -29,18 +31,35 @@ def check_apart(model: Any, family: Family, state: State) -> None:
         return
     blocks = family.blocks(model)
     around = family.bypassed(model)
-    seen = state.glances
-    if seen is None or len(seen) != len(blocks) + 1 or not (seen[0].of(around) and seen[0].unchanged()):
+    seen: Checked | None = state.checked
+    if seen is not None and seen.are(around, blocks) and all_unchanged(seen.watched):
+        return
+    glances = [None] * (len(blocks) + 1) if seen is None or len(seen.blocks) != len(blocks) else list(seen.glances)
+    if glances[0] is None or not (glances[0].of(around) and glances[0].unchanged()):
         for module in around:
             _check(model, family, module)
-        seen = [Glance(around), *[None] * len(blocks)]
-    found = list(seen)
+        glances = [Glance(around), *[None] * len(blocks)]
     for i, block in enumerate(blocks):
-        glance = found[i + 1]
+        glance = glances[i + 1]
         if glance is None or not (glance.of((block,)) and glance.unchanged()):
             _check_block(model, family, block, i)
-            found[i + 1] = Glance(family.taken_apart(block))
-    state.glances = found
+            glances[i + 1] = Glance(family.taken_apart(block))
+    state.checked = Checked(around, tuple(blocks), glances)
+
+
+class Checked:
+    """Glances at the modules that are taken apart, as they were when they were checked."""
+
+    def __init__(self, around: tuple[nn.Module, ...], blocks: tuple[nn.Module, ...], glances: list[Any]) -> None:
+        self.around, self.blocks, self.glances = around, blocks, glances
+        self.watched = sum((glance.watched for glance in glances), ())
+
+    def are(self, around: tuple[nn.Module, ...], blocks: Sequence[nn.Module]) -> bool:
+        return (
+            len(blocks) == len(self.blocks)
+            and all(map(operator.is_, around, self.around))
+            and all(map(operator.is_, blocks, self.blocks))
+        )
 
 
 def _check_block(model: Any, family: Family, block: Any, index: int) -> None:

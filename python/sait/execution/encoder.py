@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 import sait_kernels as sk
-from sait.execution.optimize import HOLDER, Optimized, PackedBlock, products_for
+from sait.execution.optimize import HOLDER, Optimized, Packed, PackedBlock, products_for
+from sait.execution.watch import all_unchanged
 from sait.families.base import Family
 from sait.methods.fusion import prunes_in_one_op
 from sait.methods.plan import Plan, Stage
-from sait.tokens import Tokens, prefix_selection
+from sait.tokens import Tokens
 from sait_kernels import Selection
 
 
+class Together:
+    """A model's packed blocks as one sk.PackedEncoder, and what tells whether they still are."""
+
+    def __init__(self, blocks: Sequence[Any], made: Sequence[Packed]) -> None:
+        first = made[0].products
+        self.dtype, self.turns_pairs = first.dtype, first.turns_pairs
+        self.packed = _together([one.products for one in made])  # None where the blocks are not alike
+        self._classes, self._made = tuple(map(type, blocks)), tuple(made)
+        self._watched = sum((one.watch.watched + one.parameters.watched for one in made), ())
+
+    def are(self, blocks: Sequence[Any]) -> bool:
+        """Whether a model's blocks are still these, unchanged."""
+        if len(blocks) != len(self._made):
+            return False
+        for block, cls, made in zip(blocks, self._classes, self._made, strict=True):
+            optimized = vars(block).get(HOLDER)
+            if optimized is None or optimized.made is not made or type(block) is not cls:
+                return False
+        return all_unchanged(self._watched)
+
+
 class Encoder:
-    """A model's packed blocks together, made when they are. It hangs on the model's state."""
+    """An optimized model's blocks together, made when they are. It hangs on the model's state."""
 
     def __init__(self) -> None:
         # One assignment each, so that threads that share a model see blocks and what was made of them.
-        self._made: tuple[tuple[PackedBlock, ...], sk.PackedEncoder | None] | None = None
+        self._together: Together | None = None
         self._stages: tuple[Plan, list[sk.EncoderStage]] | None = None
 
-    def of(self, blocks: tuple[PackedBlock, ...]) -> sk.PackedEncoder | None:
-        """None where the blocks are not alike."""
-        made = self._made
-        if made is None or len(made[0]) != len(blocks) or not all(map(operator.is_, made[0], blocks)):
-            made = blocks, _together(blocks)
-            self._made = made
-        return made[1]
+    def of(self, model: Any, family: Family, x: Tensor) -> Together | None:
+        """For tokens like x; None: a block of the model is not packed, or has what no encoder takes."""
+        together, blocks = self._together, family.blocks(model)
+        if together is None or together.dtype != x.dtype or not together.are(blocks):
+            self._together = None
+            found: list[Packed] = []
+            for block, products in zip(blocks, packed_blocks(model, family, x), strict=True):
+                made = None if products is None else vars(block)[HOLDER].made
+                if made is None or made.products.has_modules:  # the loop will ask again: the fewer here, the better
+                    return None
+                found.append(made)
+            together = self._together = Together(blocks, found)
+        return together
 
     def stages(self, plan: Plan) -> list[sk.EncoderStage]:
         """Those that drop something, as the op takes them."""
@@ -49,34 +76,26 @@ def encode(
     have to run one by one."""
     if products_for(tokens.x) is not Optimized.packed or why_not_together(plan, tokens) is not None:
         return None
-    found: list[PackedBlock] = []
-    for products in packed_blocks(model, family, tokens.x):
-        if products is None or products.has_norms:  # the loop will ask again: the fewer here, the better
-            return None
-        found.append(products)
-    blocks = tuple(found)
     if model._sait.encoder is None:
         model._sait.encoder = Encoder()
     encoder: Encoder = model._sait.encoder
-    packed = encoder.of(blocks)
-    if packed is None:
+    together = encoder.of(model, family, tokens.x)
+    if together is None or together.packed is None:
         return None
     stages = [] if plan is None else encoder.stages(plan)
-    prefix_only = prefix_is_enough and not (stages and stages[-1].block == len(blocks) - 1)
+    prefix_only = prefix_is_enough and not (stages and stages[-1].block == len(together.packed.blocks) - 1)
     rotates = tokens.rope is not None
     out, kept = sk.packed_encoder(
-        *(tokens.packed, tokens.cu_seqlens, tokens.max_seqlen, packed),
+        *(tokens.packed, tokens.cu_seqlens, tokens.max_seqlen, together.packed),
         stages=stages,
         num_prefix=tokens.num_prefix,
         positions=tokens.positions if rotates else None,
         tables=_tables(tokens.rope),
-        pairs=blocks[0].turns_pairs,
+        pairs=together.turns_pairs,
         prefix_only=prefix_only,
     )
-    if prefix_only:
-        leaving = tokens.keep(prefix_selection(tokens), out, False)
-    elif plan is not None and kept:
-        leaving = tokens.keep(kept[-1], out, tokens.ragged or plan.ragged)
+    if kept:
+        leaving = tokens.keep(kept[-1], out, not prefix_only and (tokens.ragged or (plan is not None and plan.ragged)))
     else:
         leaving = tokens.with_x(out.view(tokens.x.shape))
     left, behind = [], iter(kept)
@@ -124,8 +143,8 @@ def why_one_by_one(model: Any, family: Family, plan: Plan | None) -> str | None:
 
 def _why_not_alike(blocks: Sequence[PackedBlock]) -> str | None:
     for block in blocks:
-        if block.has_norms:
-            return "q, k or what attention gives have a norm, which is a module of torch"
+        if block.has_modules:
+            return "q, k or what attention gives have a norm that is no LayerNorm of a head, but a module of torch"
         if block.form != blocks[0].form:
             return "they are not alike"
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from sait.execution.modules import (
     activation_of,
     gamma_of,
     has_no_norm,
+    is_layer_norm,
     lies_in_rows,
     projections,
     why_no_plain_block,
@@ -85,7 +86,7 @@ def optimize(model: Any) -> Any:
     state = state_of(model, "optimize")
     for block in sparse_family(model).blocks(model):
         setattr(block, HOLDER, Optimized())
-    state.encoder = None
+    state.encoder = state.embedding = None
     return model
 
 
@@ -96,7 +97,7 @@ def deoptimize(model: Any) -> Any:
         TypeError: the model is not sparse.
     """
     state = state_of(model, "deoptimize")
-    state.encoder = None
+    state.encoder = state.embedding = None
     for block in sparse_family(model).blocks(model):
         vars(block).pop(HOLDER, None)
     return model
@@ -165,6 +166,11 @@ class PackedBlock(Products):
         bias = qkv.bias if view.qkv_bias is None else torch.cat(view.qkv_bias)
         self._qkv, self._qkv_features = _packed(qkv.weight, bias), qkv.weight.shape[0]
         self._norm1 = _norm_in_float(view.norm1)
+        self._head_norms: tuple[Any, ...] = ()
+        both = view.q_norm, view.k_norm
+        if all(is_layer_norm(norm, family) for norm in both) and both[0].eps == both[1].eps:
+            q_norm, k_norm = self._head_norms = _norm_in_float(view.q_norm), _norm_in_float(view.k_norm)
+            self._q_norm, self._k_norm = (lambda q: sk.norm_heads(q, *q_norm)), (lambda k: sk.norm_heads(k, *k_norm))
         self._layers: dict[str, Any] = {
             "proj": _packed(view.proj.weight, view.proj.bias),
             "norm": _norm_in_float(view.norm2),
@@ -190,13 +196,15 @@ class PackedBlock(Products):
         )
 
     @property
-    def has_norms(self) -> bool:
-        """Whether q, k or the attention's result have a norm, which is a module of torch."""
-        return not (self._q_norm is None and self._k_norm is None and self._norm is None)
+    def has_modules(self) -> bool:
+        """Whether q, k or the attention's result have a norm that is a module of torch."""
+        heads_have = self._q_norm is not None or self._k_norm is not None
+        return self._norm is not None or (heads_have and not self._head_norms)
 
     def as_encoder_block(self) -> sk.EncoderBlock:
         layers = {name: self._layers[name] for name in ("proj", "fc1", "fc2", "gamma1", "gamma2", "hidden_norm")}
-        return sk.EncoderBlock(norm1=self._norm1, qkv=self._qkv, norm2=self._layers["norm"], **layers)
+        heads = dict(zip(("q_norm", "k_norm"), self._head_norms, strict=False))
+        return sk.EncoderBlock(norm1=self._norm1, qkv=self._qkv, norm2=self._layers["norm"], **layers, **heads)
 
     def project(self, x: Tensor) -> list[Tensor]:
         return [sk.packed_linear(x, self._qkv.packed, self._qkv_features, self._qkv.bias, norm=self._norm1)]
@@ -255,31 +263,39 @@ class FusedBlock(Products):
         return sk.linear_residual(hidden, fc2["weight"], fc2["bias"], x, gamma=gamma2)
 
 
+class Packed(NamedTuple):
+    """A block's products of packed weights, and what tells whether they still are."""
+
+    products: PackedBlock
+    watch: Watch
+    parameters: WatchOfParameters
+
+
 class Optimized:
     """What optimize leaves on a block: its fused products, made at the first forward and again after a change."""
 
     def __init__(self) -> None:
         # One assignment each, so that threads that share a model see products and their own watch.
-        self._packed: tuple[PackedBlock, Watch, WatchOfParameters] | None = None
+        self.made: Packed | None = None
         self._fused: tuple[FusedBlock, Watch, WatchOfParameters | None] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Optimized, ()  # a copy of the model packs for itself
 
     def packed(self, block: Any, family: Family, x: Tensor) -> PackedBlock | None:
-        made = self._packed
-        if made is None or not (made[1].unchanged(block) and made[2].unchanged()):
+        made = self.made
+        if made is None or not (made.watch.unchanged(block) and made.parameters.unchanged()):
             found = plain_parts(block, family)
             made = None
             if found is not None and _are_all(found, x):
                 watches = Watch(block, HOLDER), WatchOfParameters(block)  # first: what changes meanwhile shows later
-                made = (PackedBlock(*found, family), *watches)
-            self._packed = made
-        return None if made is None or made[0].dtype != x.dtype else made[0]
+                made = Packed(PackedBlock(*found, family), *watches)
+            self.made = made
+        return None if made is None or made.products.dtype != x.dtype else made.products
 
     def forget(self) -> None:
         """Weights are being trained: whoever updates them, they are packed anew."""
-        self._packed = None
+        self.made = None
 
     def traced(self, block: Any, family: Family, x: Tensor) -> FusedBlock | None:
         found = plain_parts(block, family)  # the guards of compiled code are the watch

@@ -36,6 +36,11 @@ class Watch:
     def unchanged(self, module: nn.Module) -> bool:
         return type(module) is self._class and bool(self._held.unchanged())
 
+    @property
+    def watched(self) -> tuple[Any, ...]:
+        """For all_unchanged, which does not look at the module's own class."""
+        return (self._held,)
+
 
 class Glance:
     """Whether some modules are what they were: of the same class, with the same attributes, parts and hooks."""
@@ -53,6 +58,11 @@ class Glance:
     def unchanged(self) -> bool:
         return bool(self._held.unchanged())
 
+    @property
+    def watched(self) -> tuple[Any, ...]:
+        """For all_unchanged, which does not ask whether it is of these modules."""
+        return (self._held,)
+
 
 class WatchOfParameters:
     """Which parameters and buffers a module has, and what lies in them.
@@ -60,22 +70,28 @@ class WatchOfParameters:
     Noticed: one that was replaced, updated in place or lies elsewhere. What torch does not count, as the steps of fused
     optimizers, collectives and writes through ``parameter.data`` or a NumPy array, shows in a sample of the values: 64
     words of each tensor on a CPU. A write that misses these is not noticed.
+
+    Args:
+        module: None for tensors alone.
+        others: tensors that are none of the module's. That one was replaced is not noticed.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        owns = [vars(part)[name] for part in module.modules() for name in ("_parameters", "_buffers")]
-        tensors = [*module.parameters(), *module.buffers()]
-        self._held = held(owns, by_identity=True, tensors=tensors)
+    def __init__(self, module: nn.Module | None, others: Sequence[Tensor] = ()) -> None:
+        parts = [] if module is None else list(module.modules())
+        owns = [vars(part)[name] for part in parts for name in ("_parameters", "_buffers")]
+        tensors = [*others, *(() if module is None else (*module.parameters(), *module.buffers()))]
         self._kept = [tensor.detach() for tensor in tensors]  # while these are, nothing else is at their address
         on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
-        self._sample = None if library.module is None else library.module.Sample(list(map(_memory, on_host)))
-        self._hash = self._hash_now()
+        sample = Unknown() if library.module is None else library.module.Sample(list(map(_memory, on_host)))
+        self.watched: tuple[Any, ...] = held(owns, by_identity=True, tensors=tensors), sample
 
     def unchanged(self) -> bool:
-        return self._held.unchanged() and self._hash == self._hash_now()
+        return all_unchanged(self.watched)
 
-    def _hash_now(self) -> int:
-        return 0 if self._sample is None else self._sample.hash()
+
+def all_unchanged(watched: tuple[Any, ...]) -> bool:
+    """Whether all that several watches look at still is so: one call for a whole model."""
+    return library.module is not None and bool(library.module.all_unchanged(watched))
 
 
 def held(

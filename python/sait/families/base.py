@@ -81,6 +81,18 @@ class FeedForward(NamedTuple):
     norm: Module | None = None
 
 
+class PatchEmbedding(NamedTuple):
+    """How images become tokens: positions are added to the patches of a convolution, and prefix tokens stand before
+    them."""
+
+    patch_embed: Module  # a convolution ``proj`` of patches that do not overlap, and nothing else
+    size: tuple[int, int] | None  # height and width of images that positions are for; None: any of whole patches
+    others: tuple[Module | None, ...]  # in eval mode they do nothing
+    prefix: tuple[Tensor, ...]  # (1, n, C) each
+    positions: Tensor | None  # (1, N, C), or (1, P + N, C)
+    count_prefix: bool  # whether prefix tokens have positions, too
+
+
 class Cost(NamedTuple):
     """Of one part of a model, for one image."""
 
@@ -163,6 +175,17 @@ class Family(ABC):
     @abstractmethod
     def embed(self, model: Any, images: Tensor) -> Tokens:
         """(B, 3, height, width) -> what enters the first block: sait.families.entering, perhaps with_rope."""
+
+    def patch_embedding(self, model: Any) -> PatchEmbedding | None:
+        """What ``embed`` computes, up to ``enter``; None: it is something else.
+
+        Asked in each forward: whether a convolution is plain and untouched is looked at elsewhere.
+        """
+        return None
+
+    def enter(self, model: Any, x: Tensor, size: tuple[int, int]) -> Tokens:
+        """(B, N, C), what the patch embedding of images of a (height, width) gives -> what enters the first block."""
+        return entering(x, self.num_prefix(model))
 
     @abstractmethod
     def embedding_cost(self, model: Any, size: tuple[int, int] | None = None) -> Cost:

@@ -14,7 +14,7 @@ from timm.layers import (
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from sait.families.base import BlockView, entering
+from sait.families.base import BlockView
 from sait.families.timm_vit import TimmVit, check_head, check_parts, keeps_methods, require
 from sait.tokens import Tokens
 
@@ -79,7 +79,16 @@ class TimmEva(TimmVit):
 
     def embed(self, model: Any, images: Tensor) -> Tokens:
         x, rope = model._pos_embed(model.patch_embed(images))
-        tokens = entering(model.norm_pre(x), model.num_prefix_tokens)
+        return self._turning(model, super().enter(model, x, (images.shape[2], images.shape[3])), rope)
+
+    def enter(self, model: Any, x: Tensor, size: tuple[int, int]) -> Tokens:
+        rope = model.rope
+        if rope is not None:
+            knows = hasattr(rope, "feat_shape") and not model.dynamic_img_size
+            rope = rope.get_embed() if knows else rope.get_embed(shape=list(self.grid(model, size)))
+        return self._turning(model, super().enter(model, x, size), rope)
+
+    def _turning(self, model: Any, tokens: Tokens, rope: Tensor | None) -> Tokens:
         if rope is None:
             return tokens
         rope = rope if rope.dtype == torch.float64 else rope.float()

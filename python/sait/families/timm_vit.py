@@ -33,7 +33,16 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.flop_counter import FlopCounterMode
 
-from sait.families.base import BlockView, Cost, Family, FeedForward, LinearParameters, entering, weights
+from sait.families.base import (
+    BlockView,
+    Cost,
+    Family,
+    FeedForward,
+    LinearParameters,
+    PatchEmbedding,
+    entering,
+    weights,
+)
 from sait.families.pooling import check_ragged_head, features, pools_prefix, prefix_is_enough, ragged_head
 from sait.tokens import Homes, Tokens
 
@@ -259,8 +268,30 @@ class TimmVit(Family):
         return rows, columns
 
     def embed(self, model: Any, images: Tensor) -> Tokens:
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        return entering(x, model.num_prefix_tokens)  # without prefix tokens it is a convolution's, channels outermost
+        x = model.patch_drop(model._pos_embed(model.patch_embed(images)))
+        return TimmVit.enter(self, model, x, (images.shape[2], images.shape[3]))
+
+    def enter(self, model: Any, x: Tensor, size: tuple[int, int]) -> Tokens:
+        # without prefix tokens it may be a convolution's, channels outermost
+        return entering(model.norm_pre(x), model.num_prefix_tokens)
+
+    def patch_embedding(self, model: Any) -> PatchEmbedding | None:
+        embed, tokens = model.patch_embed, (model.cls_token, getattr(model, "dist_token", None), model.reg_token)
+        if type(embed) is not PatchEmbed or embed.img_size is None or "_pos_embed" in vars(model):
+            return None
+        height, width = size = embed.img_size
+        if model.dynamic_img_size and model.pos_embed is None:
+            size = None
+        elif model.dynamic_img_size and height != width:
+            return None  # timm resamples positions of such images, whatever their size
+        return PatchEmbedding(
+            embed,
+            size,
+            (model.pos_drop, model.patch_drop),
+            tuple(token for token in tokens if token is not None),
+            model.pos_embed,
+            not model.no_embed_class,
+        )
 
     def prefix_is_enough(self, model: Any) -> bool:
         return prefix_is_enough(model)
