@@ -105,6 +105,7 @@ def other_positions(model: Any) -> None:
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "a class token in place": lambda model: model.cls_token.add_(1),
+    "positions in place": lambda model: model.pos_embed.mul_(2),
     "a bias in place": lambda model: model.patch_embed.proj.bias.mul_(3),
     "weights past torch's count": lambda model: model.patch_embed.proj.weight.data.numpy().__imul__(2),
     "other positions": other_positions,
