@@ -9,7 +9,6 @@ from sait.execution.embedding import why_not_packed
 from sait.execution.encoder import why_one_by_one
 from sait.execution.optimize import (
     HOLDER,
-    Optimized,
     PackedBlock,
     block_for,
     products_for,
@@ -35,7 +34,7 @@ class Explanation(NamedTuple):
     blocks: tuple[BlockRun, ...]
     note: str  # what holds for the whole model; empty where nothing does
     one_by_one: str | None = None  # why blocks of packed weights are not one op; empty where they are
-    embedding: str | None = None  # why the patch embedding is not of packed weights, where any are; empty where it is
+    embedding: str | None = None  # why the patch embedding is not packed where the first block is; empty where it is
 
     def __str__(self) -> str:
         alike: dict[tuple[str, str], list[str]] = {}
@@ -88,9 +87,9 @@ def explain(model: Any) -> Explanation:
         note = "No token is dropped (sait.set_density): the model's own forward runs, not this:"
     packed = all(block.runs == PACKED for block in found)
     one_by_one = (why_one_by_one(model, family, plan) or "") if packed else None
-    first = family.blocks(model)[0]
-    x, embedding = next(first.parameters()).detach(), None
-    if HOLDER in vars(first) and products_for(x) is Optimized.packed:
+    embedding = None
+    if found[0].runs == PACKED:
+        x = next(family.blocks(model)[0].parameters()).detach()
         embedding = why_not_packed(family.patch_embedding(model), x) or ""
     return Explanation(tuple(found), note, one_by_one, embedding)
 

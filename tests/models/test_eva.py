@@ -263,14 +263,11 @@ def test_other_methods_and_scores() -> None:
 
 @torch.no_grad()
 def test_optimize_leaves_what_it_does_not_serve() -> None:
-    """A gate of the attention: such blocks run their modules, behind a patch embedding that is packed."""
+    """A gate of the attention: such blocks run their modules, and so does the patch embedding before them."""
     model, x = sait.sparsify(build("gated"), block=1, keep=0.5), images("gated")
     want = model(x)
-    sait.optimize(model)
-    told = sait.explain(model)
-    assert {block.why for block in told.blocks} == {"its attention has a gate"}
-    assert (told.one_by_one, told.embedding) == (None, "")
-    torch.testing.assert_close(model(x), want, rtol=0, atol=1e-5)
+    assert_same_bits("logits", sait.optimize(model)(x), want)
+    assert sait.explain(model).embedding is None
 
 
 @torch.no_grad()

@@ -94,11 +94,12 @@ def why_not_packed(view: PatchEmbedding | None, x: Tensor) -> str | None:
 
 
 def _packed(model: Any, family: Family, images: Any) -> PackedEmbedding | None:
-    """What is made of the model's own patch embedding, if it serves these images."""
-    blocks = family.blocks(model)
-    if not (isinstance(images, Tensor) and images.ndim == 4 and HOLDER in vars(blocks[0])):
+    """What is made of the model's own patch embedding, if it serves these images and the first block is packed, too."""
+    first = family.blocks(model)[0]
+    optimized = vars(first).get(HOLDER)
+    if optimized is None or not isinstance(images, Tensor) or images.ndim != 4:
         return None
-    if products_for(images) is not Optimized.packed:
+    if products_for(images) is not Optimized.packed or optimized.packed(first, family, images) is None:
         return None
     view = family.patch_embedding(model)
     if view is None or not _serves(view, images):
