@@ -128,6 +128,18 @@ def test_a_change_is_followed(change: str, packed: list[int]) -> None:
     assert packed == [3, 3, 3]
 
 
+def test_whoever_trains_in_between() -> None:
+    """After a forward with gradients it is packed anew, for not every update shows: here one value, past torch's count,
+    between those that are sampled."""
+    model, x = sait.optimize(sparse("vit")), zoo.images("vit")
+    with torch.inference_mode():
+        model(x)
+    model(x)
+    model.patch_embed.proj.weight.data.view(-1)[2] += 4
+    with torch.no_grad():
+        check_as_its_modules(model, x)
+
+
 def count(calls: list[int]) -> Callable[..., None]:
     return lambda *_: calls.append(1)
 

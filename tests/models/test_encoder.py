@@ -59,6 +59,21 @@ def test_weights_that_change_between_two_calls(encoded: list[int]) -> None:
     assert len(encoded) == 3
 
 
+def test_whoever_trains_in_between(encoded: list[int]) -> None:
+    """After a forward with gradients all is packed anew, for not every update shows: here one value, past torch's
+    count, between those that are sampled."""
+    model, other, x = sait.optimize(sparse("vit")), sparse("vit"), zoo.images("vit")
+    with torch.inference_mode():
+        before = model(x)
+    model(x)
+    for vit in (model, other):
+        vit.blocks[0].mlp.fc1.weight.data.view(-1)[2] += 4
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), other(x), rtol=0, atol=1e-4)
+        assert (model(x) - before).abs().max() > 1e-2
+    assert len(encoded) == 3
+
+
 PROGRAM = """
 import multiprocessing, sys
 import torch

@@ -99,6 +99,8 @@ def _packed(model: Any, family: Family, images: Any) -> PackedEmbedding | None:
     optimized = vars(first).get(HOLDER)
     if optimized is None or not isinstance(images, Tensor) or images.ndim != 4:
         return None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        model._sait.embedding = None  # weights are being trained, and not every update shows: as Optimized.forget
     if products_for(images) is not Optimized.packed or optimized.packed(first, family, images) is None:
         return None
     view = family.patch_embedding(model)
