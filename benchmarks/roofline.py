@@ -91,7 +91,7 @@ def _figures(found: Sequence[Part], roofs: Roofs) -> list[str]:
 
 
 def main(
-    model: options.Model = "deit_small_patch16_224",
+    model: Annotated[str, typer.Option(help="Any timm Vision Transformer.")] = "deit_small_patch16_224",
     block: options.Block = 3,
     keep: Annotated[float, typer.Option(help="Share of the patches to keep; 1 keeps all.", min=0.001, max=1.0)] = 0.45,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 16,

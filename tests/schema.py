@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 HEAD = {"schema", "date", "device", "threads", "versions", "rows"}
-OPTIONAL_HEAD = {"commit", "dirty", "roofs", "kind", "part"}
+OPTIONAL_HEAD = {"commit", "dirty", "roofs", "kind", "part", "cores"}
 ROW = {"name", "case", "batch", "dtype", "baseline", "ours_us", "baseline_us", "ratio"}
 MODEL_ROW = ROW | {"model", "plan", "images_per_s", "tokens", "gmac"}
 OPTIONAL_ROW = {"goal", "goal_of_floor", "weights", "of_floor", "max_error"}
@@ -19,11 +19,26 @@ PEER_ROW = MODEL_ROW | {"group", "peer", "best_dense", "vs_best_dense", "floor_u
 OPTIONAL_PEER_ROW = OPTIONAL_ROW | {
     "best_pruned",
     "vs_best_pruned",
+    "best_adaptive",
+    "vs_best_adaptive",
+    "kept",
     "gmac_executed",
     "flop_share",
     "peak_mib",
     "launches",
     "host_us",
+}
+
+SERVING_ROW = ROW | {"model", "plan", "images_per_s", "group", "peer", "condition"}
+OPTIONAL_SERVING_ROW = {
+    "weights",
+    "best_pruned",
+    "vs_best_pruned",
+    "p99_us",
+    "streams",
+    "idle_us",
+    "slowdown",
+    "competitor",
 }
 
 
@@ -38,9 +53,11 @@ def check_results(document: dict[str, Any]) -> None:
             assert set(row) - OPTIONAL_FAILED_BENCHMARK == FAILED_BENCHMARK
             continue
         if "error" in row:
-            assert set(row) - OPTIONAL_ROW == FAILED_ROW
+            assert set(row) - OPTIONAL_ROW - {"condition"} == FAILED_ROW
             continue
-        if "peer" in row:
+        if "condition" in row:
+            assert set(row) - OPTIONAL_SERVING_ROW == SERVING_ROW
+        elif "peer" in row:
             assert set(row) - OPTIONAL_PEER_ROW == PEER_ROW
         else:
             assert set(row) - OPTIONAL_ROW == (MODEL_ROW if row["name"] == "model" else ROW)

@@ -57,9 +57,7 @@ def arguments() -> dict[str, Callable[[], Any]]:
             y, x, layers[0], norm, *layers[1:], hidden_features=4 * C, selection=selection
         ),
         "norm_heads": lambda: sk.norm_heads(q, weight[:D], bias[:D], 1e-6),
-        "packed_embed": lambda: sk.packed_embed(
-            images, patches, C, bias, patch=(4, 4), prefix=x[:1], positions=x[1:7]
-        ),
+        "packed_embed": lambda: sk.packed_embed(images, patches, C, bias, patch=(4, 4), prefix=x[:1], positions=x[1:7]),
         "packed_encoder": lambda: sk.packed_encoder(x, cu, N, encoder, stages=[sk.EncoderStage(0, keep=0.45)]),
     }
 

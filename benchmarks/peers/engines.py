@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ class Engine(nn.Module):
     Args:
         module: images (B, 3, height, width) -> logits.
         images: some, of the dtype that it is to compute in.
+        streams: threads that will call this at once; each call then has torch's number of threads.
 
     Raises:
         RuntimeError: the engine is not installed, the images are on a GPU, or it does not compute in their dtype.
@@ -34,7 +36,7 @@ class Engine(nn.Module):
     package: str
     dtypes: tuple[torch.dtype, ...]
 
-    def __init__(self, module: nn.Module, images: Tensor) -> None:
+    def __init__(self, module: nn.Module, images: Tensor, streams: int = 1) -> None:
         super().__init__()
         if images.device.type != "cpu":
             raise RuntimeError("measured on a CPU only")
@@ -45,7 +47,7 @@ class Engine(nn.Module):
         if images.dtype not in self.dtypes:
             wanted = " or ".join({torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype] for dtype in self.dtypes)
             raise RuntimeError(f"expected {wanted}, got {images.dtype}")
-        self.version = found.__version__.partition("-")[0]
+        self.version, self.streams = found.__version__.partition("-")[0], streams
         # Outside inference mode: a tracer wants tensors that autograd could follow. What it warns of, values that it
         # takes for constants, are sizes.
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings(action="ignore"):
@@ -64,14 +66,24 @@ class OpenVino(Engine):
 
         options = {
             "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": self.streams * torch.get_num_threads(),
+            "NUM_STREAMS": self.streams,
             "PERFORMANCE_HINT": "LATENCY",
         }
-        traced = openvino.convert_model(module, example_input=example, input=[-1, *example.shape[1:]])
-        self.request = openvino.Core().compile_model(traced, "CPU", options).create_infer_request()
+        images, *others = self.inputs(example)
+        shapes = [[-1, *example.shape[1:]], *(list(other.shape) for other in others)]
+        traced = openvino.convert_model(module, example_input=(images, *others), input=shapes)
+        self.compiled, self.of_thread = openvino.Core().compile_model(traced, "CPU", options), threading.local()
 
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.request.infer([images.float().numpy()], share_inputs=True)[0])
+    def inputs(self, example: Tensor) -> tuple[Tensor, ...]:
+        """What the module takes, images first."""
+        return (example,)
+
+    def forward(self, images: Tensor, *others: Tensor) -> Tensor:
+        if not hasattr(self.of_thread, "request"):  # one serves one call at a time
+            self.of_thread.request = self.compiled.create_infer_request()
+        inputs = [images.float().numpy(), *(other.numpy() for other in others)]
+        return torch.from_numpy(self.of_thread.request.infer(inputs, share_inputs=True)[0])
 
 
 class OnnxRuntime(Engine):
@@ -82,7 +94,8 @@ class OnnxRuntime(Engine):
 
         program = io.BytesIO()
         names = {"input_names": ["images"], "dynamic_shapes": {"images": {0: torch.export.Dim("batch")}}}
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        for talker in ("torch.onnx", "onnxscript"):
+            logging.getLogger(talker).setLevel(logging.ERROR)
         with contextlib.redirect_stdout(io.StringIO()):
             torch.onnx.export(Named(module), (example,), dynamo=True, **names).save(program)
         options = onnxruntime.SessionOptions()
@@ -107,7 +120,7 @@ class Named(nn.Module):
 
 def _dense(engine: type[Engine]) -> Callable[[Setting], Made]:
     def made(setting: Setting) -> Made:
-        module = engine(setting.vit, setting.images)
+        module = engine(setting.vit, setting.images, setting.streams)
         plan = f"dense, {engine.package} {module.version}"
         return Made(module, plan, cost.plan_rows(setting.vit, None), counted=False)
 
@@ -116,7 +129,8 @@ def _dense(engine: type[Engine]) -> Callable[[Setting], Made]:
 
 def _pruned(engine: type[Engine]) -> Callable[[Setting], Made]:
     def made(setting: Setting) -> Made:
-        module: Any = engine(PlainPruning(setting.vit, setting.block, setting.keep), setting.images)
+        plain = PlainPruning(setting.vit, setting.block, setting.keep)
+        module: Any = engine(plain, setting.images, setting.streams)
         rows = cost.plan_rows(setting.vit, setting.plan)
         at = rows[setting.block]
         rows[setting.block] = at._replace(queries=at.entering)  # attention of all rows

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sait import cost
 from sait.bench.peers import BASELINE, Made, Peer, Setting
-from sait.bench.plain import PlainViT, add_projected, best_rows, feed_forward, gather, heads, merge_heads, share
+from sait.bench.plain import PlainViT, add_projected, feed_forward, gather, heads, merge_heads, share, with_prefix
 from sait.cost import Rows
 from torch import Tensor
 
@@ -37,18 +37,18 @@ class Evit(PlainViT):
         return x
 
     def _reduce(self, block: Any, x: Tensor) -> Tensor:
-        prefix = self.vit.num_prefix_tokens
-        q, k, v = heads(block.attn, block.norm1(x))
+        prefix, view = self.vit.num_prefix_tokens, self.view(block)
+        q, k, v = heads(view, block.norm1(x))
         attention = (q * block.attn.scale @ k.transpose(-2, -1)).softmax(-1)
-        x = add_projected(block, x, merge_heads(attention @ v))
+        x = add_projected(view, x, merge_heads(attention @ v))
         scores = attention[:, :, 0, prefix:].mean(1)
         count = rate_to_count(self.keep, scores.shape[1])
         if count < scores.shape[1]:
-            rows = best_rows(scores, count, prefix)
-            weights = scores.scatter(1, rows[:, prefix:] - prefix, 0)
+            patches = scores.topk(count).indices.sort().values
+            weights = scores.scatter(1, patches, 0)
             fused = weights[:, None] @ x[:, prefix:]
-            x = torch.cat([gather(x, rows), fused], dim=1)
-        return feed_forward(block, x)
+            x = torch.cat([gather(x, with_prefix(patches, prefix)), fused], dim=1)
+        return feed_forward(view, x)
 
     @staticmethod
     def rows(vit: Any, blocks: Sequence[int], keep: float) -> list[Rows]:

@@ -32,16 +32,17 @@ class Tome(PlainViT):
     def run_blocks(self, x: Tensor) -> Tensor:
         prefix, size = self.vit.num_prefix_tokens, x.new_ones(x.shape[:2])
         for block in self.vit.blocks:
-            q, k, v = heads(block.attn, block.norm1(x))
+            view = self.view(block)
+            q, k, v = heads(view, block.norm1(x))
             bias = size.log()[:, None, None] if self.r else None
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-            x = add_projected(block, x, merge_heads(attended))
+            x = add_projected(view, x, merge_heads(attended))
             pairs = min(self.r, (x.shape[1] - prefix) // 2)
             if pairs:
                 merged, sizes = merge(x[:, prefix:], size[:, prefix:], k.mean(1)[:, prefix:], pairs)
                 x = torch.cat([x[:, :prefix], merged], dim=1)
                 size = torch.cat([size[:, :prefix], sizes], dim=1)
-            x = feed_forward(block, x)
+            x = feed_forward(view, x)
         return x
 
     @staticmethod

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import paper_report
 
-from report import performance
+from report import performance, serving
 from report.tables import Document, Row, number, on_gpu, provenance, render, unique, weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +21,8 @@ MARKERS = "<!-- {}: begin (written by make report) -->", "<!-- {}: end -->"
 SCHEMA = 1
 NOTHING_YET = "Not measured yet: `make bench end-to-end paper report`."
 NO_GPU_YET = "GPU: not measured yet."
+NO_ADAPTIVE_YET = "Not measured yet: `make end-to-end-adaptive report`."
+NO_SERVING_YET = "Not measured yet: `make end-to-end-serving report`."
 
 
 def newest(folder: Path, kind: str | None = None) -> list[Document]:
@@ -153,6 +155,12 @@ def updated_performance(page: str, results: Path) -> str:
     page = insert(page, "density", sections(with_models(newest(results)), performance.density))
     page = insert(page, "end-to-end", sections(peers, performance.everything))
     page = insert(page, "losses", sections(peers, performance.losses))
+    uneven = [performance.adaptive(document) for document in newest(results, performance.ADAPTIVE)]
+    page = insert(page, "adaptive", "\n\n".join(uneven or [NO_ADAPTIVE_YET]))
+    served = newest(results, serving.KIND)
+    for name in serving.COLUMNS:
+        found = [serving.condition(name)(document) for document in serving.of_condition(served, name)]
+        page = insert(page, name, "\n\n".join(found or [NO_SERVING_YET]))
     return insert(page, "floor", sections(whole(peers), performance.floor))
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from report.tables import Document, Row, number, provenance, render, unique, weights
 
-KIND = "end-to-end"
+KIND, ADAPTIVE = "end-to-end", "adaptive"
 MODEL = "deit_small_patch16_224"
 # The cell of a row, empty where there is no such figure.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "img/s": lambda row: number(row["images_per_s"], 1),
     "× best pruned": lambda row: number(row["vs_best_pruned"], 2) if "vs_best_pruned" in row else "",
+    "× best adaptive": lambda row: number(row["vs_best_adaptive"], 2) if "vs_best_adaptive" in row else "",
     "× timm eager": lambda row: number(row["ratio"], 2),
     "× best dense": lambda row: number(row["vs_best_dense"], 2),
     "of FLOP ratio": lambda row: f"{row['flop_share']:.0%}" if "flop_share" in row else "",
@@ -30,6 +31,7 @@ CONTENDERS = (
     "ours-graphed",
     "ours-optimized-graphed",
 )  # the best of them is held against the best dense peer
+BY_MASS = ("ours-mass", "ours-optimized-mass")  # the best of them is held against the best adaptive peer
 HEADLINE_COLUMNS = ("img/s", "× best pruned", "× timm eager", "× best dense")
 PEERS_SHOWN = ("timm", "openvino", "ours-dense", "ours")  # of the peers: whose floor is shown by stages
 
@@ -46,10 +48,32 @@ def headline(document: Document) -> str:
 
 def everything(document: Document) -> str:
     """What comes out in each setting, then a table of each: of a model, batch and dtype."""
-    parts = [provenance(document), *overview(document)]
+    return "\n\n".join([provenance(document), *overview(document), *tables(document)])
+
+
+def tables(document: Document) -> list[str]:
+    """One for each model, batch and dtype."""
+    parts = []
     for rows in settings(document):
         parts += [title(rows, rows[0]["dtype"]), *peer_table(rows, tuple(COLUMNS)), *failures(rows)]
-    return "\n\n".join(parts)
+    return parts
+
+
+def adaptive(document: Document) -> str:
+    """Images that keep different numbers: the fastest of BY_MASS in each setting beside the fastest adaptive peer, then
+    a table of each."""
+    lines = []
+    for rows in settings(document):
+        for ours in best_of_ours(rows, BY_MASS):
+            kept = ours.get("kept", [])
+            spread = f"{min(kept)}–{max(kept)}, mean {number(sum(kept) / len(kept), 0)}" if kept else ""
+            line = [ours["model"], str(ours["batch"]), ours["dtype"], ours["case"]]
+            line += [ours.get("best_adaptive", ""), ours["best_dense"], spread]
+            line += [number(ours["images_per_s"], 1), COLUMNS["× best adaptive"](ours), COLUMNS["× best dense"](ours)]
+            lines.append(line)
+    header = ["model", "batch", "dtype", "ours", "best adaptive", "best dense", "patches kept", "ours img/s"]
+    overview = [render([*header, "× adaptive", "× dense"], lines, text=7)] if lines else []
+    return "\n\n".join([provenance(document), *overview, *tables(document)])
 
 
 def settings(document: Document) -> list[list[Row]]:
@@ -60,9 +84,9 @@ def settings(document: Document) -> list[list[Row]]:
     return list(by_setting.values())
 
 
-def best_of_ours(rows: Sequence[Row]) -> list[Row]:
-    """The fastest of CONTENDERS in one setting; none where neither ran."""
-    ran = [row for row in rows if row["peer"] in CONTENDERS and "error" not in row]
+def best_of_ours(rows: Sequence[Row], contenders: Sequence[str] = CONTENDERS) -> list[Row]:
+    """The fastest of them in one setting; none where none ran."""
+    ran = [row for row in rows if row["peer"] in contenders and "error" not in row]
     return sorted(ran, key=lambda row: row["ours_us"])[:1]
 
 

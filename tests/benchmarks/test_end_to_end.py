@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import end_to_end
 import harness
 import pytest
 import sait
+import spread
 import torch
 import typer
 from end_to_end import Figure
@@ -173,7 +175,8 @@ def test_a_run_writes_a_results_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     check_results(document)
     assert document["kind"] == "end-to-end"
     assert document["roofs"] == ROOFS | {"matmul_tflops_fp32": 0.5}
-    assert [row["peer"] for row in document["rows"]] == ["timm", "ours", "ours-dense", "tome", "timm-autotuned"]
+    asked_for = ["timm", "ours", "ours-dense", "tome", "timm-autotuned", "plain-autotuned"]
+    assert [row["peer"] for row in document["rows"]] == asked_for
     assert {row["weights"] for row in document["rows"]} == {"random"}
     for words in ("timm eager", "FLOP", "test_vit, fp32, batch 1", "written"):
         assert words in printed
@@ -241,6 +244,56 @@ def test_models_of_several_sizes(tmp_path: Path) -> None:
         assert words in written
 
 
+def test_a_model_may_have_a_side_of_its_own(tmp_path: Path) -> None:
+    options = ["--batch", 1, "--dtype", "fp32", "--peer", "ours-optimized", "--repeats", 1]
+    run("--model", "test_vit@80", *options, "--save-results", tmp_path)
+    document = json.loads(next(tmp_path.iterdir()).read_text())
+    check_results(document)
+    assert [(row["model"], row["tokens"]) for row in document["rows"]] == [("test_vit@80", 26), ("test_vit@80", 13)]
+    with pytest.raises(typer.BadParameter, match="test_vit@224"):
+        end_to_end.load("test_vit@large", "random")
+
+
+def test_images_that_keep_different_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours keeps what was drawn, by its own rule, and the others as many, or as many as the largest of them."""
+    monkeypatch.setattr(sait.bench.peers, "compiled", lambda module, mode="default": module)
+    options = ["--model", "test_vit", "--batch", 4, "--dtype", "fp32", "--repeats", 1]
+    chosen = [word for name in ("padded", "ours-optimized-mass") for word in ("--peer", name)]
+    run(*options, *chosen, "--adaptive", "--save-results", tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith("-adaptive.json")
+    document = json.loads(path.read_text())
+    check_results(document)
+    rows = {row["peer"]: row for row in document["rows"]}
+    counts = list(spread.drawn(100, 4))
+    assert len(set(counts)) > 1
+    assert rows["ours-optimized-mass"]["kept"] == counts == rows["padded"]["kept"]
+    assert "kept" not in rows["timm"]
+    assert rows["ours-optimized-mass"]["tokens"] == pytest.approx(1 + sum(counts) / 4, abs=0.05)
+    assert rows["padded"]["tokens"] == 1 + max(counts)
+    assert {row["best_adaptive"] for row in rows.values()} == {"plain torch, padded"}
+    assert rows["padded"]["vs_best_adaptive"] == 1
+    shown = {column.header for column in end_to_end.table(document["rows"], "").columns}
+    assert shown & {"× best adaptive", "× best pruned"} == {"× best adaptive"}
+    written = performance.adaptive(document)
+    assert f"| {min(counts)}–{max(counts)}, mean {sum(counts) / 4:.0f} |" in written
+
+
+def test_another_number_of_patches_has_no_figures(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One patch more than was agreed on, of one image."""
+
+    def greedy(setting: Setting) -> Made:
+        made = PEERS["padded"].make(replace(setting, counts=(10, 13)))
+        return made._replace(kept=setting.counts)
+
+    monkeypatch.setitem(PEERS, "greedy", Peer("Greedy", "pruned", greedy, "timm", adaptive=True))
+    uneven = replace(setting, counts=(10, 12))
+    with torch.inference_mode():
+        figures, failed = end_to_end.prepare(uneven, ["timm", "padded", "greedy"])
+    assert [figure.name for figure in figures] == ["timm", "padded"]
+    assert "of as many patches" in failed["greedy"]
+
+
 def test_weights_are_those_that_optimize_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made in inference mode they would be no parameters whose changes torch counts, and run unpacked."""
     seen, original = [], end_to_end.compare
@@ -257,10 +310,14 @@ def test_weights_are_those_that_optimize_takes(monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_left_out_of_the_default_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     graphed = {name for name in PEERS if "graphed" in name}
     engines = {name for name in PEERS if name.startswith(("openvino", "onnxruntime"))}
+    adaptive = {"openvino-largest", "openvino-each", "padded", "padded-compiled"}
+    autotuned = {"timm-autotuned", "plain-autotuned"}
     assert len(graphed) == 4
     for device, missing in {"cpu": graphed, "cuda": engines}.items():
         monkeypatch.setattr(end_to_end, "DEVICE", device)
-        assert set(PEERS) - set(end_to_end.default_peers()) == {"timm-autotuned"} | missing
+        assert set(PEERS) - set(end_to_end.default_peers()) == autotuned | adaptive | missing
+        found = set(end_to_end.default_peers(adaptive=True))
+        assert found == ({*end_to_end.ADAPTIVE_PEERS} | adaptive) - missing
 
 
 def test_an_unknown_peer_is_one_line_that_helps() -> None:

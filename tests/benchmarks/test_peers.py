@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -54,6 +56,43 @@ def test_plain_pruning_is_ours(name: str, keep: float) -> None:
     with sk.backend("reference"):
         expected = ours(images())
     torch.testing.assert_close(PlainPruning(vit, 1, keep)(images()), expected)
+
+
+EVAS = ["vit_small_patch16_dinov3", "vit_small_plus_patch16_dinov3", "vit_small_patch16_rope_mixed_224"]
+
+
+def small_eva(name: str) -> Any:
+    """Logits of the size of 1: timm starts with a head that hides every difference."""
+    vit = small_vit(name)
+    torch.nn.init.normal_(vit.head.weight)
+    return vit
+
+
+@pytest.mark.parametrize("name", EVAS)
+@torch.no_grad()
+def test_plain_pruning_takes_positions_along(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary tables of all blocks and of each, gated MLPs, registers, pooling over what is left."""
+    vit = small_eva(name)
+    torch.testing.assert_close(PlainPruning(vit, 1, 1.0)(images()), vit(images()))
+    ours = sait.sparsify(share(vit), block=1, keep=0.45)
+    with sk.backend("reference"):
+        expected = ours(images())
+    torch.testing.assert_close(PlainPruning(vit, 1, 0.45)(images()), expected)
+    monkeypatch.setattr(Tensor, "topk", lambda x, k: torch.topk(-x, k))
+    assert not torch.allclose(PlainPruning(vit, 1, 0.45)(images()), expected)
+
+
+@pytest.mark.parametrize("cls", [PlainViT, partial(Evit, blocks=(1,), keep=0.5), partial(Tome, r=2)])
+def test_other_ways_refuse_rotary_positions(cls: Any) -> None:
+    with pytest.raises(TypeError, match="got Eva"):
+        cls(small_eva(EVAS[0]))
+
+
+@torch.no_grad()
+def test_a_number_of_patches_in_place_of_the_share() -> None:
+    plain = PlainPruning(small_vit(), 1, 0.45)
+    assert torch.equal(plain(images(), 12), plain(images()))  # 11.25 of 25
+    assert not torch.allclose(plain(images(), 13), plain(images()))
 
 
 def test_gated_attention_is_refused() -> None:
@@ -155,10 +194,11 @@ def test_compiled_peers_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         return module
 
     monkeypatch.setattr(sait.bench.peers, "compiled", compiled)
-    names = ["timm-compiled", "timm-autotuned", "plain-compiled", "ours-compiled"]
+    names = ["timm-compiled", "timm-autotuned", "plain-compiled", "plain-autotuned", "ours-compiled"]
     made = [PEERS[name].make(setting()).forward for name in names]
-    assert modes == ["default", "max-autotune", "default", "default"]
-    assert [type(module).__name__ for module in made[2:]] == ["PlainPruning", "SparseVisionTransformer"]
+    assert modes == ["default", "max-autotune", "default", "max-autotune", "default"]
+    kinds = [type(module).__name__ for module in made[2:]]
+    assert kinds == ["PlainPruning", "PlainPruning", "SparseVisionTransformer"]
 
 
 def test_a_peer_that_computes_less_names_its_dense_twin() -> None:
@@ -189,6 +229,50 @@ def test_without_an_engine_the_reason_is_given(engine: Any, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, engine.package, None)
     with pytest.raises(RuntimeError, match=f"pip install {engine.package}"):
         engine(small_vit().float(), images().float())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_threads_that_share_an_engine_do_not_share_a_request(engine: Any) -> None:
+    """Each of two has the result of its own images, though both run at once."""
+    pytest.importorskip(engine.package)
+    vit = small_vit().float()
+    made = engine(vit, images().float(), streams=2)
+    batches = [images().float(), -images().float()]
+    wrong: list[int] = []
+    together = threading.Barrier(2, timeout=60)
+
+    @torch.no_grad()
+    def serve(at: int) -> None:
+        expected = vit(batches[at])
+        together.wait()
+        for _ in range(20):
+            if not torch.allclose(made(batches[at]), expected, rtol=1e-4, atol=1e-4):
+                wrong.append(at)
+
+    workers = [threading.Thread(target=serve, args=(at,)) for at in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+def test_streams_share_the_threads_of_openvino() -> None:
+    pytest.importorskip("openvino")
+    for streams in (1, 2):
+        made = OpenVino(small_vit().float(), images().float(), streams)
+        assert made.compiled.get_property("NUM_STREAMS") == streams
+        assert made.compiled.get_property("INFERENCE_NUM_THREADS") == streams * torch.get_num_threads()
+
+
+@pytest.mark.parametrize("name", EVAS)
+def test_positions_go_along_in_an_engine(name: str) -> None:
+    pytest.importorskip("openvino")
+    module = PlainPruning(small_eva(name).float(), 1, 0.45)
+    with torch.inference_mode():
+        made = OpenVino(module, images().float())
+        for batch in (images().float(), images(1).float()):
+            torch.testing.assert_close(made(batch), module(batch), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -155,5 +155,24 @@ def test_plot_of_the_floor(rows: list[dict[str, Any]], tmp_path: Path) -> None:
 
 def test_the_page_has_the_tables(tmp_path: Path) -> None:
     names = ("density", "end-to-end", "losses", "floor")
-    page = "".join(marker.format(name) for name in names for marker in report.MARKERS)
-    assert report.updated_performance(page, tmp_path).count(report.NOTHING_YET) == len(names)
+    served = ("alone", "streams", "busy")
+    page = "".join(marker.format(name) for name in (*names, "adaptive", *served) for marker in report.MARKERS)
+    written = report.updated_performance(page, tmp_path)
+    assert written.count(report.NOTHING_YET) == len(names)
+    assert written.count(report.NO_ADAPTIVE_YET) == 1
+    assert written.count(report.NO_SERVING_YET) == len(served)
+
+
+def test_images_that_keep_different_numbers() -> None:
+    """The faster of ours, by mass; what keeps a fixed share is none of them."""
+    more = {"best_adaptive": "OpenVINO, image by image", "vs_best_adaptive": 1.4}
+    rows = [
+        row("timm", "timm eager"),
+        row("ours-optimized", "ours optimized", ours_us=1.0, **more),
+        row("ours-mass", "ours, mass", ours_us=900.0, **more),
+        row("ours-optimized-mass", "ours optimized, mass", ours_us=500.0, kept=[110, 130, 126], **more),
+    ]
+    lines = performance.adaptive(document(*rows, kind="adaptive")).split("\n")
+    found = "OpenVINO, image by image | timm eager | 110–130, mean 122 | 20.0 | 1.40 | 0.50 |"
+    assert f"| {MODEL} | 16 | bf16 | ours optimized, mass | {found}" in lines
+    assert "|  | GMAC | img/s | × best adaptive | × timm eager | × best dense | of floor |" in lines

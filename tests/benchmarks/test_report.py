@@ -191,7 +191,8 @@ def test_a_readme_without_markers_is_refused(readme: str) -> None:
         report.insert(readme, "results", "new")
 
 
-PAGE = "".join(marked(name, "") for name in ("density", "end-to-end", "losses", "floor"))
+SECTIONS = ("density", "end-to-end", "losses", "adaptive", "alone", "streams", "busy", "floor")
+PAGE = "".join(marked(name, "") for name in SECTIONS)
 
 
 def test_command(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 def described() -> list[set[str]]:
-    """The fields of each table: of the head, of a row, and of a row of whole models."""
+    """The fields of each table: of the head, of a row, of a row of whole models, and of one of kind serving."""
     _, _, text = (FOLDER / "README.md").read_text(encoding="utf-8").partition("## The results file")
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     first_cells = [[line.split("|")[1] for line in table.splitlines()[2:]] for table in tables]
@@ -21,10 +21,11 @@ def described() -> list[set[str]]:
 
 
 def test_fields_are_those_described() -> None:
-    head, row, peer = described()
+    head, row, peer, serving = described()
     assert head == schema.HEAD | schema.OPTIONAL_HEAD
     assert row == schema.MODEL_ROW | schema.OPTIONAL_ROW
     assert row | peer == row | schema.PEER_ROW | schema.OPTIONAL_PEER_ROW | schema.FAILED_ROW
+    assert row | serving == row | schema.SERVING_ROW | schema.OPTIONAL_SERVING_ROW | {"error"}
     assert row | peer >= schema.FAILED_BENCHMARK | schema.OPTIONAL_FAILED_BENCHMARK
 
 

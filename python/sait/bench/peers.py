@@ -24,13 +24,21 @@ from sait.sparsify import sparsify
 
 @dataclass(frozen=True)
 class Setting:
-    """One timm model in eval mode, its images, and what the headline of ours is there."""
+    """One timm model in eval mode, its images, and what the headline of ours is there.
+
+    Attributes:
+        counts: patches that each image keeps, where these are compared: of adaptive peers, and of ours at ``mass``.
+        streams: threads that will call a peer at once, each with torch's number of threads; for engines that want to
+            know beforehand.
+    """
 
     vit: Any
     images: Tensor
     block: int
     keep: float
     mass: float
+    counts: tuple[int, ...] | None = None
+    streams: int = 1
 
     @property
     def plan(self) -> Plan:
@@ -53,6 +61,7 @@ class Made(NamedTuple):
     rows: list[Rows] | None  # None: the images decide
     counted: bool = True  # torch's allocator hands out its memory as it runs; not that of another engine or of a graph
     for_head: bool = False  # the last block computes only the rows that the head reads
+    kept: tuple[int, ...] | None = None  # patches that each image keeps, where the setting has counts
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,9 @@ class Peer:
         dense: for one that computes less: the peer that runs the dense model in the same way. What the arithmetic
             promises is faster than that one.
         device: the only type of device that has it, where it is one.
+        same_pruning: prunes as ours, which is held against the fastest of them.
+        adaptive: keeps of each image as many patches as the setting's counts say, or as many as their largest; ours at
+            mass is held against the fastest of them.
     """
 
     label: str
@@ -73,16 +85,20 @@ class Peer:
     make: Callable[[Setting], Made]
     dense: str | None = None
     device: str | None = None
-    same_pruning: bool = False  # as ours, which is held against the fastest of them
+    same_pruning: bool = False
+    adaptive: bool = False
 
 
 def _timm(setting: Setting) -> Made:
     return Made(share(setting.vit), "dense", cost.plan_rows(setting.vit, None))
 
 
-def _autotuned(setting: Setting) -> Made:
-    made = _timm(setting)
-    return made._replace(forward=compiled(made.forward, "max-autotune"), counted=not setting.images.is_cuda)
+def _autotuned(make: Callable[[Setting], Made]) -> Callable[[Setting], Made]:
+    def made(setting: Setting) -> Made:
+        eager = make(setting)
+        return eager._replace(forward=compiled(eager.forward, "max-autotune"), counted=not setting.images.is_cuda)
+
+    return made
 
 
 def _plain(setting: Setting) -> Made:
@@ -108,7 +124,7 @@ def _ours_dense(setting: Setting) -> Made:
 
 def _ours_mass(setting: Setting) -> Made:
     plan = f"block={setting.block}, mass={setting.mass}, score=cls"
-    return Made(_sparse(setting, mass=setting.mass), plan, None)
+    return Made(_sparse(setting, mass=setting.mass), plan, None, kept=setting.counts)
 
 
 def _compiled(make: Callable[[Setting], Made]) -> Callable[[Setting], Made]:
@@ -144,13 +160,16 @@ def compiled(module: nn.Module, mode: str = "default") -> Any:
 
 
 BASELINE = "timm"
-AUTOTUNED = "timm-autotuned"  # minutes of compilation: only when asked for
+AUTOTUNED = ("timm-autotuned", "plain-autotuned")  # minutes of compilation: only when asked for
 PEERS: dict[str, Peer] = {
     BASELINE: Peer("timm eager", "dense", _timm),
     "timm-compiled": Peer("timm compiled", "dense", _compiled(_timm)),
-    AUTOTUNED: Peer("timm autotuned", "dense", _autotuned),
+    "timm-autotuned": Peer("timm autotuned", "dense", _autotuned(_timm)),
     "plain": Peer("plain torch", "pruned", _plain, BASELINE, same_pruning=True),
     "plain-compiled": Peer(*("plain torch compiled", "pruned", _compiled(_plain), "timm-compiled"), same_pruning=True),
+    "plain-autotuned": Peer(
+        *("plain torch autotuned", "pruned", _autotuned(_plain), "timm-autotuned"), same_pruning=True
+    ),
     "ours-dense": Peer("ours, all tokens", "ours", _ours_dense),
     "ours": Peer("ours", "ours", _ours, "ours-dense"),
     "ours-mass": Peer("ours, mass", "ours", _ours_mass, "ours-dense"),
