@@ -284,11 +284,11 @@ PYTHON = (
         "tests/models/test_apart.py",
     ),
     Fault(
-        "a stale weight: blocks together are not asked whether they are being trained",
+        "blocks together: another block in the place of one is not noticed",
         "python/sait/execution/encoder.py",
         "optimized.made is not made or",
         "",
-        f"{OPTIMIZE} tests/models/test_encoder.py",
+        "tests/models/test_encoder.py",
     ),
     Fault(
         "a stale token: positions of a packed embedding are not watched",
@@ -298,10 +298,10 @@ PYTHON = (
         "tests/models/test_embedding.py",
     ),
     Fault(
-        "a stale convolution: a packed embedding outlives training",
-        "python/sait/execution/embedding.py",
-        "if torch.is_grad_enabled() and not torch.compiler.is_compiling():",
-        "if torch.is_grad_enabled() and torch.compiler.is_compiling():",
+        "stale weights: what is packed of a whole model outlives training",
+        "python/sait/execution/encoder.py",
+        "state.together = state.embedding = None  # weights",
+        "pass  # weights",
         "tests/models/test_embedding.py",
     ),
     Fault(

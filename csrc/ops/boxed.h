@@ -59,6 +59,10 @@ template <typename T>
 StableIValue give(T result) {
   if constexpr (std::is_same_v<T, Tensor>) {
     return torch::stable::detail::from(result.release());
+  } else if constexpr (std::is_same_v<T, std::vector<Tensor>>) {
+    std::vector<AtenTensorHandle> handles;
+    for (Tensor& tensor : result) handles.push_back(tensor.release());
+    return torch::stable::detail::from(handles);
   } else {
     return torch::stable::detail::from(std::move(result));
   }

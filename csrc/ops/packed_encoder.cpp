@@ -172,7 +172,7 @@ std::vector<EncoderStage> check_stages(const std::vector<int64_t>& numbers, cons
   return stages;
 }
 
-std::tuple<Tensor, Tensor, Tensor> packed_encoder(const Tensor& x, const Tensor& cu_seqlens, int64_t max_seqlen,
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> packed_encoder(const Tensor& x, const Tensor& cu_seqlens, int64_t max_seqlen,
                                                   const std::vector<Tensor>& weights, int64_t heads, int64_t head_dim,
                                                   int64_t hidden_features, int64_t num_prefix, double eps1, double eps2,
                                                   double hidden_eps, double head_eps, std::optional<double> scale,
@@ -216,36 +216,27 @@ std::tuple<Tensor, Tensor, Tensor> packed_encoder(const Tensor& x, const Tensor&
   const int64_t images = p.batch.images;
   const Room room(p, stages);
   if (prefix_only) stages.push_back({});
-  const auto count = static_cast<int64_t>(stages.size());
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) total += room.offsets[i].back();
+  const size_t count = stages.size();
   const auto ints = [&](Sizes sizes) { return allocate(x, sizes, ScalarType::Int); };
-  Tensor rows = ints({total}), lengths = ints({count + 1, images});
-  int32_t *next_rows = rows.mutable_data_ptr<int32_t>(), *length = lengths.mutable_data_ptr<int32_t>();
-  for (int64_t i = 0; i < count; ++i) {
+  std::vector<Tensor> rows, offsets;  // of each stage
+  std::vector<int32_t> lengths((count + 1) * images);
+  for (size_t i = 0; i < count; ++i) {
+    rows.push_back(ints({room.offsets[i].back()}));
     stages[i].offsets = room.offsets[i].data();
-    stages[i].rows = next_rows;
-    stages[i].lengths = length + i * images;
-    next_rows += room.offsets[i].back();
+    stages[i].rows = rows[i].mutable_data_ptr<int32_t>();
+    stages[i].lengths = &lengths[i * images];
   }
-  p.stages = stages.data(), p.stage_count = count;
+  p.stages = stages.data(), p.stage_count = static_cast<int64_t>(count);
   if (prefix_only) p.leaving = stages.back(), --p.stage_count;
   Tensor out = allocate(x, {room.offsets.back().back(), p.channels});
-  p.offsets = room.offsets.back().data(), p.out = out.mutable_data_ptr(), p.lengths = length + count * images;
+  p.offsets = room.offsets.back().data(), p.out = out.mutable_data_ptr(), p.lengths = &lengths[count * images];
   cpu::packed_encoder(p);
 
-  if (room.ragged) {
-    out = compacted(out, room.offsets.back(), p.lengths);
-    std::vector<int64_t> all{0};
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t before = all.back();
-      for (int64_t b = 1; b <= images; ++b) all.push_back(before + room.offsets[i][b]);
-    }
-    rows = compacted(rows, all, length);
-  }
-  Tensor offsets = ints({count, images + 1});
-  int32_t* sum = offsets.mutable_data_ptr<int32_t>();
-  for (int64_t i = 0; i < count; ++i, sum += images + 1) {
+  if (room.ragged) out = compacted(out, room.offsets.back(), p.lengths);
+  for (size_t i = 0; i < count; ++i) {
+    if (room.ragged) rows[i] = compacted(rows[i], room.offsets[i], stages[i].lengths);
+    offsets.push_back(ints({images + 1}));
+    int32_t* sum = offsets[i].mutable_data_ptr<int32_t>();
     sum[0] = 0;
     for (int64_t b = 0; b < images; ++b) sum[b + 1] = sum[b] + stages[i].lengths[b];
   }
@@ -261,7 +252,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) {
       "int hidden_features, int num_prefix, float eps1, float eps2, float hidden_eps, float head_eps, float? scale, "
       "str activation, "
       "bool gated, int vectors, Tensor? positions, Tensor[] tables, bool pairs, int[] stages, float[] shares, "
-      "bool prefix_only) -> (Tensor, Tensor, Tensor)");
+      "bool prefix_only) -> (Tensor, Tensor[], Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sait, CPU, m) { m.impl("packed_encoder", sait::boxed<sait::packed_encoder>); }

@@ -34,7 +34,7 @@ class Explanation(NamedTuple):
     blocks: tuple[BlockRun, ...]
     note: str  # what holds for the whole model; empty where nothing does
     one_by_one: str | None = None  # why blocks of packed weights are not one op; empty where they are
-    embedding: str | None = None  # why the patch embedding is not packed where the first block is; empty where it is
+    embedding: str | None = None  # why the patch embedding is not packed where all blocks are; empty where it is
 
     def __str__(self) -> str:
         alike: dict[tuple[str, str], list[str]] = {}
@@ -88,7 +88,7 @@ def explain(model: Any) -> Explanation:
     packed = all(block.runs == PACKED for block in found)
     one_by_one = (why_one_by_one(model, family, plan) or "") if packed else None
     embedding = None
-    if found[0].runs == PACKED:
+    if packed:
         x = next(family.blocks(model)[0].parameters()).detach()
         embedding = why_not_packed(family.patch_embedding(model), x) or ""
     return Explanation(tuple(found), note, one_by_one, embedding)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import sait_kernels as sk
 from sait.execution.apart import check_apart
 from sait.execution.embedding import embed
-from sait.execution.encoder import encode
+from sait.execution.encoder import all_packed, encode
 from sait.execution.optimize import Way, block_for, products_for
 from sait.families.base import Family
 from sait.methods.base import Seen
@@ -34,10 +34,13 @@ def forward(
     if plan is not None:
         check_blocks(plan, len(family.blocks(model)))
         check_apart(model, family, state)
-    tokens = embed(model, family, images) if tokens is None else tokens
+    together = all_packed(model, family, images)
+    tokens = embed(model, family, images, together is not None) if tokens is None else tokens
+    if tokens.x.dtype != images.dtype:
+        together = all_packed(model, family, tokens.x)
     enough = for_head and family.prefix_is_enough(model)
     one_op = state.recorded is None and homes is None and not family.checkpoints(model)
-    encoded = encode(model, family, plan, tokens, enough) if one_op else None
+    encoded = encode(together, plan, tokens, enough) if one_op else None
     tokens, kept = encoded or run(model, family, plan, tokens, state.recorded, enough, homes)
     grid = family.grid(model, (images.shape[-2], images.shape[-1]))
     state.publish(Record(kept, tokens.entered, tokens.num_prefix, grid) if kept else None)

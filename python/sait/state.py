@@ -44,7 +44,7 @@ class State:
         self._last: tuple[Any, ...] | None = None
         self.recorded: list[Tensor] | None = None  # where record_scores asks for the scores
         self.checked: Any = None  # the modules that are taken apart, as they were then
-        self.encoder: Any = None  # of an optimized model: its blocks together
+        self.together: Any = None  # of an optimized model: its packed blocks
         self.embedding: Any = None  # of an optimized model: its packed patch embedding
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -179,12 +179,7 @@ def packed_encoder(
         *(num_prefix, *encoder.eps, encoder.scale, encoder.activation, encoder.gated, encoder.present, positions),
         *(list(tables), pairs, numbers, shares, prefix_only),
     )
-    if not bounds:
-        return out, ()
-    if len(bounds) == 1:
-        return out, (Selection(rows, offsets[0], bounds[0]),)
-    kept = rows.split(offsets[:, -1].tolist())
-    return out, tuple(Selection(*behind) for behind in zip(kept, offsets.unbind(), bounds, strict=True))
+    return out, tuple(map(Selection, rows, offsets, bounds))
 
 
 def packed_encoder_in_steps(
@@ -291,11 +286,11 @@ def _vectors(block: EncoderBlock) -> tuple[Tensor | None, ...]:
 
 def _fake(
     x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: list[Tensor], *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    context = torch.library.get_ctx()
-    rows, kept = context.new_dynamic_size(), context.new_dynamic_size()
-    stages = len(others[-2]) // 2 + others[-1]  # shares; prefix_only
-    return x.new_empty(rows, x.shape[1]), cu_seqlens.new_empty(kept), cu_seqlens.new_empty(stages, cu_seqlens.shape[0])
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    size = torch.library.get_ctx().new_dynamic_size
+    stages = range(len(others[-2]) // 2 + others[-1])  # shares; prefix_only
+    rows = [cu_seqlens.new_empty(size()) for _ in stages]
+    return x.new_empty(size(), x.shape[1]), rows, [torch.empty_like(cu_seqlens) for _ in stages]
 
 
 register_op("packed_encoder", _fake, __name__)

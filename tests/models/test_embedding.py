@@ -13,13 +13,20 @@ import torch
 import zoo
 from helpers import assert_as_exact_as_torch, assert_same_bits
 from optimized import small_vit, sparse
-from sait.execution.embedding import embed
+from sait.execution.embedding import embed as embedded
+from sait.execution.encoder import all_packed
+from sait.tokens import Tokens
 from torch import Tensor, nn
 
 import sait_kernels as sk
 
 # Convolutions in front; images of another size than the model's; blocks that run their modules.
 BY_MODULES = ("hybrid", "vitamin", "dynamic", "gated", "rms_norm")
+
+
+def embed(model: Any, x: Tensor) -> Tokens:
+    family = type(model)._sait_family
+    return embedded(model, family, x, all_packed(model, family, x) is not None)
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def check_as_its_modules(model: Any, x: Tensor) -> None:
     """What enters the first block is what the modules compute, as exactly as they do."""
     family = type(model)._sait_family
-    got, wanted = embed(model, family, x), family.embed(model, x)
+    got, wanted = embed(model, x), family.embed(model, x)
     exact = family.embed(copy.deepcopy(model).double(), x.double())
     assert_as_exact_as_torch("tokens", got.x, exact.x, wanted.x)
     assert torch.equal(got.cu_seqlens, wanted.cu_seqlens)
@@ -121,10 +128,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @torch.no_grad()
 def test_a_change_is_followed(change: str, packed: list[int]) -> None:
     model, x = sait.optimize(sparse("vit")), zoo.images("vit")
-    before = embed(model, type(model)._sait_family, x).x
+    before = embed(model, x).x
     CHANGES[change](model)
     check_as_its_modules(model, x)
-    assert not torch.equal(embed(model, type(model)._sait_family, x).x, before)
+    assert not torch.equal(embed(model, x).x, before)
     assert packed == [3, 3, 3]
 
 
@@ -184,7 +191,7 @@ def test_what_is_not_plain_runs_its_modules(change: str, packed: list[int]) -> N
     assert reason in str(sait.explain(model).embedding)
     with torch.no_grad():
         try:
-            embed(model, type(model)._sait_family, zoo.images("vit"))
+            embed(model, zoo.images("vit"))
         except RuntimeError:
             assert change == "a stride", "more patches than positions: the modules say so"
     assert packed == []

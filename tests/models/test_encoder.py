@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,17 @@ def test_weights_that_change_between_two_calls(encoded: list[int]) -> None:
             change(vit.blocks[1])
         torch.testing.assert_close(model(x), other(x), rtol=0, atol=1e-4)
     assert len(encoded) == 3
+
+
+@torch.no_grad()
+def test_another_block(encoded: list[int]) -> None:
+    model, x = sait.optimize(sparse("vit")), zoo.images("vit")
+    before = model(x)
+    model.blocks[2] = copy.deepcopy(model.blocks[3])
+    got = model(x)
+    assert (got - before).abs().max() > 1e-2
+    torch.testing.assert_close(got, sait.deoptimize(model)(x), rtol=0, atol=1e-4)
+    assert len(encoded) == 2
 
 
 def test_whoever_trains_in_between(encoded: list[int]) -> None:

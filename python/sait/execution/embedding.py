@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 import sait_kernels as sk
 from sait.execution.modules import is_untouched, touched_by
-from sait.execution.optimize import HOLDER, Optimized, products_for
+from sait.execution.optimize import HOLDER
 from sait.execution.watch import Watch, WatchOfParameters, all_unchanged
 from sait.families.base import Family, PatchEmbedding
 from sait.tokens import Tokens
 
 
-def embed(model: Any, family: Family, images: Tensor) -> Tokens:
-    """Images (B, channels, height, width) -> what enters the first block."""
-    made = _packed(model, family, images)
+def embed(model: Any, family: Family, images: Tensor, packed: bool) -> Tokens:
+    """Images (B, channels, height, width) -> what enters the first block.
+
+    ``packed``: whether all blocks are of packed weights, for images like these; then this is, too, if it can be.
+    """
+    made = _packed(model, family, images) if packed else None
     if made is None:
         return family.embed(model, images)
     return family.enter(model, made(images), (images.shape[2], images.shape[3]))
@@ -93,18 +96,10 @@ def why_not_packed(view: PatchEmbedding | None, x: Tensor) -> str | None:
     return None
 
 
-def _packed(model: Any, family: Family, images: Any) -> PackedEmbedding | None:
-    """What is made of the model's own patch embedding, if it serves these images and the first block is packed, too."""
-    first = family.blocks(model)[0]
-    optimized = vars(first).get(HOLDER)
-    if optimized is None or not isinstance(images, Tensor) or images.ndim != 4:
-        return None
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        model._sait.embedding = None  # weights are being trained, and not every update shows: as Optimized.forget
-    if products_for(images) is not Optimized.packed or optimized.packed(first, family, images) is None:
-        return None
+def _packed(model: Any, family: Family, images: Tensor) -> PackedEmbedding | None:
+    """What is made of the model's own patch embedding, if it serves these images."""
     view = family.patch_embedding(model)
-    if view is None or not _serves(view, images):
+    if view is None or images.ndim != 4 or not _serves(view, images):
         return None
     made: PackedEmbedding | None = model._sait.embedding
     if made is None or not made.is_of(view):

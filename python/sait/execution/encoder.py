@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import sait_kernels as sk
@@ -26,6 +27,8 @@ class Together:
         self.packed = _together([one.products for one in made])  # None where the blocks are not alike
         self._classes, self._made = tuple(map(type, blocks)), tuple(made)
         self._watched = sum((one.watch.watched + one.parameters.watched for one in made), ())
+        # One assignment, so that threads that share a model see a plan and its own stages.
+        self._stages: tuple[Plan, list[sk.EncoderStage]] | None = None
 
     def are(self, blocks: Sequence[Any]) -> bool:
         """Whether a model's blocks are still these, unchanged."""
@@ -37,29 +40,6 @@ class Together:
                 return False
         return all_unchanged(self._watched)
 
-
-class Encoder:
-    """An optimized model's blocks together, made when they are. It hangs on the model's state."""
-
-    def __init__(self) -> None:
-        # One assignment each, so that threads that share a model see blocks and what was made of them.
-        self._together: Together | None = None
-        self._stages: tuple[Plan, list[sk.EncoderStage]] | None = None
-
-    def of(self, model: Any, family: Family, x: Tensor) -> Together | None:
-        """For tokens like x; None: a block of the model is not packed, or has what no encoder takes."""
-        together, blocks = self._together, family.blocks(model)
-        if together is None or together.dtype != x.dtype or not together.are(blocks):
-            self._together = None
-            found: list[Packed] = []
-            for block, products in zip(blocks, packed_blocks(model, family, x), strict=True):
-                made = None if products is None else vars(block)[HOLDER].made
-                if made is None or made.products.has_modules:  # the loop will ask again: the fewer here, the better
-                    return None
-                found.append(made)
-            together = self._together = Together(blocks, found)
-        return together
-
     def stages(self, plan: Plan) -> list[sk.EncoderStage]:
         """Those that drop something, as the op takes them."""
         made = self._stages
@@ -69,20 +49,36 @@ class Encoder:
         return made[1]
 
 
+def all_packed(model: Any, family: Family, x: Tensor) -> Together | None:
+    """A model's blocks together, for images or tokens like x; None: not all of them are packed."""
+    state, blocks = model._sait, family.blocks(model)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        state.together = state.embedding = None  # weights are being trained, and not every update shows
+    if products_for(x) is not Optimized.packed:
+        return None
+    together: Together | None = state.together
+    if together is None or together.dtype != x.dtype or not together.are(blocks):
+        together = None
+        found: list[Packed] = []
+        for block, products in zip(blocks, packed_blocks(model, family, x), strict=True):
+            made = None if products is None else vars(block)[HOLDER].made
+            if made is None:  # the loop will ask again: the fewer here, the better
+                break
+            found.append(made)
+        else:
+            together = Together(blocks, found)
+        state.together = together
+    return together
+
+
 def encode(
-    model: Any, family: Family, plan: Plan | None, tokens: Tokens, prefix_is_enough: bool
+    together: Together | None, plan: Plan | None, tokens: Tokens, prefix_is_enough: bool
 ) -> tuple[Tokens, tuple[Selection, ...]] | None:
     """As the loop over the blocks: what leaves the last one, and for each stage who was left behind it. None: they
     have to run one by one."""
-    if products_for(tokens.x) is not Optimized.packed or why_not_together(plan, tokens) is not None:
+    if together is None or together.packed is None or why_not_together(plan, tokens) is not None:
         return None
-    if model._sait.encoder is None:
-        model._sait.encoder = Encoder()
-    encoder: Encoder = model._sait.encoder
-    together = encoder.of(model, family, tokens.x)
-    if together is None or together.packed is None:
-        return None
-    stages = [] if plan is None else encoder.stages(plan)
+    stages = [] if plan is None else together.stages(plan)
     prefix_only = prefix_is_enough and not (stages and stages[-1].block == len(together.packed.blocks) - 1)
     rotates = tokens.rope is not None
     out, kept = sk.packed_encoder(

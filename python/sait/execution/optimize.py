@@ -86,7 +86,7 @@ def optimize(model: Any) -> Any:
     state = state_of(model, "optimize")
     for block in sparse_family(model).blocks(model):
         setattr(block, HOLDER, Optimized())
-    state.encoder = state.embedding = None
+    state.together = state.embedding = None
     return model
 
 
@@ -97,7 +97,7 @@ def deoptimize(model: Any) -> Any:
         TypeError: the model is not sparse.
     """
     state = state_of(model, "deoptimize")
-    state.encoder = state.embedding = None
+    state.together = state.embedding = None
     for block in sparse_family(model).blocks(model):
         vars(block).pop(HOLDER, None)
     return model
