@@ -120,8 +120,8 @@ LAYERS = (
     ("sait.state",),
     ("sait.execution",),
     ("sait.forward",),
-    ("sait.sparsify", "sait.vit", "sait.cost", "sait.maps", "sait.explain"),
-    ("sait.environment", "sait.checkpoint", "sait.bench", "sait.data"),
+    ("sait.sparsify", "sait.vit", "sait.cost", "sait.maps", "sait.explain", "sait.saliency"),
+    ("sait.environment", "sait.checkpoint", "sait.bench", "sait.data", "sait.weights"),
     ("sait.train",),
     ("sait.cli",),
 )

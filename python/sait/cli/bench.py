@@ -23,6 +23,7 @@ Examples:
 
 * sait bench
 * sait bench --model vit_base_patch16_224 --keep 0.5 --dtype bf16 --batch 8
+* sait bench --weights $(python -m sait.weights)
 * sait bench --compare --keep 0.45 --dtype bf16
 * sait bench --mass 0.9 --max-keep 120 --static
 * sait bench --block 6 --keep 0.7 --mass 0.9 --mass 0.8 --weights random --json figures.json
@@ -34,7 +35,10 @@ NEAR_UNIFORM = (
 
 
 def bench(
-    model: options.Model = "deit_small_patch16_224",
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"Any timm Vision Transformer; by default {options.DEFAULT_MODEL}, or that of --weights."),
+    ] = None,
     block: options.Block = 3,
     keep: options.Keep = [1.0, 0.7, 0.45, 0.3],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [0.9],  # noqa: B006
@@ -70,6 +74,7 @@ def bench(
     place = options.check_device(device, backend)
     if json is not None:
         options.check_writable(json, "--json")
+    model = options.model_name(model, weights)
     loaded, described = options.load_model(model, weights)
     images, pictured = options.load_images(loaded, batch)
     densities = [Density(), *options.densities(keep, mass, max_keep, static)]

@@ -31,14 +31,14 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="A checkpoint of `sait train`, or a timm model with pretrained weights.")
     ],
-    data: Annotated[str, typer.Option(help="A folder with train/ and val/, or canvas.")] = "canvas",
+    data: Annotated[str, typer.Option(help="A folder with train/ and val/, or canvas or stamps.")] = "canvas",
     keep: options.Keep = [0.7, 0.45, 0.3, 0.15],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [0.9],  # noqa: B006
     max_keep: options.MaxKeep = None,
     static: options.Static = False,
     block: Annotated[int, typer.Option(help="Where a timm model drops tokens; a checkpoint has its own.", min=0)] = 3,
     score: options.ScoreKind = "cls",
-    images: Annotated[int, typer.Option(help="Test images of canvas.", min=1)] = 2000,
+    images: Annotated[int, typer.Option(help="Test images of canvas or stamps.", min=1)] = 2000,
     batch: Annotated[int, typer.Option(help="Images at a time, over all processes.", min=1)] = 128,
     dtype: Annotated[DType, typer.Option(help="Of autocast; fp32 is none.")] = DType.fp32,
     device: options.Device = "cpu",
@@ -62,7 +62,7 @@ def evaluate(
         if json is not None and processes.first:
             options.check_writable(json, "--json")
         subject, described = load(model, block, score, densities)
-        wanted = Config(data=data, canvas_eval_images=images, batch=batch, workers=workers)
+        wanted = Config(data=data, canvas_eval_images=images, stamps_eval_images=images, batch=batch, workers=workers)
         check_classes(subject, data)
         source = open_data(wanted, expected_by(subject), processes, for_training=False, held_out="test")
         with options.progress() as bar:

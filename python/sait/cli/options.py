@@ -47,6 +47,7 @@ class Backend(StrEnum):
     cuda = "cuda"
 
 
+DEFAULT_MODEL = "deit_small_patch16_224"
 NUMBERS = " A number of patches is for Python: sait.set_density(model, keep=100)."
 
 
@@ -66,10 +67,12 @@ def check_mass(values: list[float]) -> list[float]:
     return _shares("--mass", values)
 
 
-Model = Annotated[str, typer.Option(help="Any timm Vision Transformer.")]
 Weights = Annotated[
     str,
-    typer.Option(help="auto: pretrained if the hub answers within 5 s, else random. random. Or a checkpoint file."),
+    typer.Option(
+        help="auto: pretrained if the hub answers within 5 s, else random. random. Or a checkpoint file, such as "
+        "`python -m sait.weights` makes."
+    ),
 ]
 Block = Annotated[int, typer.Option(help="The block at which tokens are dropped, from 0.", min=0)]
 Keep = Annotated[list[float], typer.Option(help="Share of the patches to keep; repeatable.", callback=check_keep)]
@@ -162,12 +165,25 @@ def running_on(backend: Backend | None) -> Iterator[None]:
         raise typer.TyperException(one_line(error)) from error
 
 
+def model_name(given: str | None, weights: str) -> str:
+    """The --model that is given, else the one that a file of sait.weights is for, else the default."""
+    from sait.weights import metadata_of
+
+    made_for = metadata_of(weights)
+    if made_for is None:
+        return given or DEFAULT_MODEL
+    if given not in (None, made_for["model"]):
+        bad("--weights", f"{weights} is for {made_for['model']}, got --model {given}; leave --model out.")
+    return str(made_for["model"])
+
+
 def load_model(name: str, weights: str) -> tuple[nn.Module, str]:
     """(the timm model in eval mode, its weights in words)."""
     import timm
     import torch
 
     import sait  # noqa: F401  (registers its models with timm)
+    from sait import weights as trained
 
     if not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
@@ -183,10 +199,20 @@ def load_model(name: str, weights: str) -> tuple[nn.Module, str]:
         return _pretrained(name) or (model, f"random weights (the hub gave none within {HUB_SECONDS:g} s)")
     if not Path(weights).is_file():
         bad("--weights", f"expected auto, random or a checkpoint file; there is no file {weights!r}.")
+    made_for = trained.metadata_of(weights)
     try:
+        if made_for is not None:
+            return trained.load(weights), f"weights of {made_for['source']}"
         return timm.create_model(name, checkpoint_path=weights).eval(), f"weights of {Path(weights).name}"
     except Exception as error:  # whatever a damaged or foreign file makes the unpickler and the model say
         bad("--weights", f"{weights} does not load into {name}: {one_line(error)[:200]}")
+
+
+def load_decoder(weights: str) -> nn.Module | None:
+    """The saliency decoder of a file of sait.weights; None of other weights."""
+    from sait import weights as trained
+
+    return None if trained.metadata_of(weights) is None else trained.load_decoder(weights)
 
 
 def _pretrained(name: str) -> tuple[nn.Module, str] | None:
@@ -250,13 +276,13 @@ def preprocessing(model: nn.Module) -> Preprocessing:
     from sait.data.photos import Preprocessing
 
     config = resolve_model_data_config(model)
-    return Preprocessing(config["input_size"][1:], config["mean"], config["std"])
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return Preprocessing(built_for or config["input_size"][1:], config["mean"], config["std"])
 
 
 def open_photos(paths: list[Path]) -> dict[str, Image.Image]:
     """name -> photo; without paths the two that scikit-learn ships."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
+    from sait.data.photographs import open_photograph
     from sait.data.photos import sample_photos
 
     if not paths:
@@ -264,9 +290,9 @@ def open_photos(paths: list[Path]) -> dict[str, Image.Image]:
     photos: dict[str, Image.Image] = {}
     for path in paths:
         try:
-            photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        except UnidentifiedImageError:
-            bad("IMAGES", f"{path} is no image that Pillow can read.")
+            photo = open_photograph(path, longest=None)
+        except ValueError as error:
+            bad("IMAGES", one_line(error))
         except OSError as error:
             bad("IMAGES", f"cannot read {path}: {error.strerror or error}.")
         name = path.stem if path.stem not in photos else f"{path.stem}-{len(photos)}"

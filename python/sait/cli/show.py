@@ -16,6 +16,7 @@ EXAMPLES = """\
 Examples:
 
 * sait show
+* sait show --weights $(python -m sait.weights)
 * sait show cat.jpg dog.png --keep 0.5 --keep 0.25 --out pictures
 * sait show --model vit_base_patch16_224 --block 5 --mass 0.8 --score column
 * sait show --model runs/sait/model.safetensors --keep 0.3 --mass 0.9 --out pictures
@@ -30,8 +31,12 @@ def show(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Any timm Vision Transformer; or a checkpoint of `sait train`, which has its own block.")
-    ] = "deit_small_patch16_224",
+        str | None,
+        typer.Option(
+            help=f"Any timm Vision Transformer, by default {options.DEFAULT_MODEL}, or that of --weights; or a "
+            "checkpoint of `sait train`, which has its own block."
+        ),
+    ] = None,
     block: options.Block = 3,
     keep: options.Keep = [0.7, 0.45, 0.3],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [0.9],  # noqa: B006
@@ -45,17 +50,21 @@ def show(
 ) -> None:
     """Draws the kept patches over photos, several densities side by side: a PNG for each photo.
 
-    Of a checkpoint without photos: one PNG, canvas.png, of easy and hard test images.
+    Of a checkpoint without photos: one PNG, canvas.png, of easy and hard test images. Weights that have a saliency
+    decoder draw the saliency map below each panel: of the dense model, and of the pruned ones with their dropped
+    patches sent home.
     """
     import torch
 
     import sait
-    from sait.data.photos import canvas_examples, draw_kept, fit_to_grid, sheet, to_tensor
+    from sait.data.photos import canvas_examples, draw_kept, draw_map, fit_to_grid, sheet, to_tensor
+    from sait.saliency import saliency
 
     place = options.check_device(device, backend)
     photos = options.open_photos(images or [])
     options.make_folder(out, "--out")
     ranks = score
+    model = options.model_name(model, weights)
     if model.endswith(".safetensors"):
         loaded, block, ranks = load_checkpoint(model)
         described = "trained weights"
@@ -68,11 +77,19 @@ def show(
     batch = torch.stack([to_tensor(photo, expected) for photo in photos.values()]).to(place, dtype.as_torch())
     densities = options.densities(keep, mass, max_keep)
     options.check_prunable(loaded, block, ranks, densities)
-    kept = {}
+    decoder = options.load_decoder(weights)
+    kept, maps = {}, []
     with options.progress() as bar, options.running_on(backend), torch.inference_mode():
         sait.sparsify(loaded.to(place, dtype.as_torch()), block=block, keep=1.0, score=ranks)
+        if decoder is not None:
+            decoder.to(place, dtype.as_torch())
+            maps.append(saliency(sait.set_density(loaded), decoder, batch).float())
         for density in bar.track(densities, description="choosing patches"):
-            sait.set_density(loaded, **asdict(density))(batch)
+            sait.set_density(loaded, **asdict(density))
+            if decoder is None:
+                loaded(batch)
+            else:
+                maps.append(saliency(loaded, decoder, batch).float())
             mask, grid = sait.kept_mask(loaded)
             kept[density] = mask.unflatten(1, grid)
     console = Console(highlight=False)
@@ -87,10 +104,17 @@ def show(
         for density, masks in kept.items():
             count = int(masks[i].sum())
             panels.append((f"{density.label}: {count} of {masks[i].numel()} patches", draw_kept(photo, masks[i])))
-        pictures.setdefault("canvas" if of_canvas else name, []).append(panels)
+        rows = pictures.setdefault("canvas" if of_canvas else name, [])
+        rows.append(panels)
+        if maps:
+            of_photo = [of_density[i] for of_density in maps]
+            labels = ["saliency, dense"]
+            labels += [f"off by {(found - of_photo[0]).abs().mean():.3f} on average" for found in of_photo[1:]]
+            drawn = [draw_map(found, grid) for found in of_photo]
+            rows.append(list(zip(labels, drawn, strict=True)))
     for name, rows in pictures.items():
         path = out / f"{name}.png"
-        sheet(rows, title).save(path)
+        sheet(rows, title).quantize(256).save(path, optimize=True)  # 256 colours: less than half the bytes
         console.print(f"written: {path}")
 
 

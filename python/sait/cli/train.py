@@ -30,7 +30,7 @@ Examples:
 
 def train(
     config: Annotated[Path | None, typer.Option(help="A YAML file; see configs/ for two.")] = None,
-    data: Annotated[str | None, typer.Option(help="A folder with train/ and val/, or canvas.")] = None,
+    data: Annotated[str | None, typer.Option(help="A folder with train/ and val/, or canvas or stamps.")] = None,
     model: Annotated[str | None, typer.Option(help="Any timm Vision Transformer.")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="A checkpoint of ours, or a pretrained timm model; none: no distillation.")

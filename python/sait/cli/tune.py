@@ -30,7 +30,7 @@ def tune(
     model: Annotated[
         str, typer.Argument(help="A checkpoint of `sait train`, or a timm model with pretrained weights.")
     ],
-    data: Annotated[str, typer.Option(help="A folder with train/ and val/, or canvas.")] = "canvas",
+    data: Annotated[str, typer.Option(help="A folder with train/ and val/, or canvas or stamps.")] = "canvas",
     max_drop: Annotated[float, typer.Option(help="Points of accuracy, in percent, that may be lost.", min=0.0)] = 0.5,
     block: Annotated[
         list[int] | None, typer.Option(help="A block to try; repeatable. By default the first half but block 0.")
@@ -40,7 +40,7 @@ def tune(
     max_keep: options.MaxKeep = None,
     static: options.Static = False,
     score: options.ScoreKind = "cls",
-    images: Annotated[int, typer.Option(help="Validation images of canvas.", min=1)] = 1000,
+    images: Annotated[int, typer.Option(help="Validation images of canvas or stamps.", min=1)] = 1000,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(help="Samples of each time.", min=1)] = 10,
     dtype: Annotated[DType, typer.Option(help="Of autocast; fp32 is none.")] = DType.fp32,
@@ -72,7 +72,7 @@ def tune(
             if not 0 <= b < depth:
                 options.bad("--block", f"expected 0 to {depth - 1}, for the model has {depth} blocks; got {b}.")
         eval.check_classes(subject, data)
-        wanted = Config(data=data, canvas_eval_images=images, batch=batch, workers=workers)
+        wanted = Config(data=data, canvas_eval_images=images, stamps_eval_images=images, batch=batch, workers=workers)
         source = open_data(wanted, expected_by(subject), processes, for_training=False)
         sample, _ = next(iter(source.held_out_batches()))
         batches = -(-source.held_out_images // batch)

@@ -117,6 +117,16 @@ def draw_kept(photo: Image.Image, kept: Tensor) -> Image.Image:
     return picture
 
 
+def draw_map(values: Tensor, grid: tuple[int, int]) -> Image.Image:
+    """A map (height, width) of values in [0, 1], dark to bright, as large as a picture of a grid (rows, columns)."""
+    from matplotlib import colormaps
+
+    rows, columns = grid
+    side = patch_pixels(columns)
+    coloured = colormaps["inferno"](values.clamp(0, 1).cpu().numpy(), bytes=True)[..., :3]
+    return Image.fromarray(coloured).resize((columns * side, rows * side), Image.Resampling.BILINEAR)
+
+
 def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str) -> Image.Image:
     """One picture of rows of labelled panels, all of equal size, under a title."""
     font = ImageFont.load_default(TEXT_SIZE)

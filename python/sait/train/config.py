@@ -41,8 +41,10 @@ class Config:
         model, model_kwargs: for timm.create_model; num_classes is set by the data, and canvas, whose images are small,
             has an img_size of 64 and a patch_size of 8 where these say nothing.
         init: a checkpoint whose weights to start from.
-        data: a folder with train/ and val/, a folder for each class in both; or "canvas".
+        data: a folder with train/ and val/, a folder for each class in both; or "canvas" or "stamps".
         canvas_images, canvas_eval_images: images of an epoch and of the held-out set, for "canvas".
+        stamps_images, stamps_eval_images: the same for "stamps".
+        fold: for "stamps": which fifth of the objects is the test's.
         out: the folder for checkpoints and metrics.
 
         mode: "alternate" (SaiT), "dense" (plain training) or "sparse".
@@ -59,6 +61,7 @@ class Config:
 
         batch: images of a step, over all processes together.
         opt, lr, weight_decay, clip: optimizer of timm, learning rate, weight decay, greatest gradient norm.
+        layer_decay: each block's learning rate is that of the next one times this; none: one rate for all.
         sched, warmup_epochs, warmup_lr, min_lr: learning rate schedule of timm, updated every step.
         ema: decay of the average of the weights that is evaluated and saved; none: the weights themselves.
         drop_path, smoothing: stochastic depth and label smoothing.
@@ -78,6 +81,9 @@ class Config:
     data: str = "canvas"
     canvas_images: int = 20_000
     canvas_eval_images: int = 2_000
+    stamps_images: int = 1_500
+    stamps_eval_images: int = 520
+    fold: int = 0
     out: str = "runs/sait"
 
     mode: str = "alternate"
@@ -101,6 +107,7 @@ class Config:
     lr: float = 1e-3
     weight_decay: float = 0.05
     clip: float | None = 1.0
+    layer_decay: float | None = None
     sched: str = "cosine"
     warmup_epochs: float = 1.0
     warmup_lr: float = 1e-6
@@ -147,7 +154,9 @@ class Config:
             raise TrainingError(f"config: {error}") from error
         if self.keep is not None and self.mass is not None:
             raise TrainingError("config: expected one of keep and mass, got both; set the other to null.")
-        for name in ("epochs", "batch", "canvas_images", "canvas_eval_images", "teacher_blocks", "eval_every"):
+        counts = ("epochs", "batch", "teacher_blocks", "eval_every")
+        sizes = ("canvas_images", "canvas_eval_images", "stamps_images", "stamps_eval_images")
+        for name in (*counts, *sizes):
             if getattr(self, name) < 1:
                 raise TrainingError(f"config: {name}: expected 1 or more, got {getattr(self, name)}.")
         if (self.mixup or self.cutmix) and self.batch % 2:

@@ -1,4 +1,4 @@
-"""Batches to train on and held-out ones: Canvas, or a folder of images through timm's loader."""
+"""Batches to train on and held-out ones: Canvas, Stamps, or a folder of images through timm's loader."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from timm.utils import natural_key
 from torch import Tensor
 from torch.utils.data import DistributedSampler, Subset
 
-from sait.data import canvas
+from sait.data import canvas, stamps
+from sait.data.debian import PackageError
 from sait.train.config import Config, TrainingError
 from sait.train.processes import Processes
 
@@ -55,6 +56,8 @@ def class_names(data: str) -> list[str]:
     """What there is to tell apart; TrainingError if there is no such data."""
     if data == "canvas":
         return [str(digit) for digit in range(canvas.CLASSES)]
+    if data == "stamps":
+        return list(stamps.CLASSES)
     folders = _split_folders(data)
     for folder in folders:
         if not _has_image(folder):
@@ -94,6 +97,8 @@ def open_data(
     data: Data
     if config.data == "canvas":
         data = CanvasData(config, expected, processes, held_out)
+    elif config.data == "stamps":
+        data = StampsData(config, expected, processes, held_out)
     else:
         data = FolderData(config, expected, processes)
     if for_training and data.steps == 0:
@@ -101,31 +106,67 @@ def open_data(
     return data
 
 
-class CanvasData:
+class DrawnData:
     """New images in every epoch, decided by seed and epoch: the placements are the augmentation."""
+
+    cure: str  # of a size that the data set does not have
+
+    def sizes(self) -> tuple[int, int]:
+        """Images of an epoch, and of the held-out set."""
+        raise NotImplementedError
+
+    def drawn(self, split: str, size: int, seed: int | tuple[int, int]) -> canvas.Canvas | stamps.Stamps:
+        """The data set; the seed is (seed, epoch) in training."""
+        raise NotImplementedError
 
     def __init__(self, config: Config, expected: Expected, processes: Processes, held_out: str) -> None:
         _, height, width = expected.size
         if height != width:
-            raise TrainingError(f"--data: canvas has square images, and the model expects {height} x {width}.")
+            raise TrainingError(f"--data: {config.data} has square images, and the model expects {height} x {width}.")
         self.config, self.processes = config, processes
         self.look: dict[str, Any] = {"img_size": height, "mean": expected.mean, "std": expected.std}
-        self.steps = config.canvas_images // config.batch
-        self.held_out_images = config.canvas_eval_images
+        images, self.held_out_images = self.sizes()
+        self.steps = images // config.batch
         try:
-            self.held_out = canvas.Canvas(held_out, self.held_out_images, **self.look)
+            self.held_out = self.drawn(held_out, self.held_out_images, 0)
         except ValueError as error:
-            raise TrainingError(f"--data: {error} Set model_kwargs={{img_size: 64, patch_size: 8}}.") from error
+            raise TrainingError(f"--data: {error} {self.cure}") from error
+        except PackageError as error:
+            raise TrainingError(f"--data: {error}") from error
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         """The same global batches for any number of processes, each of which takes every world_size-th image."""
         rank, world = self.processes.rank, self.processes.world_size
-        images = canvas.Canvas("train", self.steps * self.config.batch, (self.config.seed, epoch), **self.look)
+        images = self.drawn("train", self.steps * self.config.batch, (self.config.seed, epoch))
         yield from images.batches(self.config.batch // world, rank=rank, world_size=world)
 
     def held_out_batches(self) -> Iterator[Batch]:
         rank, world = self.processes.rank, self.processes.world_size
         yield from self.held_out.batches(self.config.batch // world, rank=rank, world_size=world)
+
+
+class CanvasData(DrawnData):
+    """Canvas: digits on dimmed photos."""
+
+    cure = "Set model_kwargs={img_size: 64, patch_size: 8}."
+
+    def sizes(self) -> tuple[int, int]:
+        return self.config.canvas_images, self.config.canvas_eval_images
+
+    def drawn(self, split: str, size: int, seed: int | tuple[int, int]) -> canvas.Canvas:
+        return canvas.Canvas(split, size, seed, **self.look)
+
+
+class StampsData(DrawnData):
+    """Stamps: photographed objects on photographs."""
+
+    cure = "Set model_kwargs={img_size: 168}."
+
+    def sizes(self) -> tuple[int, int]:
+        return self.config.stamps_images, self.config.stamps_eval_images
+
+    def drawn(self, split: str, size: int, seed: int | tuple[int, int]) -> stamps.Stamps:
+        return stamps.Stamps(split, size, seed, fold=self.config.fold, **self.look)
 
 
 class FolderData:

@@ -95,7 +95,13 @@ class Trainer:
         self.data: Data = open_data(config, self.expected, processes)
         self.teacher: Teacher | None = load_teacher(config, self.model, processes.device)
         state = self._open_folder(resume)  # not before all else is known to be right: it makes the folder
-        self.optimizer = create_optimizer_v2(self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = create_optimizer_v2(
+            self.model,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+        )
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched=config.sched,

