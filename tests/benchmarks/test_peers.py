@@ -65,6 +65,8 @@ def small_eva(name: str) -> Any:
     """Logits of the size of 1: timm starts with a head that hides every difference."""
     vit = small_vit(name)
     torch.nn.init.normal_(vit.head.weight)
+    if vit.rope_mixed:
+        vit.rope.float()  # timm 1.0.28 makes mixed tables of float32 only
     return vit
 
 
