@@ -172,14 +172,12 @@ std::vector<EncoderStage> check_stages(const std::vector<int64_t>& numbers, cons
   return stages;
 }
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> packed_encoder(const Tensor& x, const Tensor& cu_seqlens, int64_t max_seqlen,
-                                                  const std::vector<Tensor>& weights, int64_t heads, int64_t head_dim,
-                                                  int64_t hidden_features, int64_t num_prefix, double eps1, double eps2,
-                                                  double hidden_eps, double head_eps, std::optional<double> scale,
-                                                  std::string_view activation, bool gated, int64_t present,
-                                                  const OptionalTensor& positions, const std::vector<Tensor>& tables,
-                                                  bool pairs, const std::vector<int64_t>& stage_numbers,
-                                                  const std::vector<double>& stage_shares, bool prefix_only) {
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> packed_encoder(
+    const Tensor& x, const Tensor& cu_seqlens, int64_t max_seqlen, const std::vector<Tensor>& weights, int64_t heads,
+    int64_t head_dim, int64_t hidden_features, int64_t num_prefix, double eps1, double eps2, double hidden_eps,
+    double head_eps, std::optional<double> scale, std::string_view activation, bool gated, int64_t present,
+    const OptionalTensor& positions, const std::vector<Tensor>& tables, bool pairs,
+    const std::vector<int64_t>& stage_numbers, const std::vector<double>& stage_shares, bool prefix_only) {
   check_rows(op, "x", x);
   check_norm(op, x, eps1);
   check_eps(op, "eps2", eps2);
