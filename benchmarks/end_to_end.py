@@ -152,19 +152,9 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
         needed = roofline.parts(setting.vit, figure.computed(setting.vit), len(setting.images), dtype.itemsize)
         floor = roofline.floor(needed, roofs)
         row = {
-            "name": "model",
-            "group": peer.group,
-            "peer": figure.name,
-            "case": peer.label,
-            "plan": figure.made.plan,
-            **common,
-            "baseline": PEERS[BASELINE].label,
-            "ours_us": round(figure.seconds * 1e6, 1),
-            "baseline_us": round(baseline.seconds * 1e6, 1),
-            "ratio": round(baseline.seconds / figure.seconds, 3),
+            **timed_row(setting, figure, figure.seconds, baseline.seconds, common),
             "best_dense": PEERS[best.name].label,
             "vs_best_dense": round(best.seconds / figure.seconds, 3),
-            "images_per_s": round(len(setting.images) / figure.seconds, 2),
             "tokens": round(figure.tokens, 1),
             "gmac": round(setting.gmac(figure.rows), 3),
             "gmac_executed": round(setting.gmac(figure.computed(setting.vit)), 3),
@@ -185,6 +175,24 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
             row["flop_share"] = round(twin.seconds / figure.seconds / promised, 3)
         rows.append(row)
     return [*rows, *(failed_row(name, reason, common) for name, reason in failed.items())]
+
+
+def timed_row(setting: Setting, figure: Figure, seconds: float, baseline: float, common: Row) -> Row:
+    """What every row of a peer has that ran, with seconds of its own and of the baseline."""
+    peer = PEERS[figure.name]
+    return {
+        "name": "model",
+        "group": peer.group,
+        "peer": figure.name,
+        "case": peer.label,
+        "plan": figure.made.plan,
+        **common,
+        "baseline": PEERS[BASELINE].label,
+        "ours_us": round(seconds * 1e6, 1),
+        "baseline_us": round(baseline * 1e6, 1),
+        "ratio": round(baseline / seconds, 3),
+        "images_per_s": round(len(setting.images) / seconds, 2),
+    }
 
 
 def failed_row(name: str, reason: str, common: Row) -> Row:

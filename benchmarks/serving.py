@@ -209,20 +209,8 @@ def measured(setting: Setting, condition: Condition, names: Sequence[str], effor
     alike = [name for name in by_name if PEERS[name].same_pruning]
     rows = []
     for figure in figures:
-        found, peer = by_name[figure.name], PEERS[figure.name]
-        row = {
-            "name": "model",
-            "group": peer.group,
-            "peer": figure.name,
-            "case": peer.label,
-            "plan": figure.made.plan,
-            **common,
-            "baseline": PEERS[BASELINE].label,
-            "ours_us": micro(found.seconds),
-            "baseline_us": micro(baseline.seconds),
-            "ratio": round(baseline.seconds / found.seconds, 3),
-            "images_per_s": round(len(setting.images) / found.seconds, 2),
-        }
+        found = by_name[figure.name]
+        row = end_to_end.timed_row(setting, figure, found.seconds, baseline.seconds, common)
         if alike:
             best = min(alike, key=lambda name: by_name[name].seconds)
             row["best_pruned"] = PEERS[best].label

@@ -1,7 +1,7 @@
-// packed_linear, packed_block and packed_embed on the CPU: a block of rows is normalised once, stays in the cache, and meets one block
-// of columns of the weight after the other. What follows the product is done on its float tile, before the result is
-// rounded and written once. packed_block does the same for its three layers in turn, and of many rows the hidden ones
-// stay in L2.
+// packed_linear, packed_block and packed_embed on the CPU: a block of rows is normalised once, stays in the cache, and
+// meets one block of columns of the weight after the other. What follows the product is done on its float tile, before
+// the result is rounded and written once. packed_block does the same for its three layers in turn, and of many rows the
+// hidden ones stay in L2. packed_embed gathers its rows from images.
 //
 // bfloat16 uses bfloat16 products where the machine has them; everything else computes in float32.
 #define SAIT_KERNEL_FILE "cpu/packed_linear.cpp"

@@ -1,5 +1,5 @@
-// packed_encoder: all blocks of a transformer whose weights are packed. Each is what packed_linear (norm1 and qkv), rotate,
-// norm_heads, score_tokens and select, compact_attention and packed_block give one after the other, bit for bit.
+// packed_encoder: all blocks of a transformer whose weights are packed. Each is what packed_linear (norm1 and qkv),
+// norm_heads, rotate, score_tokens and select, compact_attention and packed_block give one after the other, bit for bit.
 #pragma once
 
 #include "sait/packed_linear.h"

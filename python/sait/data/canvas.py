@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+
+from sait.data.drawn import DrawnImages
 
 CLASSES = 10
 SPLITS = ("train", "validation", "test")
@@ -43,7 +43,7 @@ class Placements(NamedTuple):
     column: Tensor
 
 
-class Canvas(Dataset[tuple[Tensor, int]]):
+class Canvas(DrawnImages):
     """Digits of scikit-learn at random position, size and contrast over random crops of the two photos that it ships.
 
     No digit image and no pixel of a photo is in two splits. Image i of a seed is always the same, whatever the size
@@ -120,30 +120,15 @@ class Canvas(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.placements.label)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        images, labels = self.batch([operator.index(index)])
-        return images[0], int(labels[0])
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        images, labels = self.batch(indices)
-        return list(zip(images, labels.tolist(), strict=True))
-
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """(images (B, 3, img_size, img_size) float32, labels (B,) int64), drawn all at once."""
-        chosen = torch.as_tensor(indices)
-        if chosen.numel() and not -len(self) <= int(chosen.min()) <= int(chosen.max()) < len(self):
-            raise IndexError(f"Canvas: expected indices of {len(self)} images, got {chosen.tolist()}.")
+        chosen = self.chosen(indices)
         place = Placements(*(values[chosen] for values in self.placements))
         ink = self._ink(place)[:, None] * place.contrast.view(-1, 1, 1, 1)
         crops = self._photos.unfold(2, self.img_size, 1).unfold(3, self.img_size, 1)  # a view: every crop there is
         images = crops[place.photo, :, place.row, place.column] * (self.background / 255)  # (B, 3, S, S)
         images += ink * (1 - images)
         return images.sub_(self.mean).div_(self.std), place.label
-
-    def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images in order, ``batch_size`` at a time; with several processes each takes every world_size-th."""
-        for indices in torch.arange(rank, len(self), world_size).split(batch_size):
-            yield self.batch(indices)
 
     def _ink(self, place: Placements) -> Tensor:
         """(B, S, S) in [0, 1]: the 8 x 8 digits, bilinearly enlarged to their places.

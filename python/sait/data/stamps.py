@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sait.data import debian
+from sait.data.drawn import DrawnImages
 from sait.data.photographs import photographs
 
 SPLITS = ("train", "validation", "test")
@@ -83,7 +82,7 @@ class Placements(NamedTuple):
     draws: Tensor
 
 
-class Stamps(Dataset[tuple[Tensor, int]]):
+class Stamps(DrawnImages):
     """Objects of 12 classes at random place, size, angle and colour on random crops of photographs.
 
     No object and no photograph is in two splits: of each class three fifths of the objects are for training, a fifth
@@ -160,14 +159,6 @@ class Stamps(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.placements.label)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        images, labels = self.batch([operator.index(index)])
-        return images[0], int(labels[0])
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        images, labels = self.batch(indices)
-        return list(zip(images, labels.tolist(), strict=True))
-
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """(images (B, 3, img_size, img_size) float32, labels (B,) int64)."""
         images, labels, _ = self.batch_with_masks(indices)
@@ -175,19 +166,12 @@ class Stamps(Dataset[tuple[Tensor, int]]):
 
     def batch_with_masks(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images and labels of ``batch``, and masks (B, img_size, img_size) bool: the pixels that show the object."""
-        chosen = torch.as_tensor(indices)
-        if chosen.numel() and not -len(self) <= int(chosen.min()) <= int(chosen.max()) < len(self):
-            raise IndexError(f"Stamps: expected indices of {len(self)} images, got {chosen.tolist()}.")
+        chosen = self.chosen(indices)
         drawn = [self.picture(i % len(self)) for i in chosen.tolist()]
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in drawn])).permute(0, 3, 1, 2)
         masks = torch.from_numpy(np.stack([mask for _, mask in drawn]))
         images = (pixels.float() / 255).sub_(self.mean).div_(self.std)
         return images.contiguous(), self.placements.label[chosen], masks
-
-    def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images in order, ``batch_size`` at a time; with several processes each takes every world_size-th."""
-        for indices in torch.arange(rank, len(self), world_size).split(batch_size):
-            yield self.batch(indices)
 
     def picture(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """(the image in RGB, its mask (img_size, img_size) bool)."""
