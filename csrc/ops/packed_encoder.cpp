@@ -248,7 +248,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "packed_encoder(Tensor x, Tensor cu_seqlens, int max_seqlen, Tensor[] weights, int heads, int head_dim, "
       "int hidden_features, int num_prefix, float eps1, float eps2, float hidden_eps, float head_eps, float? scale, "
-      "str activation, bool gated, int vectors, Tensor? positions, Tensor[] tables, bool pairs, int[] stages, float[] shares, "
+      "str activation, bool gated, int vectors, Tensor? positions, Tensor[] tables, bool pairs, int[] stages, float[] "
+      "shares, "
       "bool prefix_only) -> (Tensor, Tensor[], Tensor[])");
 }
 
