@@ -19,7 +19,7 @@ from pathlib import Path
 from sait import weights
 from sait.data import debian
 
-from photographs import cost, finetune, report, results, segmentation, untrained
+from photographs import adaptive, cost, finetune, report, results, segmentation, untrained
 from photographs.results import Row, Run
 from photographs.settings import FULL, QUICK, ROOT, Settings
 
@@ -70,6 +70,8 @@ def runs(settings: Settings) -> Iterator[Run]:
         for variant in finetune.VARIANTS:
             yield Run("finetune", variant, seed)
     for seed in range(settings.seeds):
+        yield Run("adaptive", "sait", seed)
+    for seed in range(settings.seeds):
         for variant in segmentation.VARIANTS:
             yield Run("segmentation", variant, seed)
     yield Run("speed", "sait", 0)
@@ -103,8 +105,9 @@ def begin_all(wanted: Sequence[Run], options: argparse.Namespace, settings: Sett
 
     with ThreadPoolExecutor(options.jobs) as pool:
         alike = [run for run in wanted if run.experiment not in TIMED]
-        first = [run for run in alike if run.variant == "plain"]  # the others of their seed learn from them
-        for group in ([run for run in alike if run.experiment == "untrained"], first, alike):
+        tuned = [run for run in alike if run.experiment == "finetune"]
+        plain = [run for run in tuned if run.variant == "plain"]  # the others of their seed learn from them
+        for group in ([run for run in alike if run.experiment == "untrained"], plain, tuned, alike):
             list(pool.map(begin, group))
     for run in wanted:
         if run.experiment in TIMED:
@@ -122,6 +125,8 @@ def rows(run: Run, settings: Settings, folder: Path) -> Iterator[Row]:
         return segmentation.rows(run.variant, run.seed, settings)
     if run.experiment == "speed":
         return finetune.speed_rows(settings, finetune.folder("sait", 0, folder) / finetune.MODEL)
+    if run.experiment == "adaptive":
+        return adaptive.rows(run.seed, settings, folder)
     return finetune.rows(run.variant, run.seed, settings, folder)
 
 

@@ -23,7 +23,7 @@ from sait.train.trainer import MODEL, STATE
 
 from photographs.intervals import pack
 from photographs.results import Row
-from photographs.settings import DENSITIES, KEEPS, Settings
+from photographs.settings import DENSITIES, KEEPS, Settings, fold_of
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 BATCH = 16
@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"mode": "dense"},
     "sait": {"mode": "alternate"},
     "sait, no distillation": {"mode": "alternate", "alpha": 0.0},
+    "sait, by mass": {"mode": "alternate", "keep": None, "mass": [0.6, 0.95]},
     "sparse only": {"mode": "sparse", "keep": 0.45, "alpha": 0.0},
 }
 
@@ -46,8 +47,8 @@ def rows(variant: str, seed: int, settings: Settings, runs: Path) -> Iterator[Ro
     path = trained(variant, seed, settings, runs)
     history = checkpoint.read(path).metadata["metrics"]
     taught = {"train_seconds": round(sum(epoch["seconds"] for epoch in history), 1), "epochs": len(history)}
-    for row in evaluated(sait.load(path), settings):
-        yield {**row, **taught, "fold": settings.fold}
+    for row in evaluated(sait.load(path), fold_of(seed), settings):
+        yield {**row, **taught}
 
 
 def trained(variant: str, seed: int, settings: Settings, runs: Path) -> Path:
@@ -73,7 +74,7 @@ def trained(variant: str, seed: int, settings: Settings, runs: Path) -> Path:
 
 def config_of(variant: str, seed: int, settings: Settings, runs: Path) -> Config:
     changes = dict(VARIANTS[variant])
-    if variant == "sait":
+    if variant in ("sait", "sait, by mass"):
         changes["teacher"] = str(folder("plain", seed, runs) / MODEL)
     fixed = {
         "model": weights.MODEL,
@@ -81,7 +82,7 @@ def config_of(variant: str, seed: int, settings: Settings, runs: Path) -> Config
         "init": str(runs / f"start-{seed}.safetensors"),
         "out": str(folder(variant, seed, runs)),
         "seed": seed,
-        "fold": settings.fold,
+        "fold": fold_of(seed),
     }
     return from_dict({**settings.tuning, **fixed, **changes}, "photographs")
 
@@ -102,20 +103,25 @@ def told(row: dict[str, Any]) -> str:
     return f"epoch {row['epoch']} ({row['mode']}): loss {row['loss']:.3f}, {row['images_per_s']:.0f} img/s{accuracies}"
 
 
-def evaluated(model: Any, settings: Settings) -> Iterator[Row]:
-    """Every density on the test's images; for each mass also the fixed number of patches that is its mean."""
-    objects = len(names("test", settings.fold))
-    images = Stamps("test", objects * settings.views, TEST_SEED, fold=settings.fold, img_size=settings.img_size)
+def evaluated(model: Any, fold: int, settings: Settings) -> Iterator[Row]:
+    """Every density on the test images of a fold; for each mass also the fixed number of patches that is its mean."""
+    images = test_images(fold, settings)
     twins: list[tuple[Density, dict[str, Any]]] = []
     wanted = [(density, {}) for density in DENSITIES]
     while wanted:
         density, more = wanted.pop(0)
         row, kept = measured(model, images, density)
-        yield {**row, **more, "objects": objects, "views": settings.views}
+        yield {**row, **more, "fold": fold, "objects": len(images.objects), "views": settings.views}
         if density.mass is not None:
             twins.append((Density(keep=round(kept)), {"density": f"keep {round(kept)} patches", "twin": density.label}))
         if not wanted:
             wanted, twins = twins, []
+
+
+def test_images(fold: int, settings: Settings) -> Stamps:
+    """The same for every model of a fold: settings.views of each object."""
+    count = len(names("test", fold)) * settings.views
+    return Stamps("test", count, TEST_SEED, fold=fold, img_size=settings.img_size)
 
 
 @torch.inference_mode()
@@ -162,12 +168,17 @@ def speed_rows(settings: Settings, path: Path | None) -> Iterator[Row]:
     sait.optimize(model.to(torch.bfloat16))
     images, _ = Stamps("test", BATCH, TEST_SEED, img_size=settings.img_size).batch(range(BATCH))
     pictures = images.to(torch.bfloat16)
-    densities = [Density(), Density(keep=1.0), *map(Density, KEEPS), Density(mass=0.9), Density(mass=0.8)]
+    densities = [Density(), Density(keep=1.0), *map(Density, KEEPS)]
 
     def forward(density: Density) -> Any:
         return lambda: sait.set_density(model, **asdict(density))(pictures)
 
     with torch.inference_mode():
+        for density in DENSITIES:
+            if density.mass is not None:  # and the fixed number that is its mean
+                forward(density)()
+                kept = sait.selections(model)[-1].cu_seqlens.diff().float().mean().item() - model.num_prefix_tokens
+                densities += [density, Density(keep=round(kept))]
         seconds = measure.interleave([forward(density) for density in densities], settings.repeats)
         for density, taken in zip(densities, seconds, strict=True):
             forward(density)()  # for the counts of a mass

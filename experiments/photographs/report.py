@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from sait.data.stamps import draws
 
+from photographs.adaptive import unpack_numbers
 from photographs.finetune import TEST_SEED
 from photographs.intervals import Interval, by_object, interval, unpack
 from photographs.results import Row
@@ -18,6 +19,7 @@ HEADLINE = "keep 0.45"
 BUDGET = -0.5  # points of accuracy that may be lost
 FASTER, FEWER = (0.67, 0.91), (0.39, 0.43)  # the paper's images a second, and multiply-adds
 BLOCK = 3  # the block of the plot
+PREDICTED = Path(__file__).with_name("predicted.md")
 
 
 def write(document: dict[str, Any], out: Path) -> None:
@@ -38,6 +40,8 @@ def markdown(document: dict[str, Any]) -> str:
     ]
     if tuned:
         parts += fine_tuning(tuned, speed)
+    if rules := of(rows, "adaptive"):
+        parts += rules_table(rules)
     if speed:
         parts += ["## Speed\n", speed_table(speed)]
     if costs := of(rows, "cost"):
@@ -46,6 +50,7 @@ def markdown(document: dict[str, Any]) -> str:
         parts += segmentation(segmented)
     if untrained:
         parts += without_training(untrained)
+    parts += ["## What was predicted\n", PREDICTED.read_text(encoding="utf-8")]
     return "\n".join(parts)
 
 
@@ -53,11 +58,13 @@ def fine_tuning(tuned: Sequence[Row], speed: Sequence[Row]) -> list[str]:
     first = tuned[0]
     variants = list(dict.fromkeys(row["variant"] for row in tuned))
     seeds = {variant: len({row["seed"] for row in tuned if row["variant"] == variant}) for variant in variants}
+    tested = sum({row["fold"]: row["objects"] for row in tuned}.values())
     told = ", ".join(f"{variant} {count}" for variant, count in seeds.items())
     return [
         "## Fine-tuned\n",
-        f"{first['epochs']} epochs; {first['objects']} test objects that no training saw, {first['views']} images of "
-        f"each, the same for every model and density; seeds: {told}. Accuracy in %, mean of the seeds.\n",
+        f"{first['epochs']} epochs. Each seed has another fifth of the objects for its test, which its trainings never "
+        f"saw: {tested} objects in all, {first['views']} images of each, the same for every model and density; seeds: "
+        f"{told}. Accuracy in %, mean of the seeds.\n",
         accuracy_table(tuned, variants),
         "\n![accuracy against multiply-adds](photographs-accuracy.png)\n",
         "## What was claimed\n",
@@ -138,18 +145,60 @@ def adaptive_table(tuned: Sequence[Row], variants: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def rules_table(rows: Sequence[Row]) -> list[str]:
+    """Each rule against the fixed number of its block and score, on all images and on the easy and hard halves."""
+    halves = ("large", "small", "plain", "cluttered")
+    seen = {row["seed"]: row for row in rows if row["rule"] == "images"}
+    lines = [header(["patches", "score, block", "rule", "deviation", "fixed", "ahead by", *halves])]
+    for density in dict.fromkeys(row["density"] for row in rows if "density" in row):
+        here = [row for row in rows if row.get("density") == density]
+        for score, block, rule in dict.fromkeys((row["score"], row["block"], row["rule"]) for row in here):
+            if rule == "fixed":
+                continue
+            place = [row for row in here if (row["score"], row["block"]) == (score, block)]
+            fixed, found = ([row for row in place if row["rule"] == name] for name in ("fixed", rule))
+            cells = [density.split()[0], f"{score}, {block}", rule]
+            cells += [f"{statistics.mean(row['patches_deviation'] for row in found):.0f}"]
+            cells += [spread([100 * row["accuracy"] for row in fixed]), str(paired(found, fixed))]
+            ahead = [answers(new).astype(int) - answers(old) for new, old in zip(found, fixed, strict=True)]
+            for half in halves:
+                chosen = [in_half(seen[row["seed"]], half) for row in found]
+                cells.append(f"{100 * np.concatenate([a[c] for a, c in zip(ahead, chosen, strict=True)]).mean():+.1f}")
+            lines.append("| " + " | ".join(cells) + " |")
+    return [
+        "## Which rule for the number of patches\n",
+        "SaiT's models. Each rule has the mean of the fixed number exactly, and its deviation between images; accuracy "
+        "of the fixed number in %, and by how many points the rule is ahead: of all images with its interval, and of "
+        "the half with the larger objects, the smaller ones, the plainer backgrounds, the more cluttered ones. "
+        '"object size" reads the true masks.\n',
+        "\n".join(lines),
+        "",
+    ]
+
+
+def in_half(images: Row, half: str) -> np.ndarray:
+    """(n,) bool: which test images of a seed have the larger objects, for "large", and so on."""
+    values = unpack_numbers(images["size_of_images" if half in ("large", "small") else "clutter_of_images"])
+    greater: np.ndarray = values >= np.median(values)
+    return greater if half in ("large", "cluttered") else ~greater
+
+
+def answers(row: Row) -> np.ndarray:
+    """(n,) bool, which images were answered rightly."""
+    return unpack(row["right"], row["images"])
+
+
 def sizes(tuned: Sequence[Row]) -> list[str]:
     """Accuracy, and tokens where images keep different numbers, by the side of the object."""
     lines = [header(["density", "large", "small", "tokens of large", "tokens of small"])]
     for case in dict.fromkeys(row["density"] for row in tuned if row["variant"] == "sait" and "twin" not in row):
         found = pick(tuned, "sait", case)
-        sides = draws("test", found[0]["images"], TEST_SEED)[:, 3].numpy()
+        sides = np.concatenate([draws("test", row["images"], TEST_SEED)[:, 3].numpy() for row in found])
         large = sides >= np.median(sides)
-        right = np.mean([unpack(row["right"], row["images"]) for row in found], axis=0)
+        right = np.concatenate([answers(row) for row in found])
         cells = [case, *(f"{100 * right[half].mean():.2f}" for half in (large, ~large))]
         if "tokens_of_images" in found[0]:
-            told = (np.frombuffer(bytes.fromhex(row["tokens_of_images"]), "<u2") for row in found)
-            tokens = np.mean(list(told), axis=0)
+            tokens = np.concatenate([np.frombuffer(bytes.fromhex(row["tokens_of_images"]), "<u2") for row in found])
             cells += [f"{tokens[half].mean():.1f}" for half in (large, ~large)]
         else:
             cells += [f"{found[0]['tokens']:.0f}"] * 2
@@ -171,14 +220,24 @@ def difference(rows: Sequence[Row], better: tuple[str, str], worse: tuple[str, s
 
 
 def paired(better: Sequence[Row], worse: Sequence[Row]) -> Interval:
-    """In points, over objects: of the mean over seeds that both have, on the same images."""
-    theirs = {row["seed"]: row for row in worse}
-    ahead = [of_objects(row) - of_objects(theirs[row["seed"]]) for row in better if row["seed"] in theirs]
-    return interval(100 * np.mean(ahead, axis=0))
+    """In points, over the objects of all folds, from seeds that both sides have."""
+    theirs = {row["seed"]: of_objects(row) for row in worse}
+    both = [row for row in better if row["seed"] in theirs]
+    return interval(100 * pooled(both, [of_objects(row) - theirs[row["seed"]] for row in both]))
+
+
+def pooled(rows: Sequence[Row], values: Sequence[np.ndarray]) -> np.ndarray:
+    """Values (objects of its fold,) of each row -> (objects of all folds,), the mean of the seeds of each fold."""
+    folds = [row["fold"] for row in rows]
+    same = [[of_row for fold, of_row in zip(folds, values, strict=True) if fold == one] for one in dict.fromkeys(folds)]
+    return np.concatenate([np.mean(of_fold, axis=0) for of_fold in same])
 
 
 def of_objects(row: Row) -> np.ndarray:
-    return by_object(unpack(row["right"], row["images"]), row["objects"])
+    """What a row knows of each object of its fold: the share of right answers, or the overlap."""
+    if "iou_of_objects" in row:
+        return np.array(row["iou_of_objects"])
+    return by_object(answers(row), row["objects"])
 
 
 def speed_table(speed: Sequence[Row]) -> str:
@@ -223,10 +282,8 @@ def segmentation(segmented: Sequence[Row]) -> list[str]:
     pairs = [(("sait", case), ("sait", "dense")) for case in cases if case != "dense"]
     pairs += [(("sait", "dense"), ("dense only", "dense")), (("sait", HEADLINE), ("conv only", "dense"))]
     for better, worse in pairs:
-        theirs = {row["seed"]: np.array(row["iou_of_objects"]) for row in pick(segmented, *worse)}
-        found = [row for row in pick(segmented, *better) if row["seed"] in theirs]
-        if found:
-            ahead = interval(100 * np.mean([row["iou_of_objects"] - theirs[row["seed"]] for row in found], axis=0))
+        ahead = difference(segmented, better, worse)
+        if ahead is not None:
             lines.append(f"\n{' at '.join(better)} against {' at '.join(worse)}: {ahead} points.")
     return [
         "## Segmentation\n",
@@ -300,7 +357,7 @@ def plot(rows: Sequence[Row], out: Path) -> None:
                 c for c in dict.fromkeys(row["density"] for row in tuned) if c == "dense" or c.startswith("keep 0.")
             ]
             found = [pick(tuned, variant, case) for case in cases]
-            scores = [interval(100 * np.mean([of_objects(row) for row in of_case], axis=0)) for of_case in found]
+            scores = [interval(100 * pooled(rows, [of_objects(row) for row in rows])) for rows in found]
             axes.errorbar(
                 [statistics.mean(row["gmac"] for row in of_case) for of_case in found],
                 [score.mean for score in scores],

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from sait import weights
 from sait.cost import macs
-from sait.data.stamps import Stamps, names
+from sait.data.stamps import Stamps
 from sait.saliency import SaliencyDecoder
 from sait.state import Density
 from timm.optim import create_optimizer_v2
@@ -22,11 +22,11 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from photographs.finetune import test_images
 from photographs.results import Row
-from photographs.settings import KEEPS, Settings
+from photographs.settings import KEEPS, Settings, fold_of
 
 BATCH = 16
-TEST_SEED = 1000
 KEEP = (0.3, 0.7)  # drawn for each sparse batch
 # Whose encoder it is, and whether every second batch is pruned.
 VARIANTS = ("sait", "dense only", "conv only")
@@ -58,7 +58,7 @@ def rows(variant: str, seed: int, settings: Settings) -> Iterator[Row]:
     model = trained(variant, seed, settings)
     densities = [Density(), *map(Density, KEEPS)] if model.is_vit else [Density()]
     for density in densities:
-        yield measured(model, density, settings)
+        yield measured(model, density, fold_of(seed), settings)
 
 
 def trained(variant: str, seed: int, settings: Settings) -> Segmenter:
@@ -91,7 +91,7 @@ def trained(variant: str, seed: int, settings: Settings) -> Segmenter:
     ]
     chance = np.random.default_rng([seed, 1])
     for epoch in range(keys["epochs"]):
-        images = Stamps("train", steps * BATCH, (seed, epoch), fold=settings.fold, img_size=settings.img_size)
+        images = Stamps("train", steps * BATCH, (seed, epoch), fold=fold_of(seed), img_size=settings.img_size)
         losses = []
         for step in range(steps):
             share = float(chance.uniform(*KEEP))
@@ -120,10 +120,9 @@ def loss_of(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def measured(model: Segmenter, density: Density, settings: Settings) -> Row:
-    objects = len(names("test", settings.fold))
-    count = objects * settings.views
-    images = Stamps("test", count, TEST_SEED, fold=settings.fold, img_size=settings.img_size)
+def measured(model: Segmenter, density: Density, fold: int, settings: Settings) -> Row:
+    images = test_images(fold, settings)
+    count, objects = len(images), len(images.objects)
     if model.is_vit:
         sait.set_density(model.encoder, **asdict(density))
     overlaps = []
@@ -137,6 +136,7 @@ def measured(model: Segmenter, density: Density, settings: Settings) -> Row:
     return {
         "density": "dense" if density == Density() else density.label,
         "iou": round(float(iou.mean()), 5),
+        "fold": fold,
         "images": count,
         "objects": objects,
         "gmac": round(cost(model, pictures[:1]) / 1e9, 4),

@@ -6,10 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sait.data.stamps import FOLDS
 from sait.state import Density
 
 ROOT = Path(__file__).resolve().parents[2]
 KEEPS = (0.7, 0.45, 0.3)
+
+
+def fold_of(seed: int) -> int:
+    """Which fifth of the objects is the test's: each seed has another, so that five seeds test every object once."""
+    return seed % FOLDS
 
 
 @dataclass(frozen=True)
@@ -17,8 +23,7 @@ class Settings:
     """One size of the experiments.
 
     Attributes:
-        seeds: of each variant of a fine-tuning.
-        fold: which fifth of the objects is the test's.
+        seeds: of each variant of a fine-tuning; see ``fold_of``.
         views: test images of each object.
         tuning: keys of sait.train.Config of every fine-tuning.
         img_size: of fine-tuning and speed, in pixels.
@@ -29,7 +34,6 @@ class Settings:
     """
 
     seeds: int = 3
-    fold: int = 0
     views: int = 12
     img_size: int = 168
     tuning: dict[str, Any] = field(default_factory=dict)

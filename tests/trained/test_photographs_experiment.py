@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from photographs import __main__ as command
-from photographs import finetune, intervals, report, results
+from photographs import adaptive, finetune, intervals, report, results
 from photographs.results import Run
 from photographs.settings import FULL, QUICK
 from sait.data import Stamps
@@ -52,6 +52,7 @@ def test_from_runs_to_tables(folders: list[str], tmp_path: Path, capsys: pytest.
         "cls, block 3",
         "fewer multiply-adds",
         "Adaptive against fixed",
+        "mass, block 6",
         "tokens of small",
     ):
         assert words in text
@@ -80,7 +81,7 @@ def test_from_runs_to_tables(folders: list[str], tmp_path: Path, capsys: pytest.
 
 def test_runs_are_chosen_by_name() -> None:
     runs = list(command.runs(FULL))
-    assert len(runs) == len(set(runs)) == 15 + 12 + 9 + 2
+    assert len(runs) == len(set(runs)) == 15 + 15 + 3 + 9 + 2
     assert [run.name for run in runs if command.matches(run, "finetune/sait")] == [
         f"finetune/sait/{seed}" for seed in range(3)
     ]
@@ -118,13 +119,16 @@ def test_intervals_are_over_objects() -> None:
 
 def test_differences_are_paired_and_judged() -> None:
     def row(seed: int, right: list[bool]) -> dict[str, object]:
-        packed = {"right": intervals.pack(np.array(right)), "images": len(right), "objects": 2}
+        packed = {"right": intervals.pack(np.array(right)), "images": len(right), "objects": 2, "fold": 0}
         return {"variant": "sait", "density": "dense", "seed": seed, **packed}
 
     better = [row(0, [True] * 4), row(1, [True] * 4)]
     worse = [row(1, [True, False] * 2), row(2, [False] * 4)]  # one seed that both have
     found = report.paired(better, worse)
     assert (found.mean, found.low, found.high) == (50.0, 0.0, 100.0)
+    elsewhere = [{**row(seed, [True] * 4), "fold": seed} for seed in (0, 1)]  # four objects of two folds
+    beside = [{**row(0, [True] * 4), "fold": 0}, {**row(1, [True, False] * 2), "fold": 1}]
+    assert report.paired(elsewhere, beside).mean == 25.0
     verdicts = [report.judged(intervals.Interval(0, *ends), -0.5) for ends in ((-0.4, 1), (-1, 1), (-2, -0.6))]
     assert verdicts == ["shown", "not resolved", "refuted"]
 
@@ -134,6 +138,28 @@ def test_every_variant_is_a_config(tmp_path: Path) -> None:
     assert configs["plain"].mode == "dense"
     assert configs["sait"].learns_attention
     assert not configs["sait, no distillation"].needs_teacher
+    assert configs["sait, by mass"].density == ("mass", [0.6, 0.95])
+    assert [finetune.config_of("plain", seed, FULL, tmp_path).fold for seed in range(6)] == [0, 1, 2, 3, 4, 0]
     assert configs["sparse only"].density == ("keep", [0.45, 0.45])
     with pytest.raises(TrainingError, match="stamps_images"):
         from_dict({"stamps_images": 0}, "test")
+
+
+def test_rules_have_the_mean_of_the_fixed_number() -> None:
+    scores = np.random.default_rng(0).gamma(0.5, size=(20, 30))
+    scores /= scores.sum(1, keepdims=True)
+    for rule in adaptive.RULES:
+        counts = adaptive.counted(rule, scores, 9)
+        least, most = (round(9 * min(limit, 100)) for limit in rule.limits)
+        assert counts.sum() == 20 * 9, rule.name
+        assert counts.min() >= max(1, least - 1), rule.name  # one less where the mean asks for it
+        assert counts.max() <= min(30, most), rule.name
+        assert counts.std() > 0, rule.name
+    assert adaptive.mass(np.array([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]]), 0.8).tolist() == [2, 1]
+    assert adaptive.threshold(np.array([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]]), 0.75).tolist() == [1, 1]
+
+
+def test_numbers_survive_packing_and_others_are_refused() -> None:
+    assert adaptive.unpack_numbers(adaptive.pack_numbers(np.array([0.0, 255.4, 7.6]))).tolist() == [0, 255, 8]
+    with pytest.raises(ValueError, match="255"):
+        adaptive.pack_numbers(np.array([256.0]))
