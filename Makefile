@@ -5,6 +5,7 @@
 # make test-full    all of it                     make oldest  the oldest supported versions, in a venv of their own
 # make test-blas, make test-isa    the tests as other CPUs would run them
 # make paper    train every variant on canvas (hours), and write docs/accuracy.md
+# make methods  every method that needs no training, at the same arithmetic: accuracy, cosine, speed: docs/methods.md
 # make photographs   what pruning costs of trained weights on photographs, fine-tuned for it and not: docs/photographs.md;
 #               hours, run by run: PHOTOGRAPHS="--minutes 60", "--only finetune/plain", "--list", "--quick", "--help"
 # make aot      every Triton kernel, compiled without a GPU: registers, spills, instructions
@@ -37,7 +38,7 @@ RESULTS := benchmarks/results
 .PHONY: wheel wheel-test demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-start gpu-ops \
 	gpu-end-to-end gpu-test-triton gpu-costs gpu-batches gpu-sanitizer gpu-summary gpu-library gpu-end-to-end-models \
 	gpu-end-to-end-autotuned bench end-to-end end-to-end-models end-to-end-large end-to-end-adaptive \
-	end-to-end-serving stages families report paper photographs clean
+	end-to-end-serving stages families report paper methods photographs clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -206,6 +207,9 @@ report: $(VENV)/.requirements
 
 paper: install
 	$(BIN)/python experiments/paper.py
+
+methods: install
+	PYTHONPATH=experiments $(BIN)/python experiments/methods.py $(METHODS)
 
 photographs: install
 	PYTHONPATH=experiments $(BIN)/python -m photographs $(PHOTOGRAPHS)

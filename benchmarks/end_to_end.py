@@ -167,6 +167,10 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
                 fastest = min(some, key=lambda figure: figure.seconds)
                 row[field] = PEERS[fastest.name].label
                 row[f"vs_{field}"] = round(fastest.seconds / figure.seconds, 3)
+        if peer.in_torch is not None:
+            same = [by_name[name] for name in (peer.in_torch, f"{peer.in_torch}-compiled") if name in by_name]
+            if same:
+                row["vs_in_torch"] = round(min(one.seconds for one in same) / figure.seconds, 3)
         if figure.made.kept is not None:
             row["kept"] = list(figure.made.kept)
         if peer.dense in by_name:

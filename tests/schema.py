@@ -21,6 +21,7 @@ OPTIONAL_PEER_ROW = OPTIONAL_ROW | {
     "vs_best_pruned",
     "best_adaptive",
     "vs_best_adaptive",
+    "vs_in_torch",
     "kept",
     "gmac_executed",
     "flop_share",

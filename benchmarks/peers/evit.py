@@ -1,4 +1,4 @@
-"""EViT."""
+"""EViT, in plain torch and of ours."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sait import cost
-from sait.bench.peers import BASELINE, Made, Peer, Setting
+from sait import cost, methods
+from sait.bench.peers import BASELINE, Made, Peer, Setting, compiled, sparse
 from sait.bench.plain import PlainViT, add_projected, feed_forward, gather, heads, merge_heads, share, with_prefix
 from sait.cost import Rows
 from torch import Tensor
@@ -63,13 +63,32 @@ class Evit(PlainViT):
         return found
 
 
-def _evit(setting: Setting) -> Made:
+def _chosen(setting: Setting) -> tuple[tuple[int, ...], float, str]:
+    """(blocks, keep, both in words), of which the arithmetic is closest to that of our plan."""
     quarter = len(setting.vit.blocks) // 4
     blocks = (quarter, 2 * quarter, 3 * quarter)
     shares = [share_ / 20 for share_ in range(1, 21)]
     keep = setting.closest(shares, lambda keep: Evit.rows(setting.vit, blocks, keep))
-    plan = f"blocks={','.join(map(str, blocks))}, keep={keep}, fused"
+    return blocks, keep, f"blocks={','.join(map(str, blocks))}, keep={keep}, fused"
+
+
+def _evit(setting: Setting) -> Made:
+    blocks, keep, plan = _chosen(setting)
     return Made(Evit(share(setting.vit), blocks, keep), plan, Evit.rows(setting.vit, blocks, keep))
 
 
-PEERS = {"evit": Peer("EViT", "pruned", _evit, BASELINE)}
+def _compiled(setting: Setting) -> Made:
+    eager = _evit(setting)
+    return eager._replace(forward=compiled(eager.forward))
+
+
+def _ours(setting: Setting) -> Made:
+    blocks, keep, plan = _chosen(setting)
+    return Made(sparse(setting, methods.evit(keep, blocks)), plan, Evit.rows(setting.vit, blocks, keep), for_head=True)
+
+
+PEERS = {
+    "evit": Peer("EViT", "pruned", _evit, BASELINE),
+    "evit-compiled": Peer("EViT compiled", "pruned", _compiled, "timm-compiled"),
+    "ours-evit": Peer("ours optimized, EViT", "ours", _ours, "ours-optimized-dense", in_torch="evit"),
+}

@@ -1,4 +1,4 @@
-"""ToMe."""
+"""ToMe, in plain torch and of ours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 import torch
-from sait.bench.peers import BASELINE, Made, Peer, Setting
+from sait import methods
+from sait.bench.peers import BASELINE, Made, Peer, Setting, compiled, sparse
 from sait.bench.plain import PlainViT, add_projected, feed_forward, gather, heads, merge_heads, share
 from sait.cost import Rows
 from torch import Tensor
@@ -16,9 +17,10 @@ from torch.nn import functional as F
 class Tome(PlainViT):
     """Token merging (arXiv 2210.09461): after the attention of each block the r most alike pairs become one token each.
 
-    Patches at even places look for the most alike at odd places, by the cosine of their keys, the mean over heads. Of
-    the r best of these pairs the first goes into the second, as a mean weighted by the patches that each stands for;
-    a token of size s counts s times in every softmax: log s is added to its logits. Prefix tokens are left alone.
+    Tokens at even places, the class token the first of them, look for the most alike at odd places, by the cosine of
+    their keys, the mean over heads. Of the r best of these pairs the first goes into the second, as a mean weighted by
+    the patches that each stands for; a token of size s counts s times in every softmax: log s is added to its logits.
+    Prefix tokens have their places, but neither go nor take in.
 
     Args:
         vit: see PlainViT.
@@ -39,9 +41,7 @@ class Tome(PlainViT):
             x = add_projected(view, x, merge_heads(attended))
             pairs = min(self.r, (x.shape[1] - prefix) // 2)
             if pairs:
-                merged, sizes = merge(x[:, prefix:], size[:, prefix:], k.mean(1)[:, prefix:], pairs)
-                x = torch.cat([x[:, :prefix], merged], dim=1)
-                size = torch.cat([size[:, :prefix], sizes], dim=1)
+                x, size = merge(x, size, k.mean(1), pairs, prefix)
             x = feed_forward(view, x)
         return x
 
@@ -50,31 +50,52 @@ class Tome(PlainViT):
         patches, prefix, found = vit.patch_embed.num_patches, vit.num_prefix_tokens, []
         for block in vit.blocks:
             n, pairs = prefix + patches, min(r, patches // 2)
-            cosines = math.ceil(patches / 2) * (patches // 2) * block.attn.head_dim if pairs else 0
+            cosines = math.ceil(n / 2) * (n // 2) * block.attn.head_dim if pairs else 0
             found.append(Rows(n, n, n, n - pairs, cosines))
             patches -= pairs
         return found
 
 
-def merge(x: Tensor, size: Tensor, metric: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """x (B, n, C), size (B, n), metric (B, n, D) -> x and size of n - pairs tokens, the even ones that stay first."""
+def merge(x: Tensor, size: Tensor, metric: Tensor, pairs: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """x (B, n, C), size (B, n), metric (B, n, D) -> x and size of n - pairs tokens: the prefix, the even ones that
+    stay, the odd ones."""
+    evens, odds = slice(prefix + prefix % 2, None, 2), slice(prefix + (prefix + 1) % 2, None, 2)
     metric = metric / metric.norm(dim=-1, keepdim=True)
-    best, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(-2, -1)).max(-1)
+    best, partner = (metric[:, evens] @ metric[:, odds].transpose(-2, -1)).max(-1)
     order = best.argsort(dim=1, descending=True)
     gone, stay = order[:, :pairs], order[:, pairs:].sort().values
     into = partner.gather(1, gone)
     mass = x * size[:, :, None]
-    even, odd = mass[:, ::2], mass[:, 1::2]
+    even, odd = mass[:, evens], mass[:, odds]
     odd = odd.scatter_add(1, into[:, :, None].expand(-1, -1, x.shape[2]), gather(even, gone))
-    odd_size = size[:, 1::2].scatter_add(1, into, size[:, ::2].gather(1, gone))
-    size = torch.cat([size[:, ::2].gather(1, stay), odd_size], dim=1)
-    return torch.cat([gather(even, stay), odd], dim=1) / size[:, :, None], size
+    odd_size = size[:, odds].scatter_add(1, into, size[:, evens].gather(1, gone))
+    size = torch.cat([size[:, :prefix], size[:, evens].gather(1, stay), odd_size], dim=1)
+    return torch.cat([mass[:, :prefix], gather(even, stay), odd], dim=1) / size[:, :, None], size
+
+
+def _r(setting: Setting) -> int:
+    """Of which the arithmetic is closest to that of our plan."""
+    most = setting.vit.patch_embed.num_patches // 2
+    return int(setting.closest(range(most + 1), lambda r: Tome.rows(setting.vit, r)))
 
 
 def _tome(setting: Setting) -> Made:
-    most = setting.vit.patch_embed.num_patches // 2
-    r = setting.closest(range(most + 1), lambda r: Tome.rows(setting.vit, r))
+    r = _r(setting)
     return Made(Tome(share(setting.vit), r), f"r={r}", Tome.rows(setting.vit, r))
 
 
-PEERS = {"tome": Peer("ToMe", "pruned", _tome, BASELINE)}
+def _compiled(setting: Setting) -> Made:
+    eager = _tome(setting)
+    return eager._replace(forward=compiled(eager.forward))
+
+
+def _ours(setting: Setting) -> Made:
+    r = _r(setting)
+    return Made(sparse(setting, methods.tome(r)), f"r={r}", Tome.rows(setting.vit, r), for_head=False)
+
+
+PEERS = {
+    "tome": Peer("ToMe", "pruned", _tome, BASELINE),
+    "tome-compiled": Peer("ToMe compiled", "pruned", _compiled, "timm-compiled"),
+    "ours-tome": Peer("ours optimized, ToMe", "ours", _ours, "ours-optimized-dense", in_torch="tome"),
+}

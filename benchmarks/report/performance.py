@@ -16,6 +16,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "img/s": lambda row: number(row["images_per_s"], 1),
     "× best pruned": lambda row: number(row["vs_best_pruned"], 2) if "vs_best_pruned" in row else "",
     "× best adaptive": lambda row: number(row["vs_best_adaptive"], 2) if "vs_best_adaptive" in row else "",
+    "× same in torch": lambda row: number(row["vs_in_torch"], 2) if "vs_in_torch" in row else "",
     "× timm eager": lambda row: number(row["ratio"], 2),
     "× best dense": lambda row: number(row["vs_best_dense"], 2),
     "of FLOP ratio": lambda row: f"{row['flop_share']:.0%}" if "flop_share" in row else "",

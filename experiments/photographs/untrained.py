@@ -72,6 +72,12 @@ def built(side: int) -> tuple[Any, SaliencyDecoder]:
 @functools.cache
 def compared_with(side: int, photos: int | None) -> tuple[Tensor, np.ndarray, Seen]:
     """(crops (n, 3, side, side), the number of the photograph of each, what the dense model makes of them)."""
+    crops, photo_of = crops_of(side, photos)
+    return crops, photo_of, look(*built(side), crops, Density())
+
+
+def crops_of(side: int, photos: int | None) -> tuple[Tensor, np.ndarray]:
+    """(crops (n, 3, side, side) of the first photographs, or of all; the number of the photograph of each)."""
     expected = Preprocessing((side, side), *IMAGENET)
     chance = random.Random(0)
     crops, photo_of = [], []
@@ -81,8 +87,7 @@ def compared_with(side: int, photos: int | None) -> tuple[Tensor, np.ndarray, Se
             left, top = chance.randint(0, photo.width - cut), chance.randint(0, photo.height - cut)
             crops.append(to_tensor(photo.crop((left, top, left + cut, top + cut)), expected))
             photo_of.append(number)
-    batch = torch.stack(crops)
-    return batch, np.array(photo_of), look(*built(side), batch, Density())
+    return torch.stack(crops), np.array(photo_of)
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Vision Transformers that drop the tokens they do not need: methods, plans, sparsify, and a reference ViT."""
 
 from sait import data, families, methods
+from sait.calibrate import calibrate
 from sait.checkpoint import load, save
 from sait.cost import macs
 from sait.execution.graphs import graphed
@@ -21,6 +22,7 @@ __all__ = [
     "Seen",
     "Stage",
     "Tokens",
+    "calibrate",
     "data",
     "density",
     "deoptimize",

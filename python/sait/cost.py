@@ -14,7 +14,7 @@ from sait.execution.modules import projections
 from sait.execution.optimize import runs_fused
 from sait.families import Family, family_of, inside
 from sait.families.base import Cost, weights
-from sait.methods.plan import Plan
+from sait.methods.plan import Plan, Stage
 from sait.sparsify import SparseModel
 from sait.state import State, check_blocks
 
@@ -78,6 +78,7 @@ def macs(
     tokens, prefix = tokens_of(vit, size), family.num_prefix(vit)
     per_image: list[Sequence[float] | None] = [None]
     if plan is not None:
+        plan = plan.for_depth(len(family.blocks(vit)))
         check_blocks(plan, len(family.blocks(vit)))
         if kept is not None:
             per_image = [_checked_counts(plan, tokens, kept)]
@@ -111,7 +112,8 @@ def _family(model: Any) -> Family:
 def plan_rows(
     model: Any, plan: Plan | None, kept: Sequence[float] | None = None, tokens: int | None = None
 ) -> list[Rows]:
-    """What each block computes of an image: dropped rows are neither queries nor anything after that.
+    """What each block computes of an image: dropped rows are neither queries nor anything after that, unless the
+    stage's After needs them.
 
     Args:
         plan: None: nothing is dropped.
@@ -121,7 +123,8 @@ def plan_rows(
     family = _family(model)
     prefix = family.num_prefix(model)
     tokens = tokens_of(model) if tokens is None else tokens
-    stages = {} if plan is None else {stage.block: stage for stage in plan.stages}
+    depth = len(family.blocks(model))
+    stages = {} if plan is None else {stage.block: stage for stage in plan.for_depth(depth).stages}
     given = iter(kept) if kept is not None else None
     keeps_room = plan is not None and plan.ragged and plan.static
     found = []
@@ -131,32 +134,43 @@ def plan_rows(
         stage = stages.get(i)
         left, room_left, choosing, entering = n, room, 0.0, n
         if stage is not None:
-            left = _bound(stage.selector, n, prefix) if given is None else next(given)
-            room_left = _bound(stage.selector, room, prefix) if keeps_room else left
+            left = _left(stage, n, prefix) if given is None else next(given)
+            room_left = _left(stage, room, prefix) if keeps_room else left
             if not stage.keeps_all:
-                view = family.view(block)
-                choosing = _score_macs(stage.scorer, n, view.width, _channels(view))
+                choosing = _choosing_macs(stage, n, family.view(block))
             if stage.before:
                 entering, room = left, room_left
+            elif stage.after is not None and stage.after.needs_dropped and left != n:
+                found.append(Rows(n, n, room, room_left, choosing, room if keeps_room else None))
+                n, room = left, room_left
+                continue
         found.append(Rows(entering, left, room_left, room_left, choosing, room if keeps_room else None))
         n, room = left, room_left
     return found
 
 
-def _bound(selector: Any, tokens: float, prefix: int) -> float:
-    return tokens if tokens <= prefix else prefix + selector.bound(int(tokens) - prefix)
+def _left(stage: Stage, tokens: float, prefix: int) -> float:
+    """The most that an image of so many tokens has behind the stage."""
+    if tokens <= prefix:
+        return tokens
+    patches = int(tokens) - prefix
+    kept = stage.selector.bound(patches)
+    return prefix + kept + (getattr(stage.after, "adds", 0) if kept < patches else 0)
 
 
 def _widest(plan: Any, tokens: float, prefix: int) -> float:
     """Rows of an image where images of different lengths are padded."""
     for stage in plan.stages:
-        tokens = _bound(stage.selector, tokens, prefix)
+        tokens = _left(stage, tokens, prefix)
     return tokens
 
 
-def _score_macs(scorer: Any, tokens: float, width: int, channels: int) -> float:
-    """A scorer that says nothing of its cost has none: reading a norm, drawing a number."""
-    return scorer.macs(tokens, width, channels) if hasattr(scorer, "macs") else 0.0
+def _choosing_macs(stage: Stage, tokens: float, view: Any) -> float:
+    """What says nothing of its cost has none: reading a norm, drawing a number, sorting."""
+    scorer: Any = stage.scorer
+    selector: Any = stage.selector
+    found = scorer.macs(tokens, view.width, _channels(view)) if hasattr(scorer, "macs") else 0.0
+    return found + (selector.macs(tokens, view.heads, view.head_dim) if hasattr(selector, "macs") else 0.0)
 
 
 def _channels(view: Any) -> int:

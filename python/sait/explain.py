@@ -70,23 +70,20 @@ def explain(model: Any) -> Explanation:
         TypeError: the model is not sparse.
     """
     state, family = state_of(model, "explain"), sparse_family(model)
-    plan, found = state.active, []
+    found = []
     for i, block in enumerate(family.blocks(model)):
         x = next(block.parameters()).detach()[:0]
-        stage = None if plan is None else plan.stage_at(i)
-        after = None if stage is None or stage.before else stage.after
-        way = products_for(x)
-        made = block_for(block, family, way, x, after)
+        made = block_for(block, family, products_for(x), x)
         if made.is_fused:
             runs, why = PACKED if isinstance(made, PackedBlock) else "fused products", ""
         else:
-            runs, why = MODULES, _why_modules(block, family, x, after)
+            runs, why = MODULES, _why_modules(block, family, x)
         found.append(BlockRun(path_of(model, block, i), runs, why))
     note = ""
-    if plan is None and hasattr(type(model), "_sait_original"):
+    if state.active is None and hasattr(type(model), "_sait_original"):
         note = "No token is dropped (sait.set_density): the model's own forward runs, not this:"
     packed = all(block.runs == PACKED for block in found)
-    one_by_one = (why_one_by_one(model, family, plan) or "") if packed else None
+    one_by_one = (why_one_by_one(model, family, state.active) or "") if packed else None
     embedding = None
     if packed:
         x = next(family.blocks(model)[0].parameters()).detach()
@@ -94,11 +91,9 @@ def explain(model: Any) -> Explanation:
     return Explanation(tuple(found), note, one_by_one, embedding)
 
 
-def _why_modules(block: Any, family: Any, x: Any, after: Any) -> str:
+def _why_modules(block: Any, family: Any, x: Any) -> str:
     if HOLDER not in vars(block):
         return "sait.optimize was not called"
-    if after is not None:
-        return f"the stage's {type(after).__name__} comes between attention and MLP"
     view = family.view(block)
     reason = why_not_here(x) or why_no_products(block, view, family.feed_forward(view.mlp), family)
     return reason or "its weights are of several types or devices"

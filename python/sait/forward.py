@@ -105,7 +105,7 @@ def step(
         tokens, scores = drop(tokens, stage, wants_scores)
         left, stage = tokens.selection, None
     after = None if stage is None else stage.after
-    block = block_for(module, family, way, tokens.x, after)
+    block = block_for(module, family, way, tokens.x)
     q, k, v, normed = block.qkv(tokens, table)
     if prefix_is_enough and block.is_fused and (stage is None or (stage.keeps_all and not wants_scores)):
         attended = attend_prefix(q, k, v, tokens, block.scale)  # the others are keys and values, and no more
@@ -131,6 +131,7 @@ def drop(tokens: Tokens, stage: Stage, wants_scores: bool) -> tuple[Tokens, Tens
     ragged = tokens.ragged or stage.selector.ragged
     if stage.after is not None and stage.after.needs_dropped:
         return stage.after(seen.x, scores, selection, tokens.dropping(ragged)), scores
+    assert isinstance(selection, Selection), "select refuses another"
     left = tokens.keep(selection, sk.gather_tokens(seen.x, selection), ragged)
     return left if stage.after is None else stage.after(left.packed, scores, selection, left), scores
 
@@ -138,5 +139,7 @@ def drop(tokens: Tokens, stage: Stage, wants_scores: bool) -> tuple[Tokens, Tens
 def attend_prefix(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, scale: float | None) -> Attended:
     """Attention of the prefix rows."""
     selection = prefix_selection(tokens)
-    out = sk.compact_attention(q, k, v, tokens.cu_seqlens, tokens.max_seqlen, selection=selection, scale=scale)
+    out = sk.compact_attention(
+        *(q, k, v, tokens.cu_seqlens, tokens.max_seqlen), selection=selection, scale=scale, key_bias=tokens.key_bias
+    )
     return Attended(out, selection, False)

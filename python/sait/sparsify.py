@@ -8,6 +8,7 @@ on *those* is refused (execution/apart.py); hooks on the model and on its layers
 from __future__ import annotations
 
 import functools
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from sait.families.timm_vit import reason_against
 from sait.forward import forward
 from sait.methods.base import Scorer
 from sait.methods.plan import Plan, Stage
-from sait.state import State, check_plan
+from sait.state import Density, State, check_plan, set_density, state_of
 from sait.tokens import Homes, Tokens
 
 LEARNED = "sait_methods"  # the module of a sparse model that holds what its scorers learn
@@ -93,6 +94,7 @@ def sparsify(
         family.check(model)
         for i, module in enumerate(family.blocks(model)):
             family.check_block(path_of(model, module, i), module)
+    plan = plan.for_depth(len(family.blocks(model)))
     check_plan(model, plan, family)
     state = State(plan, active=plan)
     for part in family.parts(model):
@@ -118,6 +120,20 @@ def _adopt(model: Any, plan: Plan) -> None:
     vars(model)["_modules"].pop(LEARNED, None)
     if parts := plan.learned():
         model.add_module(LEARNED, nn.ModuleDict(parts))
+
+
+def run_as(model: Any, how: Density | Plan, own: Plan) -> Any:
+    """A sparse model with a plan, or at a density of its own one."""
+    if isinstance(how, Plan):
+        return sparsify(model, how)
+    if state_of(model, "run_as").plan is not own:
+        sparsify(model, own)
+    return set_density(model, **asdict(how))
+
+
+def words_of(how: Density | Plan, block: int, score: str) -> str:
+    """A plan in the words of results files; ``block`` and ``score`` are those of a density."""
+    return str(how.label) if isinstance(how, Plan) else how.plan(block, score)
 
 
 def restore(model: Any) -> Any:

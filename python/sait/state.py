@@ -88,6 +88,10 @@ def check_plan(model: Any, plan: Plan, family: Family) -> None:
                     f"sait: score: {stage.scorer} reads the attention of a class token, and this model has none. "
                     'Use score="column".'
                 )
+    rows, columns = family.grid(model, None)
+    for stage in plan.stages:
+        if hasattr(stage.selector, "check"):
+            stage.selector.check(rows * columns)
     if plan.ragged:
         family.check_pooling(model)
 
@@ -140,7 +144,7 @@ def set_density(
     if (plan is not None) + one_stage + (scale is not None) > 1:
         raise ValueError("set_density: expected one of a plan, keep or mass, and scale, got several.")
     if plan is not None:
-        wanted = _checked_plan(plan, state.plan)
+        wanted = _checked_plan(plan, state.plan, len(sparse_family(model).blocks(model)))
     elif scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
             raise ValueError(f"set_density: scale: expected a number above 0, got {scale!r}. 1 is the plan itself.")
@@ -161,9 +165,10 @@ def set_density(
     return model
 
 
-def _checked_plan(plan: Any, own: Plan) -> Plan:
+def _checked_plan(plan: Any, own: Plan, depth: int) -> Plan:
     if not isinstance(plan, Plan):
         raise TypeError(f"set_density: plan: expected a sait.Plan, got {plan!r}.")
+    plan = plan.for_depth(depth)
     blocks, owned = ([stage.block for stage in p.stages] for p in (plan, own))
     if blocks != owned:
         raise ValueError(
@@ -193,6 +198,10 @@ class Density:
     def given(self) -> dict[str, Any]:
         """What is not the default."""
         return {name: value for name, value in asdict(self).items() if value != getattr(Density, name)}
+
+    @property
+    def ragged(self) -> bool:
+        return self.mass is not None
 
     @property
     def label(self) -> str:

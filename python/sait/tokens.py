@@ -31,6 +31,7 @@ class Tokens(NamedTuple):
     rope: Tensor | tuple[Tensor, ...] | None = None  # a rotary table, or one for each block; see sait_kernels.rotate
     at: Tensor | None = None  # positions, where a rotary table is read at them
     state: Any = None  # what a method carries from one stage to the next
+    sizes: Tensor | None = None  # (T,) float32, patches that each row stands for; None: one each
 
     @property
     def images(self) -> int:
@@ -62,6 +63,11 @@ class Tokens(NamedTuple):
         patch = rows % max(self.entered, 1) - self.num_prefix
         return patch.clamp_min(-1).where(rows < self.images * self.entered, -1)
 
+    @property
+    def key_bias(self) -> Tensor | None:
+        """(T,) float32, what is added to the logits of each row as a key: a row of s patches counts s times."""
+        return None if self.sizes is None else self.sizes.log()
+
     def with_x(self, x: Tensor) -> Tokens:
         """The same tokens, further on."""
         return Tokens(x, *self[1:])
@@ -80,10 +86,13 @@ class Tokens(NamedTuple):
         at = self.at
         if at is not None:
             at = torch.cat([at, at.new_full((1,), -1)]).index_select(0, selection.indices)
+        sizes = self.sizes
+        if sizes is not None:
+            sizes = torch.cat([sizes, sizes.new_ones(1)]).index_select(0, selection.indices)
         return Tokens(
             x.view(*shape, x.shape[1]),
             *(selection.cu_seqlens, selection.max_seqlen, ragged, self.num_prefix, self.entered),
-            *(rows, self.rope, at, self.state),
+            *(rows, self.rope, at, self.state, sizes),
         )
 
     def with_rope(self, rope: Tensor | tuple[Tensor, ...]) -> Tokens:

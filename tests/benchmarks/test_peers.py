@@ -132,11 +132,21 @@ def test_merging_takes_the_most_alike_pair_and_the_mean_by_size() -> None:
     x = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
     x[0, 4] = 2 * x[0, 1]  # alike by the cosine, at an even and at an odd place
     size = torch.tensor([[1.0, 1.0, 1.0, 1.0, 3.0, 1.0]])
-    merged, sizes = merge(x, size, x, 1)
+    merged, sizes = merge(x, size, x, 1, 0)
     torch.testing.assert_close(
         merged[0], torch.stack([x[0, 0], x[0, 2], (3 * x[0, 4] + x[0, 1]) / 4, x[0, 3], x[0, 5]])
     )
     assert sizes.tolist() == [[1, 1, 4, 1, 1]]
+
+
+def test_prefix_tokens_have_places_but_stay() -> None:
+    x = torch.randn(1, 8, 4, generator=torch.Generator().manual_seed(0))
+    x[0, 0], x[0, 1], x[0, 7] = x[0, 3], x[0, 4], x[0, 2]  # a prefix token is like a patch, at the other kind of place
+    merged, sizes = merge(x, torch.ones(1, 8), x, 2, 2)
+    assert torch.equal(merged[0, :2], x[0, :2])
+    assert sizes[0, :2].tolist() == [1, 1]
+    assert sizes.sum() == 8
+    assert merged.shape[1] == 6
 
 
 @pytest.mark.parametrize("pairs", [1, 5, 12])
@@ -144,7 +154,7 @@ def test_merging_loses_nothing(pairs: int) -> None:
     """Several may merge into one: what is conserved is the sum of the tokens, each times its size."""
     x = torch.randn(3, 25, 8, dtype=torch.double)
     size = torch.rand(3, 25, dtype=torch.double) + 1
-    merged, sizes = merge(x, size, x, pairs)
+    merged, sizes = merge(x, size, x, pairs, 1)
     assert merged.shape == (3, 25 - pairs, 8)
     torch.testing.assert_close(sizes.sum(1), size.sum(1))
     torch.testing.assert_close((merged * sizes[:, :, None]).sum(1), (x * size[:, :, None]).sum(1))
@@ -179,6 +189,16 @@ def test_rows_are_those_that_are_computed(name: str) -> None:
         logits = made.forward(images())
     assert logits.shape == (3, 24)
     assert [(rows.entering, rows.left) for rows in made.rows] == list(zip(entering, left, strict=True))
+
+
+@pytest.mark.parametrize("name", ["evit", "tome"])
+@torch.no_grad()
+def test_ours_is_the_same_method(name: str) -> None:
+    in_torch, ours = (PEERS[peer].make(setting()) for peer in (name, f"ours-{name}"))
+    assert PEERS[f"ours-{name}"].in_torch == name
+    assert ours.rows == in_torch.rows
+    with sk.backend("reference"):
+        torch.testing.assert_close(ours.forward(images()), in_torch.forward(images()))
 
 
 @pytest.mark.parametrize("name", ["evit", "tome"])

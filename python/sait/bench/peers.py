@@ -78,6 +78,8 @@ class Peer:
         same_pruning: prunes as ours, which is held against the fastest of them.
         adaptive: keeps of each image as many patches as the setting's counts say, or as many as their largest; ours at
             mass is held against the fastest of them.
+        in_torch: of another method on our kernels: the peer that is the same in plain torch, eager; with ``-compiled``
+            behind it, compiled. It is held against the faster of the two.
     """
 
     label: str
@@ -87,6 +89,7 @@ class Peer:
     device: str | None = None
     same_pruning: bool = False
     adaptive: bool = False
+    in_torch: str | None = None
 
 
 def _timm(setting: Setting) -> Made:
@@ -111,6 +114,11 @@ def _plain(setting: Setting) -> Made:
 
 def _sparse(setting: Setting, **density: Any) -> Any:
     return sparsify(share(setting.vit), block=setting.block, **density)
+
+
+def sparse(setting: Setting, plan: Plan) -> Any:
+    """The model with another plan, under optimize."""
+    return optimize(sparsify(share(setting.vit), plan))
 
 
 def _ours(setting: Setting) -> Made:

@@ -15,7 +15,8 @@ from sait.bench.measure import interleave, samples_in
 from sait.bench.peers import PEERS, Setting
 from sait.bench.plain import share
 from sait.cost import macs, tokens_of
-from sait.sparsify import sparsify
+from sait.methods.plan import Plan
+from sait.sparsify import sparsify, words_of
 from sait.state import Density, selections, set_density
 
 BASELINE = "timm dense"
@@ -27,7 +28,7 @@ class Figure:
     """What was measured at one density.
 
     Attributes:
-        density: None where all tokens are kept, by the unpatched timm model or a peer.
+        density: or the plan of a method; None where all tokens are kept, by the unpatched timm model or a peer.
         batch: images of a forward.
         seconds: of a forward, the median.
         baseline_seconds: those of the unpatched timm model.
@@ -36,7 +37,7 @@ class Figure:
         peer: the name of what else ran at this density; None for the baseline and for ours.
     """
 
-    density: Density | None
+    density: Density | Plan | None
     batch: int
     seconds: float
     baseline_seconds: float
@@ -48,7 +49,7 @@ class Figure:
     def label(self) -> str:
         if self.peer is not None:
             return self.peer if self.density is None else f"{self.peer}, {self.density.label}"
-        return BASELINE if self.density is None else self.density.label
+        return BASELINE if self.density is None else str(self.density.label)
 
     @property
     def images_per_s(self) -> float:
@@ -122,7 +123,7 @@ def logits_check(model: nn.Module, images: Tensor) -> Callable[[Tensor, bool], N
 def measure(
     model: nn.Module,
     images: Tensor,
-    densities: Sequence[Density],
+    densities: Sequence[Density | Plan],
     *,
     block: int,
     score: str = "cls",
@@ -135,7 +136,7 @@ def measure(
     Args:
         model: a timm Vision Transformer in eval mode; left patched.
         images: (B, 3, height, width) of the model's dtype, on its device.
-        densities: what to time beside the baseline.
+        densities: what to time beside the baseline; a plan runs on a model of its own, which shares the weights.
         block, score: as in sait.sparsify.
         repeats: samples of each.
         advance: called ``samples(densities, repeats, peers)`` times, for a progress bar.
@@ -152,31 +153,30 @@ def measure(
     sparsify(model, block=block, keep=1.0, score=score)
     check_dense(model, baseline, images[:CHECKED_IMAGES])
 
-    def forward(density: Density | None) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            if density is None:
-                return baseline(images)
-            set_density(model, **asdict(density))
-            return model(images)
+    of_plans = {i: sparsify(share(baseline), how) for i, how in enumerate(densities) if isinstance(how, Plan)}
 
-        return call
+    def at(density: Density) -> Callable[[], Tensor]:
+        return lambda: set_density(model, **asdict(density))(images)
 
-    every: list[Density | None] = [None, *densities]
+    calls: list[Callable[[], Tensor]] = [partial(baseline, images)]
+    for i, how in enumerate(densities):
+        calls.append(partial(of_plans[i], images) if isinstance(how, Plan) else at(how))
     peers = peers or {}
-    calls = [forward(density) for density in every] + [partial(peer.forward, images) for peer in peers.values()]
+    calls += [partial(peer.forward, images) for peer in peers.values()]
     with torch.inference_mode():
         seconds = iter(interleave(calls, repeats, device=images.device, advance=advance))
         dense = next(seconds)
         figures = [Figure(None, len(images), dense, dense, *_cost(model, images, None))]
-        for density in densities:
-            figures.append(Figure(density, len(images), next(seconds), dense, *_cost(model, images, density)))
+        for i, how in enumerate(densities):
+            cost = _cost(of_plans.get(i, model), images, how)
+            figures.append(Figure(how, len(images), next(seconds), dense, *cost))
         for name, peer in peers.items():
             cost = _cost(model, images, peer.density)
             figures.append(Figure(peer.density, len(images), next(seconds), dense, *cost, peer=name))
     return figures
 
 
-def samples(densities: Sequence[Density], repeats: int, peers: Mapping[str, Competitor] | None = None) -> int:
+def samples(densities: Sequence[Density | Plan], repeats: int, peers: Mapping[str, Competitor] | None = None) -> int:
     """How often ``measure`` calls ``advance``."""
     return samples_in(len(densities) + 1 + len(peers or {}), repeats)
 
@@ -206,14 +206,14 @@ def tolerance(dtype: torch.dtype, expected: Tensor, exact: Tensor) -> float:
     return 4 * (expected - exact).abs().max().item() + torch.finfo(dtype).eps * exact.abs().max().item()
 
 
-def _cost(model: nn.Module, images: Tensor, density: Density | None) -> tuple[list[int], float]:
+def _cost(model: nn.Module, images: Tensor, density: Density | Plan | None) -> tuple[list[int], float]:
     """(tokens of each image, GMAC of an image)."""
     size = (images.shape[2], images.shape[3])
     if density in (None, Density()):
         tokens = [tokens_of(model, size)] * len(images)
         set_density(model)
     else:
-        set_density(model, **asdict(density))(images)
+        (model if isinstance(density, Plan) else set_density(model, **asdict(density)))(images)
         tokens = selections(model)[-1].cu_seqlens.diff().tolist()
     return tokens, macs(model, img_size=size) / 1e9
 
@@ -229,7 +229,7 @@ def rows(
             "name": "model",
             "case": figure.label,
             "model": model,
-            "plan": figure.density.plan(block, score),
+            "plan": words_of(figure.density, block, score),
             "batch": batch,
             "dtype": dtype,
             "baseline": other.label,

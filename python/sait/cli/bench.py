@@ -26,6 +26,8 @@ Examples:
 * sait bench --weights $(python -m sait.weights)
 * sait bench --compare --keep 0.45 --dtype bf16
 * sait bench --mass 0.9 --max-keep 120 --static
+* sait bench --method sait --method evit --method tome --method ats --method ltp --method random
+* sait bench --method tome --pairs 8 --pairs 16 --dtype bf16
 * sait bench --block 6 --keep 0.7 --mass 0.9 --mass 0.8 --weights random --json figures.json
 """
 NEAR_UNIFORM = (
@@ -35,6 +37,7 @@ NEAR_UNIFORM = (
 
 
 def bench(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(help=f"Any timm Vision Transformer; by default {options.DEFAULT_MODEL}, or that of --weights."),
@@ -44,6 +47,9 @@ def bench(
     mass: options.Mass = [0.9],  # noqa: B006
     max_keep: options.MaxKeep = None,
     static: options.Static = False,
+    method: options.Method = None,
+    pairs: options.Pairs = [13],  # noqa: B006
+    threshold: options.Threshold = [0.006],  # noqa: B006
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 16,
     dtype: Annotated[list[DType], typer.Option(help="A table for each; repeatable.")] = [DType.bf16, DType.fp32],  # noqa: B006
     device: options.Device = "cpu",
@@ -69,6 +75,8 @@ def bench(
     from sait.bench import measure, throughput
     from sait.state import Density
 
+    if compare and method:
+        options.bad("--compare", "expected densities, got --method; make end-to-end compares methods.")
     if compare and score != "cls":
         options.bad("--compare", f"plain torch prunes by the score cls only, got --score {score}.")
     place = options.check_device(device, backend)
@@ -77,10 +85,13 @@ def bench(
     model = options.model_name(model, weights)
     loaded, described = options.load_model(model, weights)
     images, pictured = options.load_images(loaded, batch)
-    densities = [Density(), *options.densities(keep, mass, max_keep, static)]
+    plans = options.of_methods(context, method or [], keep, pairs, threshold)
+    densities = [Density(), *([Density(keep=1.0)] if plans else options.densities(keep, mass, max_keep, static))]
     options.check_prunable(loaded, block, score, densities)
+    options.check_plans(loaded, plans)
     console = Console(highlight=False)
-    console.print(f"{model}, {described}; {pictured}; batch {batch}, block {block}, score {score}")
+    place_of = "" if plans else f", block {block}, score {score}"
+    console.print(f"{model}, {described}; {pictured}; batch {batch}{place_of}")
     rows: list[dict[str, Any]] = []
     for kind in dtype:
         subject = copy.deepcopy(loaded).to(place, kind.as_torch())
@@ -89,11 +100,11 @@ def bench(
             peers, failed = (
                 throughput.competitors(subject, pictures, block=block, keep=min(keep)) if compare else ({}, {})
             )
-            task = bar.add_task(f"measuring {kind}", total=throughput.samples(densities, repeats, peers))
+            task = bar.add_task(f"measuring {kind}", total=throughput.samples([*densities, *plans], repeats, peers))
             figures = throughput.measure(
                 subject,
                 pictures,
-                densities,
+                [*densities, *plans],
                 block=block,
                 score=score,
                 repeats=repeats,
@@ -104,7 +115,7 @@ def bench(
         for name, why in failed.items():
             console.print(f"{name}: no figures: {why}")
         rows += throughput.rows(figures, model=model, batch=batch, dtype=kind.value, block=block, score=score)
-    if mass and described.startswith("random"):
+    if mass and not plans and described.startswith("random"):
         console.print(NEAR_UNIFORM)
     document = measure.results(rows, place)
     console.print(environment_line(document))

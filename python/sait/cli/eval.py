@@ -22,12 +22,14 @@ Examples:
 
 * sait eval runs/sait/model.safetensors
 * sait eval runs/sait/model.safetensors --keep 0.45 --mass 0.9 --dtype bf16 --json accuracy.json
+* sait eval runs/sait/model.safetensors --method evit --method tome --pairs 4
 * sait eval deit_small_patch16_224 --data imagenet --block 3 --keep 0.7 --keep 0.45
 * torchrun --nproc-per-node 2 -m sait.cli eval runs/sait/model.safetensors
 """
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="A checkpoint of `sait train`, or a timm model with pretrained weights.")
     ],
@@ -36,6 +38,9 @@ def evaluate(
     mass: options.Mass = [0.9],  # noqa: B006
     max_keep: options.MaxKeep = None,
     static: options.Static = False,
+    method: options.Method = None,
+    pairs: options.Pairs = [13],  # noqa: B006
+    threshold: options.Threshold = [0.006],  # noqa: B006
     block: Annotated[int, typer.Option(help="Where a timm model drops tokens; a checkpoint has its own.", min=0)] = 3,
     score: options.ScoreKind = "cls",
     images: Annotated[int, typer.Option(help="Test images of canvas or stamps.", min=1)] = 2000,
@@ -45,7 +50,7 @@ def evaluate(
     workers: Annotated[int, typer.Option(help="Processes that load images from a folder.", min=0)] = 4,
     json: Annotated[Path | None, typer.Option(help="Also write the results to this file.")] = None,
 ) -> None:
-    """Accuracy on held-out images, tokens kept, multiply-adds and speed, at several densities.
+    """Accuracy on held-out images, tokens kept, multiply-adds and speed, at several densities or by several methods.
 
     Under torchrun every process takes a part of the images.
     """
@@ -56,7 +61,8 @@ def evaluate(
     from sait.train.evaluate import evaluate
 
     options.check_device(device, None)
-    densities = [Density(), *options.densities(keep, mass, max_keep, static)]
+    plans = options.of_methods(context, method or [], keep, pairs, threshold)
+    densities = [Density(), *([] if plans else options.densities(keep, mass, max_keep, static))]
     with training(device) as processes:
         assert processes is not None
         if json is not None and processes.first:
@@ -70,7 +76,7 @@ def evaluate(
             results = evaluate(
                 subject.to(processes.device),
                 source,
-                densities,
+                [*densities, *plans],
                 processes,
                 dtype=dtype.as_torch(),
                 advance=lambda: bar.advance(task),

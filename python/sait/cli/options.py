@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sait.data.photos import Preprocessing
+    from sait.methods import Plan
     from sait.state import Density
 
 HUB_SECONDS = 5.0
@@ -84,6 +85,15 @@ Static = Annotated[
 ScoreKind = Annotated[
     str, typer.Option(help="What ranks the tokens: cls, column, cls_value, random, or a name that you registered.")
 ]
+Method = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A published method, with its own blocks, in place of densities: sait, evit, ats, random (--keep), ltp "
+        "(--threshold) or tome (--pairs); repeatable."
+    ),
+]
+Pairs = Annotated[list[int], typer.Option(help="Of --method tome: pairs to merge in a block; repeatable.", min=1)]
+Threshold = Annotated[list[float], typer.Option(help="Of --method ltp: the last block's; repeatable.")]
 Device = Annotated[str, typer.Option(help="Such as cpu, cuda or cuda:1.")]
 ForcedBackend = Annotated[
     Backend | None, typer.Option(help="Force the kernels that serve; the fastest there are by default.")
@@ -110,6 +120,39 @@ def densities(keep: list[float], mass: list[float], max_keep: int | None, static
         *(Density(keep=share) for share in keep),
         *(Density(mass=share, max_keep=max_keep, static=static) for share in mass),
     ]
+
+
+def of_methods(
+    context: typer.Context, method: list[str], keep: list[float], pairs: list[int], threshold: list[float]
+) -> list[Plan]:
+    """The plans of published methods, one for each of their settings; of a setting that is not given, their own."""
+    from sait.methods import PUBLISHED
+
+    settings: dict[str, dict[str, list[Any]]] = {"tome": {"r": pairs}, "ltp": {"threshold": threshold}}
+    found = []
+    for name in method:
+        if name not in PUBLISHED:
+            bad("--method", f"expected one of {', '.join(PUBLISHED)}, got {name!r}.")
+        ((argument, values),) = settings.get(name, {"keep": keep}).items()
+        option = {"r": "pairs"}.get(argument, argument)
+        source = context.get_parameter_source(option)
+        is_given = source is not None and source.name == "COMMANDLINE"
+        try:
+            found += [PUBLISHED[name](**{argument: value}) for value in values] if is_given else [PUBLISHED[name]()]
+        except (ValueError, TypeError) as error:
+            bad(f"--{option}", one_line(error))
+    return found
+
+
+def check_plans(model: nn.Module, plans: Sequence[Plan]) -> None:
+    """Ends the command with the model layer's own words where it refuses a method."""
+    import sait
+
+    try:
+        for plan in plans:
+            sait.restore(sait.sparsify(model, plan))
+    except (ValueError, TypeError) as error:
+        bad("--method", one_line(error))
 
 
 def check_device(name: str, backend: Backend | None) -> torch.device:
@@ -282,22 +325,28 @@ def preprocessing(model: nn.Module) -> Preprocessing:
 
 def open_photos(paths: list[Path]) -> dict[str, Image.Image]:
     """name -> photo; without paths the two that scikit-learn ships."""
-    from sait.data.photographs import open_photograph
     from sait.data.photos import sample_photos
 
     if not paths:
         return sample_photos()
     photos: dict[str, Image.Image] = {}
     for path in paths:
-        try:
-            photo = open_photograph(path, longest=None)
-        except ValueError as error:
-            bad("IMAGES", one_line(error))
-        except OSError as error:
-            bad("IMAGES", f"cannot read {path}: {error.strerror or error}.")
+        photo = open_photo(path, longest=None)
         name = path.stem if path.stem not in photos else f"{path.stem}-{len(photos)}"
         photos[name] = photo
     return photos
+
+
+def open_photo(path: Path, longest: int | None = 1024) -> Image.Image:
+    """A picture in RGB, no larger than ``longest``; one that cannot be read ends the command with its name."""
+    from sait.data.photographs import open_photograph
+
+    try:
+        return open_photograph(path, longest=longest)
+    except ValueError as error:
+        bad("IMAGES", one_line(error))
+    except OSError as error:
+        bad("IMAGES", f"cannot read {path}: {error.strerror or error}.")
 
 
 def progress() -> Progress:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from sait.cli import options
 from sait.cli.options import DType
+
+if TYPE_CHECKING:
+    from sait.state import Density
 
 EXAMPLES = """\
 Examples:
@@ -19,11 +21,13 @@ Examples:
 * sait show --weights $(python -m sait.weights)
 * sait show cat.jpg dog.png --keep 0.5 --keep 0.25 --out pictures
 * sait show --model vit_base_patch16_224 --block 5 --mass 0.8 --score column
+* sait show --method sait --method evit --method tome
 * sait show --model runs/sait/model.safetensors --keep 0.3 --mass 0.9 --out pictures
 """
 
 
 def show(
+    context: typer.Context,
     images: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -41,6 +45,9 @@ def show(
     keep: options.Keep = [0.7, 0.45, 0.3],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [0.9],  # noqa: B006
     max_keep: options.MaxKeep = None,
+    method: options.Method = None,
+    pairs: options.Pairs = [13],  # noqa: B006
+    threshold: options.Threshold = [0.006],  # noqa: B006
     score: options.ScoreKind = "cls",
     weights: options.Weights = "auto",
     device: options.Device = "cpu",
@@ -59,6 +66,7 @@ def show(
     import sait
     from sait.data.photos import canvas_examples, draw_kept, draw_map, fit_to_grid, sheet, to_tensor
     from sait.saliency import saliency
+    from sait.sparsify import run_as
 
     place = options.check_device(device, backend)
     photos = options.open_photos(images or [])
@@ -75,35 +83,40 @@ def show(
         expected = expected._replace(size=loaded.patch_embed.img_size)
         photos = photos if images else canvas_examples(expected.size[0])
     batch = torch.stack([to_tensor(photo, expected) for photo in photos.values()]).to(place, dtype.as_torch())
-    densities = options.densities(keep, mass, max_keep)
+    plans = options.of_methods(context, method or [], keep, pairs, threshold)
+    densities = [] if plans else options.densities(keep, mass, max_keep)
     options.check_prunable(loaded, block, ranks, densities)
+    options.check_plans(loaded, plans)
     decoder = options.load_decoder(weights)
     kept, maps = {}, []
     with options.progress() as bar, options.running_on(backend), torch.inference_mode():
-        sait.sparsify(loaded.to(place, dtype.as_torch()), block=block, keep=1.0, score=ranks)
+        own = sait.Plan((sait.Stage(block, keep=1.0),), ranks)
+        sait.sparsify(loaded.to(place, dtype.as_torch()), own)
         if decoder is not None:
             decoder.to(place, dtype.as_torch())
             maps.append(saliency(sait.set_density(loaded), decoder, batch).float())
-        for density in bar.track(densities, description="choosing patches"):
-            sait.set_density(loaded, **asdict(density))
+        every: list[Density | sait.Plan] = [*densities, *plans]
+        for density in bar.track(every, description="choosing patches"):
+            run_as(loaded, density, own)
             if decoder is None:
                 loaded(batch)
             else:
                 maps.append(saliency(loaded, decoder, batch).float())
             mask, grid = sait.kept_mask(loaded)
-            kept[density] = mask.unflatten(1, grid)
+            kept[density.label] = mask.unflatten(1, grid)
     console = Console(highlight=False)
-    console.print(f"{model}, {described}; block {block}, score {ranks}")
+    console.print(f"{model}, {described}" + ("" if plans else f"; block {block}, score {ranks}"))
     if described.startswith("random"):
         console.print("With random weights the choice of patches carries no meaning.")
-    title = f"{model}, {described.partition(' (')[0]}: patches kept at block {block} by {ranks} score"
+    title = f"{model}, {described.partition(' (')[0]}: patches kept"
+    title += " behind the last block" if plans else f" at block {block} by {ranks} score"
     pictures: dict[str, list[list[tuple[str, Any]]]] = {}
     for i, (name, photo) in enumerate(photos.items()):
         of_canvas = model.endswith(".safetensors") and not images
         panels = [(name if of_canvas else "photo", fit_to_grid(photo, grid))]
-        for density, masks in kept.items():
+        for label, masks in kept.items():
             count = int(masks[i].sum())
-            panels.append((f"{density.label}: {count} of {masks[i].numel()} patches", draw_kept(photo, masks[i])))
+            panels.append((f"{label}: {count} of {masks[i].numel()} patches", draw_kept(photo, masks[i])))
         rows = pictures.setdefault("canvas" if of_canvas else name, [])
         rows.append(panels)
         if maps:

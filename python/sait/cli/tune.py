@@ -11,10 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sait.cli import eval, options
+from sait.cli.agreement import are_images
 from sait.cli.options import DType
 from sait.cli.train import training
 
 if TYPE_CHECKING:
+    from sait.methods import Plan
+    from sait.state import Density
     from sait.train.tune import Setting
 
 EXAMPLES = """\
@@ -23,13 +26,32 @@ Examples:
 * sait tune runs/sait/model.safetensors
 * sait tune runs/sait/model.safetensors --max-drop 1.0 --block 1 --block 2 --mass 0.9 --mass 0.8
 * sait tune deit_small_patch16_224 --data imagenet --block 3 --block 5 --dtype bf16
+* sait tune deit_small_patch16_224 photos --agreement 0.99
+* sait tune --agreement 0.99 --weights $(python -m sait.weights) photos
+* sait tune deit_small_patch16_224 photos --agreement 0.98 --method sait --method tome --pairs 8 --pairs 12
 """
 
 
 def tune(
+    context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="A checkpoint of `sait train`, or a timm model with pretrained weights.")
-    ],
+        str | None,
+        typer.Argument(
+            help="A checkpoint of `sait train`, or a timm model with pretrained weights. With --agreement it may be "
+            f"left out: {options.DEFAULT_MODEL}, or that of --weights."
+        ),
+    ] = None,
+    pictures: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[IMAGES]...", help="Of --agreement: your pictures, or folders of them."),
+    ] = None,
+    agreement: Annotated[
+        float | None,
+        typer.Option(
+            help="In place of accuracy: the share of your own unlabelled pictures whose answer must be the dense "
+            "model's; or, of a model without classes, the cosine of its features."
+        ),
+    ] = None,
     data: Annotated[str, typer.Option(help="A folder with train/ and val/, or canvas or stamps.")] = "canvas",
     max_drop: Annotated[float, typer.Option(help="Points of accuracy, in percent, that may be lost.", min=0.0)] = 0.5,
     block: Annotated[
@@ -40,6 +62,10 @@ def tune(
     max_keep: options.MaxKeep = None,
     static: options.Static = False,
     score: options.ScoreKind = "cls",
+    method: options.Method = None,
+    pairs: options.Pairs = [13],  # noqa: B006
+    threshold: options.Threshold = [0.006],  # noqa: B006
+    weights: options.Weights = "auto",
     images: Annotated[int, typer.Option(help="Validation images of canvas or stamps.", min=1)] = 1000,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(help="Samples of each time.", min=1)] = 10,
@@ -52,6 +78,8 @@ def tune(
 
     The trade-off curve has the settings that no other beats in both. A checkpoint keeps its own score. On canvas this
     looks at validation images: `sait eval` then judges the choice on others.
+
+    With --agreement nothing needs a label: the pruned model is held against the dense one on your own pictures.
     """
     from sait.bench import measure
     from sait.train.config import Config
@@ -63,6 +91,20 @@ def tune(
     if json is not None:
         options.check_writable(json, "--json")
     densities = options.densities(keep, mass, max_keep, static)
+    plans = options.of_methods(context, method or [], keep, pairs, threshold)
+    if agreement is not None:
+        given = [Path(model)] if model is not None and are_images(model) else []
+        name = None if given else model
+        return _by_agreement(
+            *(name, [*given, *(pictures or [])], agreement, weights, block or [], densities, plans, score),
+            batch=batch,
+            dtype=dtype,
+            place=place,
+            repeats=repeats,
+            json=json,
+        )
+    if model is None or pictures or plans or weights != "auto":
+        options.bad("--agreement", "expected it with IMAGES, --method or --weights, or a MODEL alone; got none.")
     with training(device) as processes, options.progress() as bar:
         assert processes is not None
         subject, described = eval.load(model, 0, score, densities)
@@ -99,6 +141,47 @@ def tune(
         rows = [as_row(setting) for setting in settings]
         measure.save(measure.results(rows, place, model=model, data=data, dtype=dtype.value), json)
         console.print(f"written: {json}")
+
+
+def _by_agreement(
+    name: str | None,
+    paths: list[Path],
+    agreement: float,
+    weights: str,
+    blocks: list[int],
+    densities: Sequence[Density],
+    plans: list[Plan],
+    score: str,
+    **measuring: Any,
+) -> None:
+    """The same without labels."""
+    import sait
+    from sait.cli import agreement as by_agreement
+    from sait.state import state_of
+
+    if not paths:
+        options.bad("IMAGES", "expected pictures or folders of them, got none.")
+    if not 0 < agreement < 1:
+        options.bad("--agreement", f"expected a number in (0, 1) such as 0.99, got {agreement:g}.")
+    files = by_agreement.files_in(paths)
+    if name is not None and name.endswith(".safetensors"):
+        subject, described = eval.load(name, 0, score, densities)
+        score = str(state_of(subject, "tune").plan.score)
+    else:
+        name = options.model_name(name, weights)
+        subject, described = options.load_model(name, weights)
+    depth = len(subject.blocks)
+    for block in blocks:
+        if not 0 <= block < depth:
+            options.bad("--block", f"expected 0 to {depth - 1}, for the model has {depth} blocks; got {block}.")
+    if not plans:
+        plans = [
+            sait.methods.sait(one.keep, one.mass, block, score=score)
+            for block in sorted(set(blocks or [depth // 4]))
+            for one in densities
+        ]
+    options.check_plans(subject, plans)
+    by_agreement.calibrate(*(subject.eval(), f"{name}, {described}", files, plans), agreement=agreement, **measuring)
 
 
 def table(settings: Sequence[Setting], dense: Setting, best: Setting) -> Table:

@@ -111,7 +111,7 @@ def packed_blocks(model: Any, family: Family, x: Tensor) -> Iterator[PackedBlock
 
 def why_not_together(plan: Plan | None, tokens: Tokens | None = None) -> str | None:
     """Why a forward of packed blocks cannot be one op; None: nothing of the plan is against it."""
-    if tokens is not None and tokens.state is not None:
+    if tokens is not None and (tokens.state is not None or tokens.sizes is not None):
         return "a method carries something from block to block"
     for stage in () if plan is None else plan.stages:
         name = f"the stage at block {stage.block}"

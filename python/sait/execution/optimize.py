@@ -138,20 +138,37 @@ class Products:
 
     def finish(self, attended: Attended, normed: Tensor | None, tokens: Tokens, after: After | None) -> Tokens:
         """All that follows attention, of the rows that stay."""
-        assert after is None, "block_for gives such a stage a PlainBlock"
         out, selection = attended.out, attended.selection
         out = out if self._norm is None else self._norm(out)
-        x = self.close(out, tokens.packed, selection)
         if selection is None:
-            return tokens.with_x(x.view(tokens.x.shape))
-        return tokens.keep(selection, x, attended.ragged)
+            return tokens.with_x(self.close(out, tokens.packed, None).view(tokens.x.shape))
+        if after is None:
+            assert isinstance(selection, Selection), "attend refuses another"
+            return tokens.keep(selection, self.close(out, tokens.packed, selection), attended.ragged)
+        assert attended.scores is not None
+        if after.needs_dropped:
+            x, left = self.add(out, tokens.packed, None), tokens.dropping(attended.ragged)
+        else:
+            assert isinstance(selection, Selection)
+            x = self.add(out, tokens.packed, selection)
+            left = tokens.keep(selection, x, attended.ragged)
+        left = after(x, attended.scores, selection, left)
+        return left.with_x(self.feed_forward(left.packed).view(left.x.shape))
 
     def project(self, x: Tensor) -> list[Tensor]:
         """(T, C) -> qkv(norm1(x)): (T, 3 A), or q, k and v, (T, A) each."""
         raise NotImplementedError
 
     def close(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
-        """(S, A), (T, C) -> (S, C): x1 + scale2(mlp(norm2(x1))) with x1 = x + scale1(proj(out)), of those who stay."""
+        """(S, A), (T, C) -> (S, C): feed_forward(add(...))."""
+        return self.feed_forward(self.add(out, x, selection))
+
+    def add(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
+        """(S, A), (T, C) -> (S, C): x + scale1(proj(out)) of those who stay."""
+        raise NotImplementedError
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """(S, C) -> (S, C): x + scale2(mlp(norm2(x)))."""
         raise NotImplementedError
 
 
@@ -212,6 +229,24 @@ class PackedBlock(Products):
     def close(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
         return sk.packed_block(out, x, selection=selection, **self._layers)
 
+    def add(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
+        proj, gamma = self._layers["proj"], self._layers["gamma1"]
+        around: dict[str, Any] = {"residual": x, "selection": selection, "gamma": gamma}
+        return sk.packed_linear(out, proj.packed, x.shape[1], proj.bias, **around)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        layers = self._layers
+        fc1, fc2 = layers["fc1"], layers["fc2"]
+        hidden = sk.packed_linear(
+            *(x, fc1.packed, layers["hidden_features"], fc1.bias),
+            norm=layers["norm"],
+            activation=self.activation,
+            gated=fc1.gated,
+            gate_bias=fc1.gate_bias,
+        )
+        around: dict[str, Any] = {"norm": layers["hidden_norm"], "residual": x, "gamma": layers["gamma2"]}
+        return sk.packed_linear(hidden, fc2.packed, x.shape[1], fc2.bias, **around)
+
 
 class FusedBlock(Products):
     """On a GPU: products of the modules' own weights, so there is nothing to keep up to date but what is made of
@@ -249,10 +284,12 @@ class FusedBlock(Products):
             for layer in self._qkv
         ]
 
-    def close(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
-        norm, proj, fc1, fc2, gate = self._norm2, self._proj, self._fc1, self._fc2, self._gate
-        gamma1, gamma2 = self._scale1.get(self._gamma1), self._scale2.get(self._gamma2)
-        x = sk.linear_residual(out, proj["weight"], proj["bias"], x, selection=selection, gamma=gamma1)
+    def add(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
+        proj, gamma = self._proj, self._scale1.get(self._gamma1)
+        return sk.linear_residual(out, proj["weight"], proj["bias"], x, selection=selection, gamma=gamma)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        norm, fc1, fc2, gate = self._norm2, self._fc1, self._fc2, self._gate
         hidden = sk.norm_linear(
             *(x, norm["weight"], norm["bias"], self._eps2, fc1["weight"], fc1["bias"]),
             activation=self.activation,
@@ -260,7 +297,7 @@ class FusedBlock(Products):
             gate_bias=gate.get("bias"),
         )
         hidden = hidden if self._hidden_norm is None else self._hidden_norm(hidden)
-        return sk.linear_residual(hidden, fc2["weight"], fc2["bias"], x, gamma=gamma2)
+        return sk.linear_residual(hidden, fc2["weight"], fc2["bias"], x, gamma=self._scale2.get(self._gamma2))
 
 
 class Packed(NamedTuple):
@@ -381,13 +418,13 @@ def _by_packing(x: Tensor) -> bool:
     return forced == "cpu" or (forced is None and x.device.type == "cpu")
 
 
-def block_for(block: Any, family: Family, way: Way | None, x: Tensor, after: After | None = None) -> Block:
+def block_for(block: Any, family: Family, way: Way | None, x: Tensor) -> Block:
     """How this forward computes the block: by fused products, if it was optimized and they compute the same; else by
     its modules."""
     optimized = vars(block).get(HOLDER)
     if optimized is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         optimized.forget()
-    if optimized is not None and way is not None and after is None:
+    if optimized is not None and way is not None:
         products = way(optimized, block, family, x)
         if products is not None:
             return products

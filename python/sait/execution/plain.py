@@ -15,6 +15,7 @@ from sait.families.base import BlockView, Family
 from sait.methods.base import After
 from sait.methods.fusion import Attended
 from sait.tokens import Tokens, image_of_rows
+from sait_kernels import Selection
 
 
 class PlainBlock:
@@ -61,6 +62,7 @@ class PlainBlock:
             left = after(x.flatten(0, 1), attended.scores, selection, tokens.dropping(attended.ragged))
             return self._feed_forward(left, view.norm2(left.x))
 
+        assert isinstance(selection, Selection), "select refuses another"
         left = tokens.keep(selection, attended.out, attended.ragged)
         if view.gate is not None:
             normed = sk.gather_tokens(normed.flatten(0, 1), selection).view(*left.x.shape[:2], normed.shape[2])

@@ -1,17 +1,27 @@
-"""Token-reduction methods as objects: what ranks tokens, what chooses among them, and what happens afterwards."""
+"""Token-reduction methods as objects: what ranks tokens, what chooses among them, and what happens afterwards; and
+published methods, each a call that gives a Plan."""
 
-from sait.methods.base import After, Scorer, Seen, Selector, names, register
+from sait.methods.after import FuseDropped, Merge
+from sait.methods.base import After, Merging, Scorer, Seen, Selector, names, register
+from sait.methods.pairs import Pairs
 from sait.methods.plan import Plan, Stage
-from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, RandomScore
-from sait.methods.selectors import Threshold, TopK, TopP
+from sait.methods.published import PUBLISHED, ats, evit, ltp, random, sait, tome
+from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, RandomScore, Unscored
+from sait.methods.selectors import Sampling, Threshold, TopK, TopP
 
 __all__ = [
+    "PUBLISHED",
     "After",
     "ClassAttention",
     "ClassValue",
     "ColumnAttention",
+    "FuseDropped",
+    "Merge",
+    "Merging",
+    "Pairs",
     "Plan",
     "RandomScore",
+    "Sampling",
     "Scorer",
     "Seen",
     "Selector",
@@ -19,6 +29,13 @@ __all__ = [
     "Threshold",
     "TopK",
     "TopP",
+    "Unscored",
+    "ats",
+    "evit",
+    "ltp",
     "names",
+    "random",
     "register",
+    "sait",
+    "tome",
 ]

@@ -27,6 +27,19 @@ class Seen(NamedTuple):
     scale: float | None = None  # of q . k; None: D ** -0.5
 
 
+class Merging(NamedTuple):
+    """What a selector returns that says where dropped rows go: a Selection, and the row that each becomes part of."""
+
+    indices: Tensor  # (S,) int32: the row that each of those that stay was; in any order behind the prefix rows
+    cu_seqlens: Tensor  # (B + 1,) int32
+    max_seqlen: int
+    target: Tensor  # (T,) int32: the one of the S that a row stays as, or goes into; -1: none
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.indices, self.cu_seqlens, self.max_seqlen)
+
+
 class Scorer(Protocol):
     """Ranks tokens. An nn.Module's parameters become the sparse model's.
 
@@ -42,7 +55,12 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Selector(Protocol):
-    """Chooses by scores who stays."""
+    """Chooses by scores who stays.
+
+    What else is read where it has it: ``reads`` and ``macs``, as of a Scorer; ``keeps_all``, whether it drops nothing
+    whatever the scores; ``scaled(factor)``, the same with a share times as large; ``check(patches)`` raises where an
+    image has too few for it.
+    """
 
     @property
     def ragged(self) -> bool:
@@ -58,8 +76,9 @@ class Selector(Protocol):
         """The most that an image of so many patches keeps."""
         ...
 
-    def __call__(self, scores: Tensor, seen: Seen) -> Selection:
-        """Rows of the packed batch, ascending, the prefix rows of each image among them.
+    def __call__(self, scores: Tensor, seen: Seen) -> Selection | Merging:
+        """Rows of the packed batch, ascending, the prefix rows of each image among them; or a Merging, for an After
+        that knows what to do with it.
 
         ``scores`` (T,) float32 carry no gradient.
         """
@@ -69,17 +88,20 @@ class Selector(Protocol):
 @runtime_checkable
 class After(Protocol):
     """Acts on what was dropped or on what stays, between attention and MLP of the stage's block; ahead of the block
-    where the stage is."""
+    where the stage is.
+
+    What else is read where it has it: ``adds``, rows that an image has more than its selection says.
+    """
 
     needs_dropped: bool  # whether x has the dropped rows, too, with their attention
 
-    def __call__(self, x: Tensor, scores: Tensor, selection: Selection, tokens: Tokens) -> Tokens:
+    def __call__(self, x: Tensor, scores: Tensor, selection: Any, tokens: Tokens) -> Tokens:
         """The tokens that go on. Not called where nothing is dropped whatever the scores.
 
         Args:
             x: the stream, after the attention residual: (T, C) with ``needs_dropped``, else the (S, C) that stay.
             scores: (T,) float32, differentiable where the scorer is.
-            selection: S of the T rows that the block saw.
+            selection: S of the T rows that the block saw: a Selection, or the selector's Merging.
             tokens: with ``needs_dropped`` the T, of which ``tokens.keep(selection, x)`` makes those that stay; else
                 those that stay.
         """

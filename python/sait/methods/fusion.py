@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 import sait_kernels as sk
-from sait.methods.base import Seen
+from sait.methods.base import Merging, Seen
+from sait.methods.pairs import Pairs
 from sait.methods.plan import Stage
 from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention
-from sait.methods.selectors import Threshold, TopK, TopP
+from sait.methods.selectors import Sampling, Threshold, TopK, TopP
 from sait.tokens import Tokens
 from sait_kernels import Selection
 
@@ -46,7 +47,7 @@ FUSED: dict[tuple[type, type], Fused] = {
     (ClassValue, TopK): _prune,
     (ClassValue, TopP): _prune,
 }
-TRUSTED = (TopK, TopP, Threshold)  # their selections need no check
+TRUSTED = (TopK, TopP, Threshold, Sampling, Pairs)  # their selections need no check
 
 
 def prunes_in_one_op(stage: Stage) -> bool:
@@ -58,7 +59,7 @@ class Attended(NamedTuple):
     """What comes out of attention."""
 
     out: Tensor  # (S, H * D), or (T, H * D) where nothing was dropped or an After needs the dropped rows
-    selection: Selection | None  # None: nothing was dropped
+    selection: Selection | Merging | None  # None: nothing was dropped
     ragged: bool  # whether images may have different numbers of tokens from here on
     scores: Tensor | None = None  # (T,) float32, where they were computed
 
@@ -77,22 +78,28 @@ def attend(
 
     All that follows the softmax is row-wise, so the dropped rows are dropped before their attention is computed.
     """
-    lengths = (tokens.cu_seqlens, tokens.max_seqlen)
+    bias = tokens.key_bias
+
+    def attention(selection: Selection | None = None) -> Tensor:
+        lengths = (tokens.cu_seqlens, tokens.max_seqlen)
+        return sk.compact_attention(q, k, v, *lengths, selection=selection, scale=scale, key_bias=bias)
+
     if stage is None or (stage.keeps_all and not wants_scores):
-        return Attended(sk.compact_attention(q, k, v, *lengths, scale=scale), None, tokens.ragged)
+        return Attended(attention(), None, tokens.ragged)
     ragged = tokens.ragged or stage.selector.ragged
-    if stage.after is None and not wants_scores:
+    if stage.after is None and bias is None and not wants_scores:
         fused = FUSED.get((type(stage.scorer), type(stage.selector)))
         if fused is not None:
             return Attended(*fused(stage.scorer, stage.selector, q, k, v, tokens, scale), ragged)
     seen = Seen(tokens.packed, tokens, q, k, v, scale)
     scores = score(stage, seen)
     if stage.keeps_all:
-        return Attended(sk.compact_attention(q, k, v, *lengths, scale=scale), None, tokens.ragged, scores)
+        return Attended(attention(), None, tokens.ragged, scores)
     selection = select(stage, scores, seen)
-    computed = None if stage.after is not None and stage.after.needs_dropped else selection
-    out = sk.compact_attention(q, k, v, *lengths, selection=computed, scale=scale)
-    return Attended(out, selection, ragged, scores)
+    if stage.after is not None and stage.after.needs_dropped:
+        return Attended(attention(), selection, ragged, scores)
+    assert isinstance(selection, Selection), "select refuses another"
+    return Attended(attention(selection), selection, ragged, scores)
 
 
 def score(stage: Stage, seen: Seen) -> Tensor:
@@ -111,12 +118,17 @@ def score(stage: Stage, seen: Seen) -> Tensor:
     return scores
 
 
-def select(stage: Stage, scores: Tensor, seen: Seen) -> Selection:
+def select(stage: Stage, scores: Tensor, seen: Seen) -> Selection | Merging:
     """Who stays, checked where the selector is not one of ours: on a CPU, and elsewhere with SAIT_DEBUG=1."""
     selection = stage.selector(scores.detach(), seen)
+    if isinstance(selection, Merging) and not (stage.after is not None and stage.after.needs_dropped):
+        raise TypeError(
+            f"sait: selector: {type(stage.selector).__name__} merges tokens, and nothing at block {stage.block} does "
+            "so. Give the stage after=sait.methods.Merge()."
+        )
     if type(stage.selector) not in TRUSTED:
         name = type(stage.selector).__name__
-        if not isinstance(selection, Selection):
+        if not isinstance(selection, (Selection, Merging)):
             raise TypeError(
                 f"sait: selector: expected a sait_kernels.Selection of {name}, got {type(selection).__name__}."
             )
@@ -126,7 +138,7 @@ def select(stage: Stage, scores: Tensor, seen: Seen) -> Selection:
     return selection
 
 
-def _check_selection(name: str, selection: Selection, tokens: Tokens, ragged: bool) -> None:
+def _check_selection(name: str, selection: Selection | Merging, tokens: Tokens, ragged: bool) -> None:
     total, where = tokens.packed.shape[0], f"sait: selector: {name}"
     if selection.indices.dtype != torch.int32 or selection.cu_seqlens.dtype != torch.int32:
         raise TypeError(
@@ -145,9 +157,12 @@ def _check_selection(name: str, selection: Selection, tokens: Tokens, ragged: bo
     bounds = tokens.cu_seqlens.tolist()
     for image, (first, last) in enumerate(pairwise(bounds)):
         kept = rows[starts[image] : starts[image + 1]]
-        if any(later <= earlier for earlier, later in pairwise(kept)):
+        if isinstance(selection, Merging):  # its order is its own
+            if len(set(kept)) < len(kept):
+                raise ValueError(f"{where}: expected each row once, got {kept} for image {image}.")
+        elif any(later <= earlier for earlier, later in pairwise(kept)):
             raise ValueError(f"{where}: expected ascending rows, got {kept} for image {image}. Sort them.")
-        if kept and not first <= kept[0] <= kept[-1] < last:
+        if kept and not first <= min(kept) <= max(kept) < last:
             raise ValueError(f"{where}: expected rows from {first} to {last - 1} for image {image}, got {kept}.")
         prefix = list(range(first, min(first + tokens.num_prefix, last)))
         if kept[: len(prefix)] != prefix:

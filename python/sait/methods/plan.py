@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, cast
@@ -98,7 +98,7 @@ class Stage:
             raise TypeError(f"Stage: before: expected True or False, got {before!r}.")
         given = ClassAttention() if scorer is None else scorer
         if before:
-            _check_before(given)
+            _check_before(given, selector)
         values = (block, given, selector, after, before, scorer is not None)
         for name, value in zip(Stage.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
@@ -114,7 +114,7 @@ class Stage:
         for name, value in changes.items():
             object.__setattr__(stage, name, value)
         if stage.before:
-            _check_before(stage.scorer)
+            _check_before(stage.scorer, stage.selector)
         return stage
 
     @property
@@ -172,13 +172,14 @@ class Stage:
             raise
 
 
-def _check_before(scorer: Scorer) -> None:
-    reads = getattr(scorer, "reads", ())
-    if {"q", "k", "v"} & set(reads):
-        raise ValueError(
-            f"Stage: before: {type(scorer).__name__} reads {', '.join(reads)} of the block, which does not run before "
-            "its tokens are dropped. Leave before out, or take a scorer of x."
-        )
+def _check_before(*methods: Scorer | Selector) -> None:
+    for method in methods:
+        reads = getattr(method, "reads", ())
+        if {"q", "k", "v"} & set(reads):
+            raise ValueError(
+                f"Stage: before: {type(method).__name__} reads {', '.join(reads)} of the block, which does not run "
+                "before its tokens are dropped. Leave before out, or take a method that reads x."
+            )
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,9 @@ class Plan:
         stages: at least one Stage, their blocks strictly ascending. Any iterable is taken and held as a tuple.
         score: how stages without a scorer of their own rank tokens: "cls" (attention of the image's first row),
             "column" (attention received), "cls_value", "random", another registered name, or a Scorer.
+        of_depth: the plan for a model of so many blocks, where it is this one's number of blocks that decides: methods
+            whose blocks are left out have it. ``stages`` are then those for 12 blocks. Not written down.
+        label: what tables call it; None: its stages. Not written down.
 
     Raises:
         ValueError, TypeError: no stage, blocks that do not ascend, something that is no Stage, an unknown score.
@@ -199,6 +203,8 @@ class Plan:
 
     stages: tuple[Stage, ...]
     score: str | Scorer = field(default="cls", compare=False)
+    of_depth: Callable[[int], Plan] | None = field(default=None, compare=False, repr=False)
+    label: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.stages, Stage) or not isinstance(self.stages, Iterable):
@@ -225,7 +231,9 @@ class Plan:
     def at_density(self, keep: float | int | None = None, mass: float | None = None, **limits: Any) -> Plan:
         """The same blocks and scorers, with this keep or mass, and what else a Stage takes, at every stage."""
         selector = selector_of(keep, mass, **limits)
-        return replace(self, stages=tuple(stage.with_selector(selector) for stage in self.stages))
+        stages = tuple(stage.with_selector(selector) for stage in self.stages)
+        of_depth = self._then(lambda plan: plan.at_density(keep, mass, **limits))
+        return replace(self, stages=stages, of_depth=of_depth, label=None)
 
     def scaled(self, factor: float) -> Plan:
         """Each stage's share of patches or of the score times ``factor``, at most 1.
@@ -240,7 +248,16 @@ class Plan:
                     f"set_density: scale: expected shares to scale, got {stage.selector}. Pass a plan instead."
                 )
             stages.append(stage.with_selector(stage.selector.scaled(factor)))
-        return replace(self, stages=tuple(stages))
+        of_depth = self._then(lambda plan: plan.scaled(factor))
+        return replace(self, stages=tuple(stages), of_depth=of_depth, label=None)
+
+    def for_depth(self, depth: int) -> Plan:
+        """The plan for a model of so many blocks: this one, unless it was made without blocks."""
+        return self if self.of_depth is None else self.of_depth(depth)
+
+    def _then(self, change: Callable[[Plan], Plan]) -> Callable[[int], Plan] | None:
+        of_depth = self.of_depth
+        return None if of_depth is None else lambda depth: change(of_depth(depth))
 
     def learned(self) -> dict[str, nn.Module]:
         """Those of its objects that are modules, by role and block: their parameters become a sparse model's."""

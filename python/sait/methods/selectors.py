@@ -12,6 +12,7 @@ from torch import Tensor
 
 import sait_kernels as sk
 from sait.methods.base import Seen, register
+from sait.tokens import Tokens, prefix_rows
 from sait_kernels import Selection
 from sait_kernels.ops.select import check_mass, check_static, kept_patches, split_keep
 
@@ -136,16 +137,89 @@ class Threshold:
         return patches
 
     def __call__(self, scores: Tensor, seen: Seen) -> Selection:
-        cu_seqlens, tokens = seen.tokens.cu_seqlens, seen.tokens
-        best = sk.select_topk(scores, cu_seqlens, tokens.max_seqlen, keep=LEAST, num_prefix=tokens.num_prefix)
+        tokens = seen.tokens
+        best = sk.select_topk(scores, tokens.cu_seqlens, tokens.max_seqlen, keep=LEAST, num_prefix=tokens.num_prefix)
         stays = F.pad(scores >= self.value, (0, 1))  # one more is no row
-        stays[best.indices.long()] = True  # and so the prefix rows
-        stays = stays[:-1] & (torch.arange(len(scores), device=scores.device) < cu_seqlens[-1])
-        before = F.pad(stays.cumsum(0), (1, 0))
-        return Selection(stays.nonzero()[:, 0].int(), before[cu_seqlens.long()].int(), tokens.max_seqlen)
+        return _those(stays.index_fill(0, best.indices.long(), True), tokens)  # and so the prefix rows
 
 
 LEAST = 1e-9  # of any number of patches this share is one
+
+
+@register("sampling")
+@dataclass(frozen=True)
+class Sampling:
+    """Patches drawn by their scores, without chance: adaptive token sampling (ATS 2111.15667).
+
+    An image's patches are sorted by score, the lowest first, and their scores added up; the sums are stretched to
+    [0, 1]. Of evenly spaced points from 0 to 1, as many as ``keep`` says, each takes the patch whose sum is nearest to
+    it, of two the lower. Several points may take the same one: the more unequal the scores, the fewer stay.
+
+    How many stay depends on the data: one synchronisation on a GPU, and no CUDA graph.
+
+    Attributes:
+        keep: the number of points: a float in (0, 1], a share of the patches that an image has at the stage, or an int
+            >= 1; no more than it has. A single point takes the best patch.
+
+    Raises:
+        ValueError, TypeError: keep outside its range.
+    """
+
+    keep: float | int = 1.0
+    ragged = True
+    static = False
+    keeps_all = False
+
+    def __post_init__(self) -> None:
+        split_keep("Sampling", self.keep)
+
+    def bound(self, patches: int) -> int:
+        if isinstance(self.keep, int):
+            return min(self.keep, patches)
+        return kept_patches(patches, *split_keep("Sampling", self.keep))
+
+    def scaled(self, factor: float) -> Sampling:
+        if not isinstance(self.keep, float):
+            raise ValueError(f"set_density: scale: expected shares to scale, got {self}. Pass a plan instead.")
+        return Sampling(min(1.0, self.keep * factor))
+
+    def __call__(self, scores: Tensor, seen: Seen) -> Selection:
+        tokens = seen.tokens
+        N, P = tokens.max_seqlen, tokens.num_prefix
+        none, lengths = scores.shape[0], tokens.lengths.long()
+        rows = torch.arange(P, max(N, P), device=scores.device)
+        rows = (tokens.cu_seqlens[:-1, None] + rows).where(rows < lengths[:, None], none)  # (B, M) of the patches
+        stays = torch.zeros(none + 1, dtype=torch.bool, device=scores.device)
+        stays = stays.index_fill(0, prefix_rows(tokens).where(lengths[:, None] > 0, none).flatten().long(), True)
+        if rows.shape[1] > 0:
+            # What an image lacks comes first in the order, and no point is near to it.
+            of_rows = F.pad(scores.double().nan_to_num(0.0).clamp_min(0.0), (0, 1), value=-1.0)[rows]
+            weights, order = of_rows.sort(dim=1, stable=True)
+            sums = weights.clamp_min(0.0).cumsum(1)
+            first = sums.where(weights >= 0, torch.inf).amin(1, keepdim=True)
+            sums = ((sums - first) / (sums[:, -1:] - first)).nan_to_num(0.0).where(weights >= 0, -torch.inf)
+            points = self._points(tokens, rows.shape[1])
+            points = points * (sums[:, -1:] > 0)  # of equal sums the first, as of any two
+            nearest = torch.searchsorted((sums[:, 1:] + sums[:, :-1]) / 2, points)
+            stays = stays.index_fill(0, rows.gather(1, order.gather(1, nearest)).flatten(), True)
+        return _those(stays, tokens)
+
+    def _points(self, tokens: Tokens, most: int) -> Tensor:
+        """(B, points) float64 from 0 to 1; an image that has fewer points than others has 1 several times."""
+        number = torch.arange(self.bound(most), device=tokens.x.device).double().expand(tokens.images, -1)
+        each = number.new_full((1, 1), self.bound(most))
+        if tokens.ragged:
+            of_lengths = number.new_tensor([self.bound(n) for n in range(most + 1)])
+            each = of_lengths[(tokens.lengths - tokens.num_prefix).clamp(0, most).long()][:, None]
+        return (number / (each - 1)).where(each > 1, 1.0).clamp(max=1.0).contiguous()
+
+
+def _those(stays: Tensor, tokens: Tokens) -> Selection:
+    """The rows for which ``stays`` (T + 1,) is true, the last of which is no row."""
+    inside = torch.arange(stays.shape[0] - 1, device=stays.device) < tokens.cu_seqlens[-1]
+    stays = stays[:-1] & inside
+    before = F.pad(stays.cumsum(0), (1, 0))
+    return Selection(stays.nonzero()[:, 0].int(), before[tokens.cu_seqlens.long()].int(), tokens.max_seqlen)
 
 
 def selector_of(

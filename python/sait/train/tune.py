@@ -71,7 +71,7 @@ def tune(
         sparsify(model, Plan((Stage(block, keep=1.0),), score))
         wanted = densities if found else [Density(), *densities]
         results = evaluate(model, data, wanted, alone, dtype=dtype, advance=advance)
-        found += [(None if r.density == Density() else block, r.density, r) for r in results]
+        found += [(None if d == Density() else block, d, r) for d, r in zip(wanted, results, strict=True)]
 
     def forward(block: int | None, density: Density) -> Callable[[], Tensor]:
         plan = Plan((Stage(block, **asdict(density)),), score) if block is not None else None

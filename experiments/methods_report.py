@@ -1,0 +1,157 @@
+"""docs/methods.md and its plot from methods.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+HEAD = """# Methods that need no training
+
+*Written by `make methods` from methods.json. {about}*
+
+Each method is one call that gives a plan, and all of them run on the same loop and the same kernels:
+
+```python
+model = sait.sparsify(timm.create_model("deit_small_patch16_224"), sait.methods.evit(keep=0.7))
+```
+
+| call | ranks by | keeps | and then | where, unless told |
+|---|---|---|---|---|
+| `sait(keep)`, `sait(mass=)` | class or column attention | the best, or a share of the score | | one quarter |
+| `evit(keep)` | class attention | the best | the dropped become one row, weighted by their scores | quarters |
+| `ats(keep)` | class attention times the size of the value | samples of the score | | from a quarter on |
+| `ltp(threshold)` | column attention | what reaches a threshold that grows with depth | | every block |
+| `tome(r)` | cosine of the mean keys | all but r | merged in pairs, with their sizes | every block |
+| `random(keep)` | chance | as many | | ahead of block 0 |
+
+All figures below are without any training for pruning by that method. The checkpoint of canvas was trained by SaiT at
+block {block}, so that SaiT has an advantage there; nobody trained DINOv2-S to be pruned.
+"""
+
+
+def write(document: dict[str, Any], out: Path) -> None:
+    (out / "methods.md").write_text(markdown(document), encoding="utf-8")
+    plot(rows_of(document, "methods"), out / "methods.png")
+
+
+def markdown(document: dict[str, Any]) -> str:
+    rows = rows_of(document, "methods")
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    about = f"{document['device']}, {document['threads']} threads; {versions}; commit {document['commit'][:10]}."
+    parts = [HEAD.format(about=about, block=3)]
+    for subject in dict.fromkeys(row["subject"] for row in rows):
+        parts += section(subject, [row for row in rows if row["subject"] == subject])
+    parts += ["![quality against arithmetic](methods.png)\n", twins(rows_of(document, "twin"))]
+    return "\n".join(parts)
+
+
+def section(subject: str, rows: Sequence[Row]) -> list[str]:
+    dense, quality = rows[0], quality_of(rows[0])
+    told = {
+        "accuracy": f"Canvas, the checkpoint of SaiT, {dense['images']} test images: accuracy in %",
+        "cosine": f"DINOv2-S on {dense['images']} crops of photographs at 224 pixels: cosine of the class token to the "
+        "dense model's, times 100",
+    }[quality]
+    lines = [
+        f"| fewer multiply-adds | method | {quality} | GMAC | tokens | fp32 img/s | × dense | bf16 img/s | × dense |",
+        "|---" * 9 + "|",
+        line(dense, dense, quality, ""),
+    ]
+    missing = []
+    for saved in sorted({row["saved"] for row in rows if "saved" in row}):
+        of_share = [row for row in rows if row.get("saved") == saved]
+        missing += [f"{row['method']} at -{saved:.0%}: {row['error']}." for row in of_share if "error" in row]
+        ran = sorted((row for row in of_share if "error" not in row), key=lambda row: -row[quality])
+        lines += [line(row, dense, quality, f"-{saved:.0%}") for row in ran]
+    return [
+        f"## {subject.capitalize()}\n",
+        f"{told}; its standard error over images. Tokens are those behind the last stage. Speed is of a batch of 16 "
+        "under sait.optimize, dense with all tokens through the kernels, all of them interleaved.\n",
+        "\n".join(lines),
+        "\n" + best(rows, quality),
+        *(["\nNot shown: " + " ".join(missing)] if missing else []),
+        "",
+    ]
+
+
+def line(row: Row, dense: Row, quality: str, saved: str) -> str:
+    cells = [saved, row["case"], f"{100 * row[quality]:.2f} ± {100 * row['standard_error']:.2f}", f"{row['gmac']:.4g}"]
+    cells.append(f"{row['tokens']:.1f}" if "tokens" in row else "")
+    for key in ("images_per_s_fp32", "images_per_s_bf16"):
+        cells += [f"{row[key]:.1f}", f"{row[key] / dense[key]:.2f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def best(rows: Sequence[Row], quality: str) -> str:
+    """Where SaiT is the best, and where it is not."""
+    found = []
+    for saved in sorted({row["saved"] for row in rows if "saved" in row}):
+        ran = [row for row in rows if row.get("saved") == saved and "error" not in row]
+        ours = max((row for row in ran if row["method"].startswith("SaiT")), key=lambda row: row[quality], default=None)
+        other = max(
+            (row for row in ran if not row["method"].startswith("SaiT")), key=lambda row: row[quality], default=None
+        )
+        if ours is None or other is None:
+            continue
+        ahead = 100 * (ours[quality] - other[quality])
+        word = "best" if ahead >= 0 else "not the best"
+        found.append(
+            f"at -{saved:.0%} SaiT is {word}: {ours['case']} has {100 * ours[quality]:.2f}, {other['case']} "
+            f"{100 * other[quality]:.2f}"
+        )
+    return "Highest first. " + "; ".join(found) + "."
+
+
+def twins(rows: Sequence[Row]) -> str:
+    lines = [
+        "## Twins\n",
+        "Largest error of a result against the same method written image by image in plain torch, in float64 "
+        "(tests/models/twins.py), relative to the largest result; four images. Beside it that of the twin in float32. "
+        "Where a choice is close, float32 may choose otherwise than float64 does: such an error is no rounding.\n",
+        "| | method | ours, fp32 | twin, fp32 | as many tokens |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        same = "yes" if row["same_counts"] else "no"
+        lines.append(f"| {row['subject']} | {row['method']} | {row['ours']:.1e} | {row['in_torch']:.1e} | {same} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    subjects = list(dict.fromkeys(row["subject"] for row in rows))
+    figure, every = pyplot.subplots(1, len(subjects), figsize=(6 * len(subjects), 4.5), dpi=150, squeeze=False)
+    for axes, subject in zip(every[0], subjects, strict=True):
+        ran = [row for row in rows if row["subject"] == subject and "error" not in row]
+        dense, quality = ran[0], quality_of(ran[0])
+        for method in dict.fromkeys(row["method"] for row in ran[1:]):
+            points = [dense, *sorted((row for row in ran if row["method"] == method), key=lambda row: -row["gmac"])]
+            axes.plot(
+                [row["gmac"] for row in points],
+                [100 * row[quality] for row in points],
+                marker="o",
+                markersize=4,
+                linewidth=1,
+                linestyle="--" if method == "random" else "-",
+                label=method,
+            )
+        axes.set(xlabel="GMAC of an image", ylabel=f"{quality}, times 100", title=subject)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def rows_of(document: dict[str, Any], name: str) -> list[Row]:
+    return [row for row in document["rows"] if row["name"] == name]
+
+
+def quality_of(row: Row) -> str:
+    return "accuracy" if "accuracy" in row else "cosine"

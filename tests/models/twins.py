@@ -1,0 +1,103 @@
+"""Published methods once more, image by image, in plain torch on timm's modules: what ours owe.
+
+Nothing of sait is used. Matrices are whole, choices are loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# (x (n, C) behind the attention, its matrix (H, n, n), keys and values (H, n, D), sizes (n,)) -> (x, sizes) that stay
+Reduce = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def forward(vit: Any, images: Tensor, at: dict[int, Reduce]) -> tuple[Tensor, list[list[int]]]:
+    """(logits (B, classes), [image][block] -> tokens that leave it) with a method at some blocks."""
+    logits, counts = [], []
+    for image in images:
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))[0]
+        sizes, left = torch.ones(len(x), dtype=x.dtype), []
+        for number, block in enumerate(vit.blocks):
+            attn, n = block.attn, len(x)
+            q, k, v = attn.qkv(block.norm1(x)).view(n, 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
+            q, k = attn.q_norm(q), attn.k_norm(k)
+            matrix = (q @ k.mT * attn.head_dim**-0.5 + sizes.log()).softmax(-1)
+            attended = attn.norm((matrix @ v).transpose(0, 1).reshape(n, -1))
+            x = x + block.ls1(attn.proj(attended))
+            if number in at:
+                x, sizes = at[number](x, matrix, k, v, sizes)
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+            left.append(len(x))
+        logits.append(vit.forward_head(vit.norm(x[None]))[0])
+        counts.append(left)
+    return torch.stack(logits), counts
+
+
+def evit(prefix: int, keep: float) -> Reduce:
+    def reduce(x: Tensor, matrix: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        scores = matrix[:, 0, prefix:].mean(0)
+        count = max(1, -(-round(keep * 1000) * len(scores) // 1000))
+        best = set(scores.argsort(descending=True)[:count].tolist())
+        stay = [*range(prefix), *(prefix + j for j in range(len(scores)) if j in best)]
+        gone = [j for j in range(len(scores)) if j not in best]
+        rows = [x[stay]]
+        if gone:
+            rows.append(sum(scores[j] * x[prefix + j] for j in gone)[None])
+        x = torch.cat(rows)
+        return x, torch.ones(len(x), dtype=x.dtype)
+
+    return reduce
+
+
+def ats(prefix: int, keep: float) -> Reduce:
+    def reduce(x: Tensor, matrix: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        scores = matrix[:, 0, prefix:].sum(0) * v[:, prefix:].pow(2).sum((0, 2)).sqrt()
+        order = sorted(range(len(scores)), key=lambda j: float(scores[j]))
+        sums = scores[order].double().cumsum(0)
+        sums = (sums - sums[0]) / (sums[-1] - sums[0])
+        points = max(1, -(-round(keep * 1000) * len(scores) // 1000))
+        taken = set()
+        for i in range(points):
+            point = i / (points - 1) if points > 1 else 1.0
+            taken.add(order[int((sums - point).abs().argmin())])
+        stay = [*range(prefix), *(prefix + j for j in sorted(taken))]
+        return x[stay], sizes[stay]
+
+    return reduce
+
+
+def ltp(prefix: int, threshold: float) -> Reduce:
+    def reduce(x: Tensor, matrix: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        scores = matrix.mean((0, 1))
+        stay = [j for j in range(len(x)) if j < prefix or scores[j] >= threshold]
+        if len(stay) == prefix:
+            stay.append(prefix + int(scores[prefix:].argmax()))
+        return x[stay], sizes[stay]
+
+    return reduce
+
+
+def tome(prefix: int, r: int) -> Reduce:
+    def reduce(x: Tensor, matrix: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        keys = torch.nn.functional.normalize(k.mean(0), dim=-1)
+        evens = [i for i in range(0, len(x), 2) if i >= prefix]
+        odds = [i for i in range(1, len(x), 2) if i >= prefix]
+        pairs = []
+        for i in evens:
+            alike = [float((keys[i] @ keys[j]).detach()) for j in odds]
+            if alike:
+                pairs.append((max(alike), i, odds[alike.index(max(alike))]))
+        pairs.sort(key=lambda pair: (-pair[0], pair[1]))
+        into: dict[int, list[int]] = {j: [j] for j in range(len(x))}
+        for _, i, j in pairs[: min(r, (len(x) - prefix) // 2)]:
+            into[j].append(i)
+            del into[i]
+        order = [*range(prefix), *(i for i in evens if i in into), *odds]
+        rows = [(sizes[into[j], None] * x[into[j]]).sum(0) / sizes[into[j]].sum() for j in order]
+        return torch.stack(rows), torch.stack([sizes[into[j]].sum() for j in order])
+
+    return reduce
