@@ -37,7 +37,7 @@ GRACE_SECONDS = 3.0
 MINUTES_LEFT = "<minutes>"  # a word of a command: 85 % of what it may take, so that it ends by itself
 # The ops in the order in which their figures matter, should the time run out.
 OPS = ("compact_attention", "prune_attention", "score_select", "ragged", "gather_add_norm")
-OPS += ("norm_linear", "linear_residual", "gather_tokens", "rotate")
+OPS += ("norm_linear", "linear_residual", "gather_tokens", "merge_tokens", "rotate")
 BACKENDS = ("cuda", "triton")
 DEFAULT = ("start", "ops", "end-to-end", "test-triton", "costs", "batches", "sanitizer")
 OTHER_MODELS = ("deit_tiny_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224", "deit_base_patch16_384")

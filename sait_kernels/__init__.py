@@ -14,6 +14,7 @@ from sait_kernels.ops.compact_attention import compact_attention
 from sait_kernels.ops.gather_add_norm import gather_add_norm
 from sait_kernels.ops.gather_tokens import gather_tokens, scatter_tokens
 from sait_kernels.ops.linear_residual import linear_residual
+from sait_kernels.ops.merge_tokens import merge_tokens
 from sait_kernels.ops.norm_heads import norm_heads
 from sait_kernels.ops.norm_linear import norm_linear
 from sait_kernels.ops.packed_embed import packed_embed
@@ -38,6 +39,7 @@ __all__ = [
     "gather_add_norm",
     "gather_tokens",
     "linear_residual",
+    "merge_tokens",
     "norm_heads",
     "norm_linear",
     "pack_linear",

@@ -1,7 +1,8 @@
 """What torch's FlopCounterMode counts of each op: two operations for each multiply-accumulate of its products.
 
 Images may have different lengths, so the formulas read the offsets; where these have no values (fake tensors), every
-image is as long as max_seqlen allows. Normalising, rotating, choosing and moving rows has no products.
+image is as long as max_seqlen allows. Normalising, rotating,
+choosing and moving rows has no products, and of merging them torch counts none either.
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ FORMULAS: dict[str, Formula] = {
     "gather_add_norm_backward": no_products,
     "gather_tokens": no_products,
     "linear_residual": linear_residual,
+    "merge_tokens": no_products,
+    "merge_tokens_backward": no_products,
     "norm_heads": no_products,
     "norm_linear": norm_linear,
     "pack_linear": no_products,

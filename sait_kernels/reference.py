@@ -5,6 +5,7 @@ from sait_kernels.ops.gather_add_norm import gather_add_norm_reference as gather
 from sait_kernels.ops.gather_tokens import gather_tokens_reference as gather_tokens
 from sait_kernels.ops.gather_tokens import scatter_tokens_reference as scatter_tokens
 from sait_kernels.ops.linear_residual import linear_residual_reference as linear_residual
+from sait_kernels.ops.merge_tokens import merge_tokens_reference as merge_tokens
 from sait_kernels.ops.norm_heads import norm_heads_reference as norm_heads
 from sait_kernels.ops.norm_linear import norm_linear_reference as norm_linear
 from sait_kernels.ops.packed_embed import packed_embed_reference as packed_embed
@@ -23,6 +24,7 @@ __all__ = [
     "gather_add_norm",
     "gather_tokens",
     "linear_residual",
+    "merge_tokens",
     "norm_heads",
     "norm_linear",
     "pack_linear",

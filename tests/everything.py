@@ -9,6 +9,7 @@ from helpers import Case, bounds_of, cu_of, leaves, make_qkv, randn
 from torch import Tensor
 
 import sait_kernels as sk
+from sait_kernels.backend import KERNELS, forced_backend
 
 POSITIONS = 2048  # of the rotary table: more than any image has rows
 
@@ -101,6 +102,12 @@ def run_everything(batch: Batch, keep: float = 0.45, mass: float = 0.8) -> dict[
     note("gather_tokens", kept, sk.gather_tokens(x, selection), x=(x, cu))
     scattered = sk.scatter_tokens(y, selection, len(x), base=x)
     note("scatter_tokens", cu, scattered, y=(y, kept), base=(x, cu))
+    if forced_backend() in (None, "reference", *KERNELS["merge_tokens"]):
+        place = torch.arange(len(x), dtype=torch.int32) - starts  # an image's first row goes nowhere
+        target = torch.where(place > 0, starts + (place - 1) // 2, -1)
+        (shares,) = leaves(batch.scores.cos())
+        merged = sk.merge_tokens(x, target, shares, cu, longest)
+        note("merge_tokens", cu, merged, x=(x, cu), weight=(shares, cu))
     vectors = {"weight": (weight, None), "bias": (bias, None), "gamma": (gamma, None)}
     residual, normed = sk.gather_add_norm(x, y, selection, weight, bias, 1e-6, gamma=gamma)
     note("gather_add_norm", kept, torch.cat([residual, normed], 1), x=(x, cu), y=(y, kept), **vectors)

@@ -133,6 +133,22 @@ def add_norms(dtype: torch.dtype) -> list[Callable[..., tuple[Tensor, Tensor]]]:
     return [functools.partial(in_another_order, seed) for seed in range(16 if dtype == torch.float32 else 1)]
 
 
+def merge(x: Tensor, target: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """In the dtype of x; what goes nowhere, into a row that is cut off."""
+    sums = x.new_zeros(rows + 1, x.shape[1])
+    return sums.index_add(0, target.long().remainder(rows + 1), x * weight.to(x.dtype)[:, None])[:rows]
+
+
+def merges(dtype: torch.dtype) -> list[Callable[..., Tensor]]:
+    """What merge_tokens is measured by: see attentions. Rows and channels both come in several orders."""
+
+    def in_another_order(seed: int, x: Tensor, target: Tensor, weight: Tensor, rows: int) -> Tensor:
+        tokens, channels = _order(x.shape[0], seed), _order(x.shape[1], seed)
+        return merge(x[tokens][:, channels], target[tokens], weight[tokens], rows)[:, channels.argsort()]
+
+    return [functools.partial(in_another_order, seed) for seed in range(16 if dtype == torch.float32 else 1)]
+
+
 def rotation(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, pairs: bool = False) -> tuple[Tensor, Tensor]:
     """In the dtype of q, as timm does it."""
     rows = table.to(q.dtype)[..., positions.long().clamp_min(0), :]

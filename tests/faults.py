@@ -25,6 +25,7 @@ SCORE = f"{OPS}score_tokens.py"
 SELECT = f"{OPS}select.py"
 GATHER = f"{OPS}gather_tokens.py"
 GATHER_ADD_NORM = f"{OPS}gather_add_norm.py"
+MERGE = f"{OPS}merge_tokens.py"
 ROTATE = f"{OPS}rotate.py"
 PACKED = f"{OPS}packed_linear.py"
 LINEAR = f"{OPS}norm_linear.py"
@@ -104,6 +105,13 @@ PYTHON = (
         "kept = tl.load(p_indices + o_i, o_i < S, other=-1)",
         "kept = tl.load(p_indices + o_i, o_i < S, other=0)",
         f"{GATHER} -k triton",
+    ),
+    Fault(
+        "merge_tokens: rows of no image are summed where nobody checks the targets",
+        "sait_kernels/triton/merge_tokens.py",
+        "m_image = m_s & (o_s < tl.load(p_cu + images))",
+        "m_image = m_s",
+        f"{MERGE} -k checked",
     ),
     Fault(
         "linear_residual: LayerScale before the bias",
@@ -198,6 +206,13 @@ PYTHON = (
         "grad_base = ops.scatter_tokens(torch.zeros_like(grad_y), indices, grad.shape[0], grad)",
         "grad_base = grad",
         f"{GATHER} -k 'cpu and scatter'",
+    ),
+    Fault(
+        "merge_tokens' second derivative: that of dweight is left out of the result's gradient",
+        "sait_kernels/ops/merge_tokens.py",
+        "return of_grad + merged(x, grad_dweight)",
+        "return of_grad",
+        f"{MERGE} -k second",
     ),
     Fault(
         "linear_residual's gradient: gamma's, of a branch without its bias",
@@ -565,6 +580,20 @@ CPU = (
         f"{GATHER} -k 'cpu and scatter'",
     ),
     Fault(
+        "merge_tokens: a row of weight 1 is copied, whatever else goes into the same row",
+        "csrc/cpu/merge_tokens.cpp",
+        "next[t] < 0 && p.weight[t] == 1.f",
+        "p.weight[t] == 1.f",
+        f"{MERGE} -k 'cpu and values'",
+    ),
+    Fault(
+        "merge_tokens: sums in the opposite order of the rows",
+        "csrc/cpu/merge_tokens.cpp",
+        "for (int64_t t = p.rows - 1; t >= 0; --t)",
+        "for (int64_t t = 0; t < p.rows; ++t)",
+        f"{MERGE} -k 'cpu and order'",
+    ),
+    Fault(
         "gather_add_norm's gradient: without gamma the chunks' sums are taken for two wide",
         "csrc/cpu/gather_add_norm.cpp",
         "p.partials + (c * 3 + s) * p.channels + i",
@@ -660,6 +689,13 @@ CPU = (
         "csrc/ops/gather_tokens.cpp",
         "base->size(0) == total && base->size(1) == y.size(1), op",
         "base->size(0) == total, op",
+        "tests/test_bad_input.py -k message",
+    ),
+    Fault(
+        "merge_tokens: a target behind the last image's rows is not refused",
+        "csrc/ops/merge_tokens.cpp",
+        "values[t] >= -1 && values[t] < last",
+        "values[t] >= -1 && values[t] <= last",
         "tests/test_bad_input.py -k message",
     ),
     Fault(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from helpers import cu_of
-from legality import HEADS, ROWS, VECTORS, Arguments, fits, selection_fits
+from legality import HEADS, INTO, OFFSETS, ROWS, VECTORS, Arguments, fits, selection_fits
 from torch import Tensor
 
 import sait_kernels as sk
@@ -65,6 +65,12 @@ def good(rng: random.Random, op: str) -> Arguments:
         table = randn(9, 2 * D) if rng.random() < 0.5 else randn(9, H, 2 * D).transpose(0, 1)
         positions = torch.randint(-1, 9, (T,), dtype=torch.int32)
         return {"q": heads["q"], "k": heads["k"], "positions": positions, "table": table, "pairs": rng.random() < 0.5}
+    if op == "merge_tokens":
+        rows = int(cu[-1])
+        target = torch.randint(-1, max(rows, 1), (T,), dtype=torch.int32).clamp_max(rows - 1)
+        offsets: Arguments = {"cu_seqlens_out": cu, "max_seqlen_out": batch["max_seqlen"]}
+        total = rng.choice((None, rows, rows + 3))
+        return {"x": randn(T, C, dtype=dtype), "target": target, "weight": randn(T), **offsets, "total": total}
     vectors = {name: randn(C, dtype=rng.choice(KERNEL_DTYPES)) for name in ("weight", "bias", "gamma")}
     rows = {"x": randn(T, C, dtype=dtype), "y": randn(S, C, dtype=dtype)}
     return {**rows, "selection": selection, **vectors, "eps": 1e-6}
@@ -79,6 +85,7 @@ OPS = (
     "gather_tokens",
     "scatter_tokens",
     "gather_add_norm",
+    "merge_tokens",
     "rotate",
 )
 
@@ -104,11 +111,7 @@ def at_most_one(rng: random.Random, names: list[str]) -> list[str]:
 
 
 def change_to_stranger(rng: random.Random, op: str, arguments: Arguments) -> bool:
-    names = [
-        n
-        for n in (*HEADS, *ROWS, *VECTORS, "scores", "cu_seqlens", "selection", "positions", "table")
-        if n in arguments
-    ]
+    names = [n for n in (*HEADS, *ROWS, *VECTORS, "scores", *OFFSETS, *INTO, "selection", "table") if n in arguments]
     for name in at_most_one(rng, names):
         arguments[name] = rng.choice(STRANGERS)
     return not names
@@ -117,6 +120,7 @@ def change_to_stranger(rng: random.Random, op: str, arguments: Arguments) -> boo
 def change_to_none(rng: random.Random, op: str, arguments: Arguments) -> bool:
     name = rng.choice(list(arguments))
     optional = {"scale", "base", "gamma", "max_keep"} | ({"selection"} if op == "compact_attention" else set())
+    optional |= {"total"} if op == "merge_tokens" else set()
     legal = name in optional or arguments[name] is None or (op == "score_tokens" and name == "v")
     arguments[name] = None
     return legal or (op == "prune_attention" and name in ("keep", "mass"))  # of these two, ``fits`` judges
@@ -212,7 +216,7 @@ def change_values(rng: random.Random, op: str, arguments: Arguments) -> bool:
 
 def change_offsets(rng: random.Random, op: str, arguments: Arguments) -> bool:
     """``fits`` judges the values."""
-    for name in plain_names(arguments, ("cu_seqlens",)):
+    for name in plain_names(arguments, OFFSETS):
         value = arguments[name]
         if value.dtype == torch.int32 and value.dim() == 1 and len(value):
             value = value.clone()
@@ -223,7 +227,7 @@ def change_offsets(rng: random.Random, op: str, arguments: Arguments) -> bool:
 
 def change_positions(rng: random.Random, op: str, arguments: Arguments) -> bool:
     """``fits`` judges the values."""
-    for name in plain_names(arguments, ("positions",)):
+    for name in plain_names(arguments, INTO):
         value = arguments[name]
         if value.dtype == torch.int32 and value.dim() == 1 and len(value):
             arguments[name] = value = value.clone()
@@ -268,6 +272,7 @@ def change_number(rng: random.Random, op: str, arguments: Arguments) -> bool:
     """``fits`` judges the values that are numbers."""
     values: dict[str, tuple[Any, ...]] = {
         "max_seqlen": (-1, 0, 1, 7, 24, 29, 2**40, 2**62, -(2**63)),
+        "max_seqlen_out": (-1, 0, 1, 7, 24, 29, 2**40, 2**62, -(2**63)),
         "num_prefix": (-1, 0, 1, 2, 5, 25, INT32, 2**40, -(2**63)),
         "keep": (0.0, 1e-9, 0.5, 1.0, 1.0 + 1e-9, -0.5, math.nan, math.inf, 0, 1, 2, 24, -1, 2**40),
         "mass": (0.0, 1e-9, 0.5, 1.0, 1.0 + 1e-9, -0.5, math.nan, math.inf, 0, 1, 2, -1),

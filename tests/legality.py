@@ -13,6 +13,7 @@ import sait_kernels as sk
 
 Arguments = dict[str, Any]
 HEADS, ROWS, VECTORS = ("q", "k", "v"), ("x", "y", "base"), ("weight", "bias", "gamma")
+OFFSETS, INTO = ("cu_seqlens", "cu_seqlens_out"), ("positions", "target")
 
 
 def fits(op: str, a: Arguments) -> bool:
@@ -24,6 +25,8 @@ def fits(op: str, a: Arguments) -> bool:
         return op != "gather_add_norm" or (math.isfinite(a["eps"]) and a["eps"] > 0)
     if op == "rotate":
         return rotary_fits(a)
+    if op == "merge_tokens":
+        return merging_fits(a)
     rows = len(a["scores"] if "scores" in a else a["q"])
     offsets, num_prefix = a["cu_seqlens"].tolist(), a.get("num_prefix", 0)
     if not offsets or offsets[0] != 0 or offsets[-1] > rows or num_prefix < 0 or a["max_seqlen"] < 0:
@@ -54,6 +57,18 @@ def shapes_fit(op: str, a: Arguments) -> bool:
     return True
 
 
+def merging_fits(a: Arguments) -> bool:
+    T, offsets, weight = len(a["x"]), a["cu_seqlens_out"].tolist(), a["weight"]
+    if weight.shape != (T,) or str(weight.dtype) != "torch.float32" or len(a["target"]) != T:
+        return False
+    if not offsets or offsets[0] != 0 or a["max_seqlen_out"] < 0:
+        return False
+    if any(not 0 <= end - begin <= a["max_seqlen_out"] for begin, end in pairwise(offsets)):
+        return False
+    total = offsets[-1] if a["total"] is None else a["total"]
+    return total >= offsets[-1] and all(-1 <= at < offsets[-1] for at in a["target"].tolist())
+
+
 def rotary_fits(a: Arguments) -> bool:
     table, (T, H, D) = a["table"], a["q"].shape
     if table.dim() not in (2, 3) or str(table.dtype) != "torch.float32":
@@ -70,7 +85,7 @@ def strides_fit(a: Arguments) -> bool:
                 return False
         elif isinstance(value, Tensor) and name == "positions" and str(value.dtype) == "torch.int64":
             continue  # converted
-        elif isinstance(value, Tensor) and name in ("cu_seqlens", "positions") and not value.is_contiguous():
+        elif isinstance(value, Tensor) and name in (*OFFSETS, *INTO) and not value.is_contiguous():
             return False
     return True
 

@@ -40,6 +40,8 @@ def calls() -> dict[str, Callable[[], object]]:
     streamed = normal(600, 3, H, D).unbind(1)
     weight = normal(H * D, H * D)
     positions, table = torch.arange(-1, T - 1, dtype=torch.int32, device=DEVICE), normal(T, 2 * D).float()
+    target = torch.arange(T, dtype=torch.int32, device=DEVICE) // 2
+    halves = torch.tensor([0, 33, 33, 49], dtype=torch.int32, device=DEVICE)
     return {
         "score_tokens": lambda: [
             sk.score_tokens(q, k, cu, LONGEST, kind=kind, v=v) for kind in ("cls", "column", "cls_value")
@@ -57,6 +59,7 @@ def calls() -> dict[str, Callable[[], object]]:
         "gather_tokens": lambda: sk.gather_tokens(x, kept),
         "scatter_tokens": lambda: sk.scatter_tokens(y, kept, T, base=x),
         "gather_add_norm": lambda: sk.gather_add_norm(x, y, kept, vector, vector, 1e-6, gamma=vector),
+        "merge_tokens": lambda: sk.merge_tokens(x, target, scores, halves, LONGEST // 2 + 1),
         "rotate": lambda: [sk.rotate(q, k, positions, table, pairs=pairs) for pairs in (False, True)],
         "norm_linear": lambda: sk.norm_linear(x, vector, vector, 1e-6, weight, vector, gelu=True),
         "linear_residual": lambda: sk.linear_residual(y, weight, vector, x, selection=kept, gamma=vector),
@@ -64,7 +67,7 @@ def calls() -> dict[str, Callable[[], object]]:
 
 
 OPS = ("score_tokens", "select_topk", "select_mass", "compact_attention", "prune_attention", "gather_tokens")
-OPS += ("scatter_tokens", "gather_add_norm", "rotate", "norm_linear", "linear_residual")
+OPS += ("scatter_tokens", "gather_add_norm", "merge_tokens", "rotate", "norm_linear", "linear_residual")
 
 
 def run(backend: str, ops: list[str]) -> None:

@@ -22,6 +22,7 @@ OPS = (
     "gather_add_norm",
     "gather_tokens",
     "linear_residual",
+    "merge_tokens",
     "norm_heads",
     "norm_linear",
     "pack_linear",

@@ -53,6 +53,14 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
         "eps": 1e-6,
         "gamma": randn(C),
     },
+    "merge_tokens": lambda: {
+        "x": randn(T, C),
+        "target": positions(),
+        "weight": randn(T),
+        "cu_seqlens_out": cu_of(LENGTHS),
+        "max_seqlen_out": 6,
+        "total": 12,
+    },
     "rotate": lambda: {"q": heads(), "k": heads(), "positions": positions(), "table": randn(9, 2 * D)},
 }
 PACKED = ("score_tokens", "select_topk", "select_mass", "compact_attention", "prune_attention")
@@ -101,27 +109,29 @@ def bad_heads(op: str) -> list[Any]:
     return cases
 
 
-def bad_offsets(op: str) -> list[Any]:
-    def cu(*offsets: int) -> Tensor:
-        return torch.tensor(offsets, dtype=torch.int32)
+def bad_offsets(op: str, which: str = "") -> list[Any]:
+    """``which``: behind the names of the offsets and of their bound."""
+    offsets, bound = f"cu_seqlens{which}", f"max_seqlen{which}"
+
+    def cu(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
 
     return [
-        bad(op, "cu_seqlens", cu_of(LENGTHS).long(), TypeError, "int32", "Long"),
-        bad(op, "cu_seqlens", cu_of(LENGTHS).float(), TypeError, "int32", "Float"),
-        bad(op, "cu_seqlens", cu_of(LENGTHS)[None], ValueError, "1-D", "(1, 4)"),
-        bad(op, "cu_seqlens", torch.tensor(0, dtype=torch.int32), ValueError, "1-D", "()"),
-        bad(op, "cu_seqlens", cu(0, 9, 6, 9, 6, 9, 10)[::2], ValueError, "contiguous", "stride 2"),
-        bad(op, "cu_seqlens", cu(), ValueError, "(B + 1,) offsets", "(0,)"),
-        bad(op, "cu_seqlens", cu(1, 6, 10), ValueError, "first value of 0", "1"),
-        bad(op, "cu_seqlens", cu(-1, 6, 10), ValueError, "first value of 0", "-1"),
-        bad(op, "cu_seqlens", cu(0, 6, 4, 10), ValueError, "ascending", "-2 at image 1"),
-        bad(op, "cu_seqlens", cu(0, 6, -4, 10), ValueError, "ascending", "-10 at image 1"),
-        bad(op, "cu_seqlens", cu(0, 2**31 - 1, -(2**31), 10), ValueError, f"at least {2**31 - 1}", named="max_seqlen"),
-        bad(op, "cu_seqlens", cu(0, 6, 11), ValueError, "last value of at most 10, the number of rows", "11"),
-        bad(op, "cu_seqlens", torch.empty(4, dtype=torch.int32, device="meta"), ValueError, "device cpu", "meta"),
-        bad(op, "max_seqlen", 5, ValueError, "at least 6, the length of image 0", "5"),
-        bad(op, "max_seqlen", 0, ValueError, "at least 6", "0"),
-        bad(op, "max_seqlen", -1, ValueError, ">= 0", "-1"),
+        bad(op, offsets, cu_of(LENGTHS).long(), TypeError, "int32", "Long"),
+        bad(op, offsets, cu_of(LENGTHS).float(), TypeError, "int32", "Float"),
+        bad(op, offsets, cu_of(LENGTHS)[None], ValueError, "1-D", "(1, 4)"),
+        bad(op, offsets, torch.tensor(0, dtype=torch.int32), ValueError, "1-D", "()"),
+        bad(op, offsets, cu(0, 9, 6, 9, 6, 9, 10)[::2], ValueError, "contiguous", "stride 2"),
+        bad(op, offsets, cu(), ValueError, "(B + 1,) offsets", "(0,)"),
+        bad(op, offsets, cu(1, 6, 10), ValueError, "first value of 0", "1"),
+        bad(op, offsets, cu(-1, 6, 10), ValueError, "first value of 0", "-1"),
+        bad(op, offsets, cu(0, 6, 4, 10), ValueError, "ascending", "-2 at image 1"),
+        bad(op, offsets, cu(0, 6, -4, 10), ValueError, "ascending", "-10 at image 1"),
+        bad(op, offsets, cu(0, 2**31 - 1, -(2**31), 10), ValueError, f"at least {2**31 - 1}", named=bound),
+        bad(op, offsets, torch.empty(4, dtype=torch.int32, device="meta"), ValueError, "device cpu", "meta"),
+        bad(op, bound, 5, ValueError, "at least 6, the length of image 0", "5"),
+        bad(op, bound, 0, ValueError, "at least 6", "0"),
+        bad(op, bound, -1, ValueError, ">= 0", "-1"),
     ]
 
 
@@ -215,6 +225,10 @@ def bad_rows(op: str, name: str) -> list[Any]:
 CASES = [
     *(case for op in ATTENTION for case in bad_heads(op)),
     *(case for op in PACKED for case in bad_offsets(op)),
+    *(
+        bad(op, "cu_seqlens", cu_of((6, 5)), ValueError, "last value of at most 10, the number of rows", "11")
+        for op in PACKED
+    ),
     *(case for op in PACKED if op != "compact_attention" for case in bad_prefix(op)),
     *(case for op in ("score_tokens", "prune_attention") for case in bad_kind(op)),
     *(case for op in ("select_topk", "prune_attention") for case in bad_keep(op)),
@@ -296,6 +310,26 @@ CASES = [
             bad("gather_add_norm", name, torch.empty(C, device="meta"), ValueError, "device cpu", "meta"),
         )
     ),
+    *bad_rows("merge_tokens", "x"),
+    *bad_offsets("merge_tokens", "_out"),
+    bad("merge_tokens", "x", randn(T, C).double(), TypeError, "float32, bfloat16 or float16", "Double", "reference"),
+    bad("merge_tokens", "x", randn(1, C).expand(2**31, C), ValueError, "fewer than 2^31", str(2**31)),
+    bad("merge_tokens", "x", randn(T - 1, C), ValueError, "9, one for each row of x", "10", named="target"),
+    bad("merge_tokens", "target", positions()[1:], ValueError, "10, one for each row of x", "9"),
+    bad("merge_tokens", "target", positions()[None], ValueError, "1-D", "(1, 10)"),
+    bad("merge_tokens", "target", positions().long(), TypeError, "int32", "Long"),
+    bad("merge_tokens", "target", positions().repeat_interleave(2)[::2], ValueError, "contiguous", "stride 2"),
+    bad("merge_tokens", "target", positions(0, 10), ValueError, "[0, 10), or -1", "10 at row 1"),
+    bad("merge_tokens", "target", positions(0, 11), ValueError, "[0, 10), or -1", "11 at row 1"),
+    bad("merge_tokens", "target", positions(0, 1, -2), ValueError, "[0, 10), or -1", "-2 at row 2"),
+    bad("merge_tokens", "target", positions().to("meta"), ValueError, "device cpu", "meta"),
+    bad("merge_tokens", "weight", randn(T - 1), ValueError, "(10,), one for each row of x", "(9,)"),
+    bad("merge_tokens", "weight", randn(T, 1), ValueError, "(10,)", "(10, 1)"),
+    bad("merge_tokens", "weight", randn(T).half(), TypeError, "float32", "Half"),
+    bad("merge_tokens", "weight", randn(T).double(), TypeError, "float32", "Double", ".float()"),
+    bad("merge_tokens", "weight", torch.empty(T, device="meta"), ValueError, "device cpu", "meta"),
+    bad("merge_tokens", "total", 9, ValueError, "at least 10, the last value of cu_seqlens_out", "9"),
+    bad("merge_tokens", "total", -1, ValueError, ">= 0", "-1"),
     bad("rotate", "q", randn(T, C), ValueError, "(T, H, D)", "(10, 32)"),
     bad("rotate", "q", randn(2, 5, H, D), ValueError, "(T, H, D)", "(2, 5, 2, 16)"),
     bad("rotate", "q", heads().long(), TypeError, "float32, bfloat16 or float16", "Long"),
@@ -368,11 +402,11 @@ def test_a_stranger_in_a_selection(op: str) -> None:
             getattr(sk, op)(**GOOD[op]() | {"selection": broken})
 
 
-@pytest.mark.parametrize("op", PACKED)
+@pytest.mark.parametrize("op", [*PACKED, "merge_tokens"])
 def test_a_stranger_in_place_of_a_number(op: str) -> None:
-    names = ("max_seqlen",) if op == "compact_attention" else ("max_seqlen", "num_prefix")
-    for name in names:
-        for stranger in (None, "6", 6.5, [6]):
+    numbers = {"compact_attention": ("max_seqlen",), "merge_tokens": ("max_seqlen_out", "total")}
+    for name in numbers.get(op, ("max_seqlen", "num_prefix")):
+        for stranger in ("6", 6.5, [6], *([None] if name != "total" else [])):
             with pytest.raises((TypeError, RuntimeError)) as caught:
                 getattr(sk, op)(**GOOD[op]() | {name: stranger})
             assert op in str(caught.value)
@@ -418,6 +452,16 @@ def test_same_messages_from_the_registered_ops() -> None:
         torch.ops.sait.score_tokens_backward(randn(3), q, q, None, cu_of(LENGTHS), 6, "cls", 1, None)
     with pytest.raises(ValueError, match="gather_add_norm_backward: grad_normed: expected shape"):
         torch.ops.sait.gather_add_norm_backward(x, x[:2], x, x, weight, None, 1e-6)
+    target, ones, cu = positions(), torch.ones(T), cu_of(LENGTHS)
+    for grad, rows, to, message in (
+        (randn(T - 1, C), None, target, "cu_seqlens_out: expected a last value of at most 9"),
+        (randn(T, C), randn(T, C - 1), target, "x: expected shape .10, 32."),
+        (randn(T, C), randn(T, C).half(), target, "x: expected dtype Float as grad"),
+        (randn(T, C), None, target + 2, "target: expected rows of the images in .0, 10., or -1 for none, got 10"),
+        (randn(T, C), None, target[None], "target: expected a 1-D tensor"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"merge_tokens_backward: {message}"):
+            torch.ops.sait.merge_tokens_backward(grad, rows, to, ones, cu)
     with pytest.raises(ValueError, match="rotate_backward: grad_k: expected shape"):
         torch.ops.sait.rotate_backward(q, q[1:], positions(), randn(9, 2 * D), False)
     with pytest.raises(ValueError, match="prune_attention: mass: expected a mass, with min_keep, max_keep or static"):

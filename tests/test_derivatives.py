@@ -42,6 +42,7 @@ def inputs(op: str) -> tuple[Tensor, ...]:
         "gather_add_norm": (x, y, *vectors),
         "norm_linear": (x, vectors[0], vectors[1], weight, vectors[2]),
         "linear_residual": (y, weight, vectors[0], x, vectors[1]),
+        "merge_tokens": (x, rows(T, seed=12)),
         "rotate": (q, k),
     }[op]
 
@@ -61,6 +62,7 @@ CALLS: dict[str, Op] = {
     "linear_residual": lambda y, weight, bias, x, gamma: sk.linear_residual(
         y, weight, bias, x, selection=KEPT, gamma=gamma
     ),
+    "merge_tokens": lambda x, weight: sk.merge_tokens(x, POSITIONS, weight, CU, LONGEST),
     "rotate": lambda q, k: torch.cat(sk.rotate(q, k, POSITIONS, TABLE.to(q.dtype))),
 }
 HAVE_BACKWARD_KERNELS = ("compact_attention", "prune_attention", "score_tokens", "gather_add_norm")

@@ -83,6 +83,7 @@ OPS: dict[str, Callable[[dict[str, Tensor], Tensor], object]] = {
     "gather_add_norm": with_selection(
         lambda t, kept, y: sk.gather_add_norm(t["x"], y, kept, t["vector"], t["vector"], 1e-6, gamma=t["vector"])
     ),
+    "merge_tokens": lambda t, cu: sk.merge_tokens(t["x"], positions(), t["scores"], cu, N, total=len(t["x"])),
     "rotate": lambda t, cu: sk.rotate(*t["qkv"].unbind(1)[:2], positions(), t["table"]),
     "norm_linear": lambda t, cu: sk.norm_linear(
         t["x"], t["vector"], t["vector"], 1e-6, t["weight"], t["vector"], gelu=True

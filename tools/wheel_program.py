@@ -33,6 +33,7 @@ def arguments() -> dict[str, Callable[[], Any]]:
     wide, narrow, square = randn(4 * C, C) / 14, randn(C, 4 * C) / 28, randn(C, C) / 14
     positions = torch.randint(-1, 7, (T,), generator=g, dtype=torch.int32)
     table = randn(7, 2 * D)
+    fused = torch.arange(T, dtype=torch.int32) // 2  # each two neighbours of an image
     proj, fc1, fc2 = (sk.pack_linear(w) for w in (square, wide, narrow))
     layers = [sk.PackedLayer(packed) for packed in (proj, fc1, fc2)]
     images, patches = randn(2, 3, 8, 12), sk.pack_linear(randn(C, 48) / 7)
@@ -48,6 +49,7 @@ def arguments() -> dict[str, Callable[[], Any]]:
         "gather_tokens": lambda: sk.gather_tokens(x, selection),
         "scatter_tokens": lambda: sk.scatter_tokens(y, selection, T),
         "gather_add_norm": lambda: sk.gather_add_norm(x, y, selection, weight, bias, 1e-6, gamma=gamma),
+        "merge_tokens": lambda: sk.merge_tokens(x, fused, scores, sk.uniform_cu_seqlens(B, N // 2), N // 2),
         "rotate": lambda: sk.rotate(q, k, positions, table),
         "norm_linear": lambda: sk.norm_linear(x, weight, bias, 1e-6, wide, None, activation="gelu"),
         "linear_residual": lambda: sk.linear_residual(y, square, bias, x, selection=selection),

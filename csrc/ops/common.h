@@ -136,10 +136,10 @@ inline void check_int32_vector(const char* op, const char* name, const Tensor& t
 // Rows behind the last offset are the tail: they belong to no image. The values are read only where that costs no
 // synchronisation: on the CPU.
 inline void check_cu_seqlens(const char* op, const char* name, const Tensor& cu, const Tensor& like, int64_t total,
-                             int64_t max_seqlen, int64_t num_prefix) {
+                             int64_t max_seqlen, int64_t num_prefix, const char* bound = "max_seqlen") {
   check_int32_vector(op, name, cu, like);
   SAIT_CHECK_VALUE(cu.size(0) >= 1, op, name, "(B + 1,) offsets", shape_of(cu), "An empty batch is tensor([0]).");
-  SAIT_CHECK_VALUE(max_seqlen >= 0, op, "max_seqlen", "a bound >= 0", max_seqlen, "Pass the longest image's length.");
+  SAIT_CHECK_VALUE(max_seqlen >= 0, op, bound, "a bound >= 0", max_seqlen, "Pass the longest image's length.");
   SAIT_CHECK_VALUE(num_prefix >= 0, op, "num_prefix", "a number >= 0", num_prefix,
                    "Pass the number of class, distillation and register tokens.");
   if (!cu.is_cpu()) return;
@@ -150,7 +150,7 @@ inline void check_cu_seqlens(const char* op, const char* name, const Tensor& cu,
     const int64_t n = static_cast<int64_t>(offsets[b + 1]) - offsets[b];
     SAIT_CHECK_VALUE(n >= 0, op, name, "ascending offsets", "a step of " << n << " at image " << b,
                      "They are the running sum of the images' lengths.");
-    SAIT_CHECK_VALUE(n <= max_seqlen, op, "max_seqlen", "at least " << n << ", the length of image " << b, max_seqlen,
+    SAIT_CHECK_VALUE(n <= max_seqlen, op, bound, "at least " << n << ", the length of image " << b, max_seqlen,
                      "Pass the longest image's length.");
     SAIT_CHECK_VALUE(n == 0 || n >= num_prefix, op, "num_prefix", "at most " << n << ", the length of image " << b,
                      num_prefix, "An image has no rows at all, or all its prefix rows.");

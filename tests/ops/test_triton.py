@@ -27,10 +27,17 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, KernelInterface, create_function_from_signature
 
 import sait_kernels as sk
-from sait_kernels.triton import compact_attention, compact_attention_backward, gather_add_norm, gather_tokens, rotate
+from sait_kernels.triton import (
+    compact_attention,
+    compact_attention_backward,
+    gather_add_norm,
+    gather_tokens,
+    merge_tokens,
+    rotate,
+)
 from sait_kernels.triton.launch import Variant
 
-MODULES = (compact_attention, compact_attention_backward, gather_add_norm, gather_tokens, rotate)
+MODULES = (compact_attention, compact_attention_backward, gather_add_norm, gather_tokens, merge_tokens, rotate)
 OPS = torch.ops.sait_triton
 
 
@@ -95,6 +102,9 @@ def launch_everything(lengths: tuple[int, ...], keep: float | int) -> None:
         OPS.gather_add_norm_backward(y, y, y, y, weight, weight, 1e-6)
         OPS.gather_tokens(x, rows)
         OPS.scatter_tokens(y, rows, T, x)
+        target, ones = torch.zeros(T, dtype=torch.int32), torch.ones(T)
+        OPS.merge_tokens(x, target, ones, cu, longest, T)
+        OPS.merge_tokens_backward(x, x, target, ones, cu)
         OPS.rotate(q, k, torch.full((T,), -1, dtype=torch.int32), randn(longest, 128), False)
 
 
@@ -104,7 +114,7 @@ def test_no_recompilation_within_a_bucket(recorders: dict[str, Recorder], bucket
     for lengths in BUCKETS[bucket]:
         for keep in (0.3, 0.5, 1.0, *([1] if min(lengths) > 1 else [])):
             launch_everything(lengths, keep)
-    assert len(recorders) == 9
+    assert len(recorders) == 11
     for name, recorder in recorders.items():
         assert len(recorder.keys) == 1, f"{name}: {len(recorder.keys)} compilations: {recorder.keys}"
 
