@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,9 +24,11 @@ AUTOCAST_DEVICES = frozenset(
 
 # op -> the backends that have a kernel for it; filled by register(), from what is really there.
 KERNELS: dict[str, tuple[str, ...]] = {}
-# op -> what its CUDA kernel leaves out: a function of the op's first tensor that returns the reason, or None.
-Limits = Callable[[Tensor], str | None]
+# op -> what its CUDA kernel leaves out: a function of the op's first tensor, and of what is given by name, that returns
+# the reason, or None.
+Limits = Callable[[Tensor, Mapping[str, Any]], str | None]
 CUDA_LIMITS: dict[str, Limits] = {}
+NOTHING: Mapping[str, Any] = {}
 
 _forced: ContextVar[str | None] = ContextVar("sait_kernels_backend", default=None)
 # torch.compile guards on globals but not on context variables: the same choice again, for compiled code only. Where
@@ -39,8 +41,9 @@ _forced_for_compiled: str | None = None
 def register(op: str, limits: Limits | None = None) -> None:
     """Called once by each op's file, last: notes which backends have a kernel for it.
 
-    ``limits`` takes the op's first tensor and says why the CUDA kernel does not serve it, or None where it does:
-    ``lambda q: None if q.shape[2] <= 128 else "it serves head dimensions up to 128"``. Such a call goes to Triton.
+    ``limits`` takes the op's first tensor, and what is given by name, and says why the CUDA kernel does not serve it,
+    or None where it does: ``lambda q, given: None if q.shape[2] <= 128 else "it serves head dimensions up to 128"``.
+    Such a call goes to Triton. Of ``given`` it may ask for what the op takes by name alone.
     """
     found = [name for name, key in DISPATCH_KEY.items() if registration.has_kernel(op, key)]
     if registration.EMULATED and "cuda" in found:
@@ -96,7 +99,7 @@ def can_run(op: str, name: str, *tensors: Any, **options: Any) -> tuple[bool, st
     if op not in KERNELS:
         raise ValueError(f"can_run: op: expected one of {', '.join(sorted(KERNELS))}, got {op!r}.")
     first = next((t for t in (*tensors, *options.values()) if isinstance(t, Tensor)), None)
-    why_not = refusal(op, name, first)
+    why_not = refusal(op, name, first, options)
     if why_not is not None:
         return False, why_not
     if name == "reference":
@@ -106,8 +109,8 @@ def can_run(op: str, name: str, *tensors: Any, **options: Any) -> tuple[bool, st
     return True, f"{op} has a {name} kernel for {first.dtype} on {first.device.type}"
 
 
-def refusal(op: str, name: str, first: Tensor | None) -> str | None:
-    """Why backend ``name`` does not serve ``op`` for this first tensor, or None where it does."""
+def refusal(op: str, name: str, first: Tensor | None, given: Mapping[str, Any] = NOTHING) -> str | None:
+    """Why backend ``name`` does not serve ``op`` for this first tensor and what is given by name, or None."""
     if name == "reference":
         return None
     if name not in KERNELS[op]:
@@ -123,7 +126,7 @@ def refusal(op: str, name: str, first: Tensor | None) -> str | None:
             return reason + (hint if name == "triton" and device == "cpu" else "")
     if first.dtype not in KERNEL_DTYPES:
         return f"the {name} backend serves float32, bfloat16 and float16, these are {first.dtype}"
-    limit = _cuda_limit(op, name, first)
+    limit = _cuda_limit(op, name, first, given)
     return None if limit is None else f"the cuda kernel of {op} does not serve it: {limit}"
 
 
@@ -142,9 +145,9 @@ def choose(op: str, required: dict[str, Any], optional: dict[str, Any] | None = 
             )
     backend_name = forced_backend()
     if backend_name is None:
-        backend_name = _fastest(op, first)
+        backend_name = _fastest(op, first, tensors)
     else:
-        why_not = refusal(op, backend_name, first)
+        why_not = refusal(op, backend_name, first, tensors)
         if why_not is not None:
             raise RuntimeError(f"{op}: the forced backend {backend_name!r} cannot serve this call: {why_not}.")
     if backend_name != "reference":
@@ -187,17 +190,17 @@ def kernels(backend_name: str) -> Any:
     return torch.ops.sait_triton if backend_name == "triton" else torch.ops.sait
 
 
-def _cuda_limit(op: str, name: str, first: Tensor) -> str | None:
+def _cuda_limit(op: str, name: str, first: Tensor, given: Mapping[str, Any] = NOTHING) -> str | None:
     if name != "cuda":
         return None
-    return library.cuda_problem or (CUDA_LIMITS[op](first) if op in CUDA_LIMITS else None)
+    return library.cuda_problem or (CUDA_LIMITS[op](first, given) if op in CUDA_LIMITS else None)
 
 
-def _fastest(op: str, first: Tensor) -> str:
+def _fastest(op: str, first: Tensor, given: Mapping[str, Any]) -> str:
     device = first.device.type
     for name in ("cuda", "triton", "cpu"):
         here = DEVICE_OF[name] == device or (name == "cuda" and device == "cpu" and registration.EMULATED)
-        if here and name in KERNELS[op] and _cuda_limit(op, name, first) is None:
+        if here and name in KERNELS[op] and _cuda_limit(op, name, first, given) is None:
             return name
     why = library.problem or f"it has no kernel for tensors on {device!r}"
     raise RuntimeError(

@@ -84,6 +84,10 @@ def run_everything(batch: Batch, keep: float = 0.45, mass: float = 0.8) -> dict[
         note(f"score_tokens {kind}", cu, sk.score_tokens(q, k, cu, longest, kind=kind, v=v), **qkv)
     note("compact_attention", cu, sk.compact_attention(q, k, v, cu, longest), **qkv)
     note("compact_attention kept", kept, sk.compact_attention(q, k, v, cu, longest, selection=selection), **qkv)
+    (key_bias,) = leaves(batch.scores.log())
+    if sk.can_run("compact_attention", forced_backend() or "reference", q, key_bias=key_bias)[0]:
+        out = sk.compact_attention(q, k, v, cu, longest, selection=selection, key_bias=key_bias)
+        note("compact_attention biased", kept, out, **qkv, key_bias=(key_bias, cu))
     for rule in ({"keep": keep}, {"mass": mass}):
         name = f"prune_attention {next(iter(rule))}"
         out, chosen = sk.prune_attention(q, k, v, cu, longest, **rule)

@@ -22,6 +22,7 @@ def attention(
     selection: sk.Selection | None = None,
     scale: float | None = None,
     fused: bool = True,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """With ``fused``, SDPA of all rows and then the kept ones; else softmax attention of the kept rows alone."""
     kept = selection if selection is not None else sk.Selection(torch.arange(len(q)), cu, 0)
@@ -32,9 +33,12 @@ def attention(
         rows = kept.indices[first:last] - begin
         Q, K, V = (t[begin:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v))  # (1, H, n, D)
         if fused:
-            out = F.scaled_dot_product_attention(Q, K, V, scale=scale).index_select(2, rows)
+            mask = None if key_bias is None else key_bias[begin:end].to(q.dtype).expand(1, 1, end - begin, -1)
+            out = F.scaled_dot_product_attention(Q, K, V, attn_mask=mask, scale=scale).index_select(2, rows)
         else:
             logits = Q.index_select(2, rows) @ K.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+            if key_bias is not None:
+                logits = logits + key_bias[begin:end].to(q.dtype)
             out = logits.softmax(-1) @ V
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts).flatten(1)

@@ -21,6 +21,7 @@ class Fault(NamedTuple):
 
 OPS = "tests/ops/test_"
 ATTENTION = f"{OPS}compact_attention.py"
+KEY_BIAS = f"{OPS}key_bias.py"
 SCORE = f"{OPS}score_tokens.py"
 SELECT = f"{OPS}select.py"
 GATHER = f"{OPS}gather_tokens.py"
@@ -70,6 +71,20 @@ PYTHON = (
         "b_k = load_rows(p_k + h * s_kh, o_j, s_kt, m_j, D, PARTS)",
         "b_k = load_rows(p_k + h * s_qh, o_j, s_kt, m_j, D, PARTS)",
         f"{ATTENTION} -k triton",
+    ),
+    Fault(
+        "attention with a bias: the difference of two logits that both are -inf",
+        "sait_kernels/triton/attention_rows.py",
+        'return tl.where(largest == float("-inf"), 0.0, largest) if BIAS else largest',
+        "return largest",
+        f"{KEY_BIAS} -k triton",
+    ),
+    Fault(
+        "the gradient of a bias: all heads write where the first one does",
+        "sait_kernels/triton/compact_attention_backward.py",
+        "tl.store(p_head_sums + h * T + o_j, dkey_bias, m_j)",
+        "tl.store(p_head_sums + o_j, dkey_bias, m_j)",
+        f"{KEY_BIAS} -k triton",
     ),
     Fault(
         "LayerNorm's gradient without the mean of g",
@@ -522,6 +537,20 @@ CPU = (
         "const float sign = p.scale < 0 ? -1.f : 1.f;",
         "const float sign = 1.f;",
         f"{ATTENTION} -k 'cpu and scale'",
+    ),
+    Fault(
+        "attention with a bias: the padding of the keys has 0, which may be the largest logit",
+        "csrc/cpu/compact_attention.cpp",
+        "std::fill(bias + n, bias + ld, -std::numeric_limits<float>::infinity());",
+        "std::fill(bias + n, bias + ld, 0.f);",
+        f"{KEY_BIAS} -k cpu",
+    ),
+    Fault(
+        "the gradient of a bias: of several blocks of queries the last one alone is left",
+        "csrc/cpu/compact_attention.cpp",
+        "dbias[j] += block_sums[j];",
+        "dbias[j] = block_sums[j];",
+        f"{KEY_BIAS} -k cpu",
     ),
     Fault(
         "column scores: the padding of a block of queries weighs as much as they do",

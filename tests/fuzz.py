@@ -52,7 +52,8 @@ def good(rng: random.Random, op: str) -> Arguments:
     if op == "select_mass":
         return {"scores": randn(T).exp(), **batch, "mass": 0.7, "num_prefix": num_prefix, **limits}
     if op == "compact_attention":
-        return {**heads, **batch, "selection": rng.choice((None, selection)), "scale": None}
+        bias = rng.choice((None, randn(T)))
+        return {**heads, **batch, "selection": rng.choice((None, selection)), "scale": None, "key_bias": bias}
     if op == "prune_attention":
         limits = limits if "mass" in rule else {}
         return {**heads, **batch, **rule, **limits, "kind": kind, "num_prefix": num_prefix, "scale": None}
@@ -111,7 +112,8 @@ def at_most_one(rng: random.Random, names: list[str]) -> list[str]:
 
 
 def change_to_stranger(rng: random.Random, op: str, arguments: Arguments) -> bool:
-    names = [n for n in (*HEADS, *ROWS, *VECTORS, "scores", *OFFSETS, *INTO, "selection", "table") if n in arguments]
+    every = (*HEADS, *ROWS, *VECTORS, "scores", *OFFSETS, *INTO, "selection", "table", "key_bias")
+    names = [name for name in every if name in arguments]
     for name in at_most_one(rng, names):
         arguments[name] = rng.choice(STRANGERS)
     return not names
@@ -119,8 +121,8 @@ def change_to_stranger(rng: random.Random, op: str, arguments: Arguments) -> boo
 
 def change_to_none(rng: random.Random, op: str, arguments: Arguments) -> bool:
     name = rng.choice(list(arguments))
-    optional = {"scale", "base", "gamma", "max_keep"} | ({"selection"} if op == "compact_attention" else set())
-    optional |= {"total"} if op == "merge_tokens" else set()
+    optional = {"scale", "base", "gamma", "max_keep", "key_bias"}
+    optional |= {"compact_attention": {"selection"}, "merge_tokens": {"total"}}.get(op, set())
     legal = name in optional or arguments[name] is None or (op == "score_tokens" and name == "v")
     arguments[name] = None
     return legal or (op == "prune_attention" and name in ("keep", "mass"))  # of these two, ``fits`` judges
@@ -144,7 +146,8 @@ def change_dtype(rng: random.Random, op: str, arguments: Arguments) -> bool:
     if name == "positions":
         return dtype in (torch.int32, torch.int64)
     # Of one floating-point type for another, ``fits`` judges: it depends on the other arguments.
-    return dtype == value.dtype or (dtype in KERNEL_DTYPES and value.is_floating_point() and name != "scores")
+    several = value.is_floating_point() and name not in ("scores", "key_bias")
+    return dtype == value.dtype or (dtype in KERNEL_DTYPES and several)
 
 
 def change_device(rng: random.Random, op: str, arguments: Arguments) -> bool:

@@ -46,7 +46,9 @@ def fits(op: str, a: Arguments) -> bool:
 def shapes_fit(op: str, a: Arguments) -> bool:
     heads = {(a[name].shape, a[name].dtype) for name in HEADS if isinstance(a.get(name), Tensor)}
     if heads:
-        ((_, H, D), _) = next(iter(heads))
+        ((T, H, D), _) = next(iter(heads))
+        if a.get("key_bias") is not None and a["key_bias"].shape != (T,):
+            return False
         sizes_fit = D % 2 == 0 and D >= 2 if op == "rotate" else D % 8 == 0 and 8 <= D <= 256
         return len(heads) == 1 and H >= 1 and sizes_fit
     if op == "scatter_tokens" and a["base"] is not None:

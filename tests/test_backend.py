@@ -139,7 +139,7 @@ def test_limits_of_a_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it leaves out goes to another backend, with the reason where it was forced."""
     monkeypatch.setattr(registration, "EMULATED", True)
     monkeypatch.setitem(KERNELS, "gather_tokens", ("cuda", "cpu"))
-    monkeypatch.setitem(CUDA_LIMITS, "gather_tokens", lambda x: "it is narrow" if x.shape[1] > 4 else None)
+    monkeypatch.setitem(CUDA_LIMITS, "gather_tokens", lambda x, _: "it is narrow" if x.shape[1] > 4 else None)
     narrow, wide = randn(5, 4), randn(5, 8)
     assert sk.can_run("gather_tokens", "cuda", narrow)[0]
     assert sk.can_run("gather_tokens", "cuda", wide) == (

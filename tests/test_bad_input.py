@@ -40,7 +40,14 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "score_tokens": lambda: {"q": heads(), "k": heads(), **batch()},
     "select_topk": lambda: {"scores": randn(T), **batch(), "keep": 0.5},
     "select_mass": lambda: {"scores": randn(T), **batch(), "mass": 0.5},
-    "compact_attention": lambda: {"q": heads(), "k": heads(), "v": heads(), **batch(), "selection": selection()},
+    "compact_attention": lambda: {
+        "q": heads(),
+        "k": heads(),
+        "v": heads(),
+        **batch(),
+        "selection": selection(),
+        "key_bias": randn(T),
+    },
     "prune_attention": lambda: {"q": heads(), "k": heads(), "v": heads(), **batch(), "keep": 0.5},
     "gather_tokens": lambda: {"x": randn(T, C), "selection": selection()},
     "scatter_tokens": lambda: {"y": randn(S, C), "selection": selection(), "total": T, "base": randn(T, C)},
@@ -290,6 +297,16 @@ CASES = [
         "0 to 6",
         named="selection.cu_seqlens",
     ),
+    bad("compact_attention", "key_bias", randn(T - 1), ValueError, "(10,), one value for each row of k", "(9,)"),
+    bad("compact_attention", "key_bias", randn(T, 1), ValueError, "(10,), one value for each row of k", "(10, 1)"),
+    bad("compact_attention", "key_bias", randn(H, T), ValueError, "(10,), one value for each row of k", "(2, 10)"),
+    bad("compact_attention", "key_bias", torch.tensor(0.0), ValueError, "(10,), one value for each row of k", "()"),
+    *(
+        bad("compact_attention", "key_bias", randn(T).to(dtype), TypeError, "float32", name, ".float()")
+        for dtype, name in ((torch.float16, "Half"), (torch.bfloat16, "BFloat16"), (torch.float64, "Double"))
+    ),
+    bad("compact_attention", "key_bias", torch.ones(T, dtype=torch.bool), TypeError, "float32", "Bool"),
+    bad("compact_attention", "key_bias", torch.empty(T, device="meta"), ValueError, "device cpu", "meta"),
     bad("scatter_tokens", "total", 8, ValueError, "[0, 8)", "9 at position 5", named="selection.indices"),
     bad("scatter_tokens", "total", -1, ValueError, ">= 0", "-1"),
     bad("scatter_tokens", "y", randn(S - 1, C), ValueError, "5", "6", named="selection.indices"),
@@ -387,7 +404,7 @@ def test_a_stranger_in_place_of_a_tensor(op: str) -> None:
         if not isinstance(value, Tensor):
             continue
         for stranger in (None, 3, "x", [1.0], object()):
-            if stranger is None and name in ("base", "gamma"):
+            if stranger is None and name in ("base", "gamma", "key_bias"):
                 continue
             found = type(stranger).__name__
             with pytest.raises(TypeError, match=rf"^{op}: {name}: expected a Tensor, got {found}\. \S"):
@@ -448,6 +465,8 @@ def test_same_messages_from_the_registered_ops() -> None:
         torch.ops.sait.compact_attention(q, q, q, cu_of(LENGTHS), 6, selection().indices, None, None)
     with pytest.raises(ValueError, match="compact_attention_backward: grad: expected shape"):
         torch.ops.sait.compact_attention_backward(randn(T, 3), q, q, q, cu_of(LENGTHS), 6, None, None, None)
+    with pytest.raises(ValueError, match="compact_attention_backward: key_bias: expected shape"):
+        torch.ops.sait.compact_attention_backward(q.flatten(1), q, q, q, cu_of(LENGTHS), 6, None, None, None, randn(3))
     with pytest.raises(ValueError, match="score_tokens_backward: grad: expected shape"):
         torch.ops.sait.score_tokens_backward(randn(3), q, q, None, cu_of(LENGTHS), 6, "cls", 1, None)
     with pytest.raises(ValueError, match="gather_add_norm_backward: grad_normed: expected shape"):

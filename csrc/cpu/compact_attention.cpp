@@ -168,6 +168,27 @@ inline float largest_of(const float* s, int64_t n) {
   return max(max(m0, m1));
 }
 
+// s = scale s + bias in whole vectors; returns the largest. Behind the last key the bias is -inf, and so is what it leaves.
+inline float add_bias(float* s, const float* bias, int64_t ld, float scale) {
+  const Vec factor = set(scale);
+  Vec largest = set(-std::numeric_limits<float>::infinity());
+  for (int64_t j = 0; j < ld; j += kWidth) {
+    const Vec logit = fma(load(s + j), factor, load(bias + j));
+    largest = max(largest, logit);
+    store(s + j, logit);
+  }
+  return max(largest);
+}
+
+// The bias of an image's n keys as add_bias takes it, or nullptr where there is none.
+inline const float* padded_bias(const CompactAttentionParams& p, int64_t begin, int64_t n, int64_t ld) {
+  if (p.key_bias == nullptr) return nullptr;
+  float* bias = scratch<float, 11>(ld);
+  std::copy_n(p.key_bias + begin, n, bias);
+  std::fill(bias + n, bias + ld, -std::numeric_limits<float>::infinity());
+  return bias;
+}
+
 // weights = 2^(c (s - top)) over the first n columns, zero up to ld; returns 1 / sum. weights may be s itself.
 template <bool kBFloat16Weights, typename Weight>
 inline float weigh(const float* s, float top, int64_t n, int64_t ld, float scale, Weight* weights) {
@@ -216,6 +237,8 @@ void attend(const CompactAttentionParams& p, const Task& task, int64_t part, int
 
   Products products(D, task.keys, ld);
   products.pack_keys_values(k, p.k.row_stride, v, p.v.row_stride, task.keys);
+  const float* bias = padded_bias(p, task.begin, task.keys, ld);
+  const float factor = std::abs(p.scale), left = bias ? 1.f : factor;  // what the weights still have to scale by
   float* S = scratch<float, 3>(kMaxBlock * ld);
   float* O = scratch<float, 4>(kMaxBlock * D);
   Weight* P;
@@ -235,9 +258,11 @@ void attend(const CompactAttentionParams& p, const Task& task, int64_t part, int
                           task.indices ? task.indices + i0 : nullptr, task.begin, rows, p.scale < 0);
     products.logits(rows, S);
     float top[kMaxBlock], inverse[kMaxBlock];
-    for (int64_t i = 0; i < rows; ++i) top[i] = largest_of(S + i * ld, task.keys);  // of all, so that no row waits
+    for (int64_t i = 0; i < rows; ++i) {  // of all, so that no row waits
+      top[i] = bias ? add_bias(S + i * ld, bias, ld, factor) : largest_of(S + i * ld, task.keys);
+    }
     for (int64_t i = 0; i < rows; ++i) {
-      inverse[i] = weigh<Products::kBFloat16Weights>(S + i * ld, top[i], task.keys, ld, std::abs(p.scale), P + i * ld);
+      inverse[i] = weigh<Products::kBFloat16Weights>(S + i * ld, top[i], task.keys, ld, left, P + i * ld);
     }
     products.output(rows, P, O);
     for (int64_t i = 0; i < rows; ++i) {
@@ -285,7 +310,7 @@ void compact_attention(const CompactAttentionParams& p) {
 namespace attention {
 
 // One image and head of the backward pass, recomputing P. With dP = dO V^T and D_i = sum_j P_ij dP_ij:
-//   dS = scale P (dP - D),  dQ = dS K,  dK = dS^T Q,  dV = P^T dO
+//   dS = scale P (dP - D),  dQ = dS K,  dK = dS^T Q,  dV = P^T dO,  dbias_j = sum_i P_ij (dP_ij - D_i)
 template <typename E>
 void differentiate(const CompactAttentionBackwardParams& b, const Task& task) {
   using T = typename E::type;
@@ -317,6 +342,11 @@ void differentiate(const CompactAttentionBackwardParams& b, const Task& task) {
   float* P = scratch<float, 8>((kMaxBlock + 16) * ld);
   float* dS = scratch<float, 9>((kMaxBlock + 16) * ld);
   float* transposed = scratch<float, 10>(ld * (kMaxBlock + 16));
+  const float* bias = padded_bias(p, task.begin, n, ld);
+  const float factor = std::abs(p.scale), left = bias ? 1.f : factor;
+  float* dbias = bias ? b.head_sums + task.head * p.total + task.begin : nullptr;
+  float* block_sums = bias ? scratch<float, 12>(ld) : nullptr;
+  if (bias) std::fill(dbias, dbias + n, 0.f);
 
   for (int64_t i0 = 0; i0 < task.queries; i0 += block) {
     const int64_t rows = std::min(block, task.queries - i0);
@@ -326,20 +356,29 @@ void differentiate(const CompactAttentionBackwardParams& b, const Task& task) {
     pack_rows_f32<E>(head_of(b.grad_out, task.first + i0), b.grad_out.row_stride, nullptr, 0, rows, block, D, 1.f, dO);
     gemm<F32>(block, ld, D, Q, D, Kt, ld, P, ld, false);
     gemm<F32>(block, ld, D, dO, D, Vt, ld, dS, ld, false);
+    if (bias) std::fill(block_sums, block_sums + ld, 0.f);
     for (int64_t i = 0; i < rows; ++i) {
       float *weights = P + i * ld, *gradient = dS + i * ld;
-      const Vec inverse = set(weigh<false>(weights, largest_of(weights, n), n, ld, std::abs(p.scale), weights));
+      const float top = bias ? add_bias(weights, bias, ld, factor) : largest_of(weights, n);
+      const Vec inverse = set(weigh<false>(weights, top, n, ld, left, weights));
       Vec dot = set(0.f);
       for (int64_t j = 0; j < ld; j += kWidth) {
         const Vec w = load(weights + j) * inverse;
         store(weights + j, w);
         dot = fma(w, load(gradient + j), dot);
       }
-      const Vec mean = set(sum(dot)), scale = set(std::abs(p.scale));  // Q carries the sign
+      const Vec mean = set(sum(dot)), scale = set(factor);  // Q carries the sign
+      if (bias) {
+        for (int64_t j = 0; j < ld; j += kWidth) {
+          store(block_sums + j, fma(load(weights + j), load(gradient + j) - mean, load(block_sums + j)));
+        }
+      }
       for (int64_t j = 0; j < ld; j += kWidth) {
         store(gradient + j, scale * load(weights + j) * (load(gradient + j) - mean));
       }
     }
+    // Sums of block sums: the error grows with the rows of a block and their number, not with all rows.
+    for (int64_t j = 0; bias && j < n; ++j) dbias[j] += block_sums[j];
     std::fill(P + rows * ld, P + block * ld, 0.f);
     std::fill(dS + rows * ld, dS + block * ld, 0.f);
     gemm<F32>(block, D, ld, dS, ld, K, D, dQ, D, false);
@@ -381,6 +420,12 @@ void compact_attention_backward(const CompactAttentionBackwardParams& b) {
     parallel_for(b.forward.batch.images * b.forward.heads, 1,
                  [&](int64_t begin, int64_t end) { attention::differentiate_range<E>(b, begin, end); });
   });
+  if (b.dkey_bias == nullptr) return;
+  const int64_t rows = b.forward.batch.cu_seqlens[b.forward.batch.images];
+  std::copy_n(b.head_sums, rows, b.dkey_bias);
+  for (int64_t h = 1; h < b.forward.heads; ++h) {
+    for (int64_t t = 0; t < rows; ++t) b.dkey_bias[t] += b.head_sums[h * b.forward.total + t];
+  }
 }
 
 }  // namespace sait::cpu::SAIT_ISA

@@ -35,6 +35,17 @@ Kept check_kept(const char* op, const Tensor& q, const Tensor& cu_seqlens, const
   return kept;
 }
 
+// Strided as well: it is copied where it is not contiguous.
+void check_key_bias(const char* op, const OptionalTensor& key_bias, const Tensor& q) {
+  if (!key_bias) return;
+  SAIT_CHECK_VALUE(key_bias->dim() == 1 && key_bias->size(0) == q.size(0), op, "key_bias",
+                   "shape (" << q.size(0) << ",), one value for each row of k", shape_of(*key_bias),
+                   "It is one for all heads and queries; a batch (B, N) becomes packed by .flatten().");
+  check_device(op, "key_bias", *key_bias, "q", q);
+  SAIT_CHECK_TYPE(key_bias->scalar_type() == ScalarType::Float, op, "key_bias", "dtype Float (float32)",
+                  key_bias->scalar_type(), "Convert with .float().");
+}
+
 struct Checked {
   Kept kept;
   double scale;
@@ -42,20 +53,25 @@ struct Checked {
 
 Checked check_compact_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                                 int64_t max_seqlen, const OptionalTensor& indices,
-                                const OptionalTensor& kept_cu_seqlens, std::optional<double> scale) {
+                                const OptionalTensor& kept_cu_seqlens, std::optional<double> scale,
+                                const OptionalTensor& key_bias) {
   constexpr const char* op = "compact_attention";
   const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, 0, scale);
+  check_key_bias(op, key_bias, q);
   return {check_kept(op, q, cu_seqlens, indices, kept_cu_seqlens), factor};
 }
 
 Tensor compact_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                          int64_t max_seqlen, const OptionalTensor& indices, const OptionalTensor& kept_cu_seqlens,
-                         std::optional<double> scale) {
-  const auto [kept, factor] = check_compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept_cu_seqlens, scale);
+                         std::optional<double> scale, const OptionalTensor& key_bias) {
+  const auto [kept, factor] =
+      check_compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept_cu_seqlens, scale, key_bias);
   Tensor out = allocate(q, {kept.rows, q.size(1) * q.size(2)});
 #ifdef SAIT_WITH_CUDA
   if (runs_on_cuda(q)) {
     check_cuda_attention("compact_attention", q);
+    SAIT_CHECK_VALUE(!key_bias, "compact_attention", "key_bias", "None for the CUDA kernel", shape_of(*key_bias),
+                     "Use the triton backend.");
     if (cu_seqlens.size(0) == 1) {  // no block would see to the tail
       set_to_zero(out);
       return out;
@@ -67,31 +83,47 @@ Tensor compact_attention(const Tensor& q, const Tensor& k, const Tensor& v, cons
     return out;
   }
 #endif
-  cpu::compact_attention(attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, out.mutable_data_ptr()));
+  const Contiguous biases(or_null(key_bias), ScalarType::Float);
+  CompactAttentionParams params =
+      attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, out.mutable_data_ptr());
+  params.key_bias = biases.data<float>();
+  cpu::compact_attention(params);
   zero_tail(out, kept.cu_seqlens[cu_seqlens.size(0) - 1]);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> compact_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
-                                                              const Tensor& v, const Tensor& cu_seqlens,
-                                                              int64_t max_seqlen, const OptionalTensor& indices,
-                                                              const OptionalTensor& kept_cu_seqlens,
-                                                              std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> compact_attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, int64_t max_seqlen,
+    const OptionalTensor& indices, const OptionalTensor& kept_cu_seqlens, std::optional<double> scale,
+    const OptionalTensor& key_bias) {
   constexpr const char* op = "compact_attention_backward";
   const double factor = check_attention(op, q, k, v, cu_seqlens, max_seqlen, 0, scale);
   const Kept kept = check_kept(op, q, cu_seqlens, indices, kept_cu_seqlens);
+  check_key_bias(op, key_bias, q);
   check_rows(op, "grad", grad);
   check_same(op, "grad", grad, "q", q);
   SAIT_CHECK_VALUE(grad.size(0) == kept.rows && grad.size(1) == q.size(1) * q.size(2), op, "grad",
                    "shape (" << kept.rows << ", " << q.size(1) * q.size(2) << ") as the output", shape_of(grad), "");
   Tensor dq = allocate_like(q), dk = allocate_like(k), dv = allocate_like(v);
-  cpu::compact_attention_backward({attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, nullptr),
-                                   {grad.const_data_ptr(), grad.stride(0), q.size(2)},
-                                   dq.mutable_data_ptr(),
-                                   dk.mutable_data_ptr(),
-                                   dv.mutable_data_ptr()});
-  for (const Tensor& t : {dq, dk, dv}) zero_tail(t, cu_seqlens.const_data_ptr<int32_t>()[cu_seqlens.size(0) - 1]);
-  return {dq, dk, dv};
+  Tensor dkey_bias = allocate(q, {key_bias ? q.size(0) : 0}, ScalarType::Float);
+  const Contiguous biases(or_null(key_bias), ScalarType::Float);
+  CompactAttentionBackwardParams params{attention_params(q, k, v, cu_seqlens, max_seqlen, kept, factor, nullptr),
+                                        {grad.const_data_ptr(), grad.stride(0), q.size(2)},
+                                        dq.mutable_data_ptr(),
+                                        dk.mutable_data_ptr(),
+                                        dv.mutable_data_ptr()};
+  OptionalTensor head_sums;
+  if (key_bias) {
+    head_sums = allocate(q, {q.size(1), q.size(0)}, ScalarType::Float);
+    params.forward.key_bias = biases.data<float>();
+    params.dkey_bias = dkey_bias.mutable_data_ptr<float>();
+    params.head_sums = head_sums->mutable_data_ptr<float>();
+  }
+  cpu::compact_attention_backward(params);
+  const int64_t tail = cu_seqlens.const_data_ptr<int32_t>()[cu_seqlens.size(0) - 1];
+  for (const Tensor& t : {dq, dk, dv}) zero_tail(t, tail);
+  zero_tail(dkey_bias, tail);
+  return {dq, dk, dv, dkey_bias};
 }
 
 }  // namespace
@@ -100,13 +132,14 @@ std::tuple<Tensor, Tensor, Tensor> compact_attention_backward(const Tensor& grad
 STABLE_TORCH_LIBRARY_FRAGMENT(sait, m) {
   m.def(
       "compact_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, Tensor? indices=None, "
-      "Tensor? kept_cu_seqlens=None, float? scale=None) -> Tensor");
+      "Tensor? kept_cu_seqlens=None, float? scale=None, Tensor? key_bias=None) -> Tensor");
   m.def(
       "compact_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, "
-      "Tensor? indices=None, Tensor? kept_cu_seqlens=None, float? scale=None) -> (Tensor, Tensor, Tensor)");
+      "Tensor? indices=None, Tensor? kept_cu_seqlens=None, float? scale=None, Tensor? key_bias=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_check_compact_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, Tensor? indices=None, "
-      "Tensor? kept_cu_seqlens=None, float? scale=None) -> ()");
+      "Tensor? kept_cu_seqlens=None, float? scale=None, Tensor? key_bias=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sait, CPU, m) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ def compact_attention(
     *,
     selection: Selection | None = None,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale * q_i k^T) v for each kept row i, over all rows of its image, written compacted.
+    """softmax(scale * q_i k^T + key_bias) v for each kept row i, over all rows of its image, written compacted.
 
     Everything after the softmax is row-wise, so for the tokens that stay this equals attention for all rows and
     dropping some afterwards; the dropped rows are never computed.
@@ -38,9 +40,14 @@ def compact_attention(
         max_seqlen: a bound on the tokens of an image.
         selection: the rows that stay; None keeps all: plain variable-length attention.
         scale: of q . k; D ** -0.5 by default.
+        key_bias: (T,) float32, added to the logits of each row as a key, in all heads and for all queries of its image.
+            log(s) makes a key count s times, as a token should that stands for s merged ones: proportional attention,
+            Bolya et al., "Token Merging: Your ViT But Faster" (arXiv 2210.09461), section 3. A key with -inf weighs
+            exactly 0. An image is NaN where all its keys have -inf, or one has NaN or inf. On a GPU it runs in Triton:
+            the CUDA kernel takes none.
 
     Returns:
-        (S, H * D) of q's dtype. Differentiable in q, k and v.
+        (S, H * D) of q's dtype. Differentiable in q, k, v and key_bias.
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device; on the CPU also offsets or indices that do not fit.
@@ -50,10 +57,14 @@ def compact_attention(
     if selection is not None:
         indices, kept, _ = check_selection("compact_attention", selection)
         tensors |= {"selection.indices": indices, "selection.cu_seqlens": kept}
+    if key_bias is not None:
+        tensors["key_bias"] = key_bias
     served = choose("compact_attention", tensors)
     if served == "reference":
-        return compact_attention_reference(q, k, v, cu_seqlens, max_seqlen, selection=selection, scale=scale)
-    return kernels(served).compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept, scale)
+        return compact_attention_reference(
+            q, k, v, cu_seqlens, max_seqlen, selection=selection, scale=scale, key_bias=key_bias
+        )
+    return kernels(served).compact_attention(q, k, v, cu_seqlens, max_seqlen, indices, kept, scale, key_bias)
 
 
 def compact_attention_reference(
@@ -65,6 +76,7 @@ def compact_attention_reference(
     *,
     selection: Selection | None = None,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -74,6 +86,8 @@ def compact_attention_reference(
     parts = [q[:0]]  # no new tensor: the result of an empty batch is differentiable, too
     for (begin, end), (first, last) in zip(bounds, kept_bounds, strict=True):
         logits = scale * torch.einsum("ihd,jhd->hij", queries[first:last].to(compute), k[begin:end].to(compute))
+        if key_bias is not None:
+            logits = logits + key_bias[begin:end].to(compute)
         parts.append(torch.einsum("hij,jhd->ihd", logits.softmax(-1), v[begin:end].to(compute)).to(q.dtype))
     rows = len(q) if selection is None else len(selection.indices)
     tail = q.new_zeros(rows - sum(map(len, parts)), *q.shape[1:])
@@ -89,6 +103,7 @@ def _fake(
     indices: Tensor | None = None,
     kept: Tensor | None = None,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape[0] if indices is None else indices.shape[0], q.shape[1] * q.shape[2])
 
@@ -103,21 +118,23 @@ def _backward_fake(
     indices: Tensor | None = None,
     kept: Tensor | None = None,
     scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dkey_bias = q.new_empty(0 if key_bias is None else q.shape[0], dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dkey_bias
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens, indices, kept)
+    q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale, key_bias = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens, indices, kept, key_bias)
 
 
 def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    q, k, v, cu_seqlens, indices, kept = ctx.saved_tensors
-    dq, dk, dv = ops.compact_attention_backward(
-        grad.contiguous(), q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
+    q, k, v, cu_seqlens, indices, kept, key_bias = ctx.saved_tensors
+    dq, dk, dv, dkey_bias = ops.compact_attention_backward(
+        grad.contiguous(), q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale, key_bias
     )
-    return dq, dk, dv, None, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None, None if key_bias is None else dkey_bias
 
 
 register_op("compact_attention", _fake, __name__)
@@ -126,8 +143,10 @@ register_backward("compact_attention", _backward, _context)
 refuse_second_derivative("compact_attention")
 
 
-def cuda_limits(q: Tensor) -> str | None:
+def cuda_limits(q: Tensor, given: Mapping[str, Any]) -> str | None:
     """Why the CUDA kernels of attention do not serve such queries, or None."""
+    if given.get("key_bias") is not None:
+        return "it takes no key_bias"
     if q.dtype == torch.float32:
         return "it multiplies in bfloat16 or float16, not float32"
     if q.dim() == 3 and q.shape[2] not in CUDA_HEAD_DIMS:

@@ -166,7 +166,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 def _backward(ops: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     q, k, v, cu_seqlens, indices, kept = ctx.saved_tensors
-    dq, dk, dv = ops.compact_attention_backward(
+    dq, dk, dv, _ = ops.compact_attention_backward(
         grad.contiguous(), q, k, v, cu_seqlens, ctx.max_seqlen, indices, kept, ctx.scale
     )
     return (dq, dk, dv, *[None] * 11)

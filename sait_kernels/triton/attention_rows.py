@@ -12,6 +12,7 @@ from sait_kernels.registration import INTERPRETED
 from sait_kernels.triton.numeric import product, rounded
 
 LOG2E = 1.4426950408889634  # exp(x) = exp2(LOG2E x), and exp2 is the instruction
+LOG2E_IN_KERNELS = tl.constexpr(LOG2E)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ def scanned(table: Table, D: int, itemsize: int, capability: int) -> Launch:
         for (size, width, least), launch in table.items()
         if size == itemsize and width >= D and capability >= least
     )
+
+
+def base_of_logits(biased: bool) -> float:
+    """What the scale is multiplied by: log2(e), which saves a product for each logit.
+
+    Not with a bias: its product would be rounded, for all queries alike, and the bias's gradient sums over these.
+    """
+    return 1.0 if biased else LOG2E
 
 
 def columns(D: int, itemsize: int) -> dict[str, Any]:
@@ -127,8 +136,39 @@ def scaled_rows(parts, factors):
 
 
 @triton.jit
-def logits_of(b_q, p_k, start, n, scale, s_kt, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """scale q k^T for keys [start, start + BLOCK_N), -inf beyond the image."""
+def logits_of(
+    b_q,
+    p_k,
+    p_key_bias,
+    start,
+    n,
+    scale,
+    s_kt,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """scale q k^T, and the bias of the keys, for keys [start, start + BLOCK_N), -inf beyond the image."""
     o_j = start + tl.arange(0, BLOCK_N)
     logits = scalar_products(b_q, load_rows(p_k, o_j.to(tl.int64), s_kt, o_j < n, D, PARTS)) * scale
+    if BIAS:
+        logits += key_biases(p_key_bias, o_j, o_j < n)[None, :]
     return tl.where((o_j < n)[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def key_biases(p_key_bias, o_j, m_j):
+    return tl.load(p_key_bias + o_j, m_j, other=0.0)
+
+
+@triton.jit
+def taken_off(largest, BIAS: tl.constexpr):
+    """What comes off the logits after some blocks of keys: the largest, or 0 where all of them have a bias of -inf."""
+    return tl.where(largest == float("-inf"), 0.0, largest) if BIAS else largest
+
+
+@triton.jit
+def powers(differences, BIAS: tl.constexpr):
+    """exp of differences of logits. Without a bias these come times log2(e), see base_of_logits."""
+    return tl.exp2(differences * LOG2E_IN_KERNELS) if BIAS else tl.exp2(differences)

@@ -6,6 +6,7 @@ Its gradients, in compact_attention_backward.py, recompute them.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,17 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.triton.attention_rows import (
-    LOG2E,
     Launch,
+    base_of_logits,
     columns,
     image,
     load_rows,
     logits_of,
     no_sums,
     place,
+    powers,
     scaled_rows,
     scanned,
     store_rows,
+    taken_off,
     weighted_sums,
 )
 from sait_kernels.triton.compact_attention_backward import compact_attention_backward
@@ -46,6 +49,8 @@ FORWARD = {
     (4, 128, 8): Launch(32, 32, 1, 4, 1),
     (4, 256, 8): Launch(32, 32, 1, 8, 1),
 }
+# A thread holds the biases of its columns, too, for which four blocks of logits leave no registers.
+FORWARD_BIASED = FORWARD | {(2, 80, 9): Launch(64, 64, 2, 4, 2)}
 
 
 def compact_attention(
@@ -57,6 +62,7 @@ def compact_attention(
     indices: Tensor | None = None,
     kept_cu_seqlens: Tensor | None = None,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     T, H, D = q.shape
     S = T if indices is None else indices.shape[0]
@@ -65,7 +71,8 @@ def compact_attention(
         return q.new_zeros(S, H * D)
     out = q.new_empty(S, H * D)
     if out.numel():
-        options = _forward_options(D, q.element_size(), capability(q), longest, indices is not None)
+        biased = key_bias is not None
+        options = _forward_options(D, q.element_size(), capability(q), longest, indices is not None, biased)
         query_blocks = cdiv(min(longest, S), options["BLOCK_M"])
         with on_device(q):
             _attend[(images * H * query_blocks,)](
@@ -75,11 +82,12 @@ def compact_attention(
                 cu_seqlens,
                 cu_seqlens if indices is None else indices,
                 cu_seqlens if kept_cu_seqlens is None else kept_cu_seqlens,
+                cu_seqlens if key_bias is None else key_bias.contiguous(),
                 out,
                 S,
                 H,
                 query_blocks,
-                LOG2E * (D**-0.5 if scale is None else scale),
+                base_of_logits(biased) * (D**-0.5 if scale is None else scale),
                 *q.stride()[:2],
                 *k.stride()[:2],
                 *v.stride()[:2],
@@ -88,23 +96,28 @@ def compact_attention(
     return out
 
 
-def _forward_options(D: int, itemsize: int, capability: int, longest: int, gather: bool) -> dict[str, Any]:
+def _forward_options(
+    D: int, itemsize: int, capability: int, longest: int, gather: bool, biased: bool = False
+) -> dict[str, Any]:
     """``longest`` enters as the number of key blocks up to ``launch.whole``, and above that not at all."""
-    launch = _launch(D, itemsize, capability)
+    launch = _launch(D, itemsize, capability, biased)
     blocks = cdiv(longest, launch.block_n)
-    return _constants(D, itemsize, launch, gather, min(blocks, launch.whole), blocks > launch.whole)
+    return _constants(D, itemsize, launch, gather, biased, min(blocks, launch.whole), blocks > launch.whole)
 
 
 @functools.cache
-def _launch(D: int, itemsize: int, capability: int) -> Launch:
-    return scanned(FORWARD, D, itemsize, capability)
+def _launch(D: int, itemsize: int, capability: int, biased: bool) -> Launch:
+    return scanned(FORWARD_BIASED if biased else FORWARD, D, itemsize, capability)
 
 
 @functools.cache
-def _constants(D: int, itemsize: int, launch: Launch, gather: bool, whole: int, long: bool) -> dict[str, Any]:
+def _constants(
+    D: int, itemsize: int, launch: Launch, gather: bool, biased: bool, whole: int, long: bool
+) -> dict[str, Any]:
     return {
         **columns(D, itemsize),
         "GATHER": gather,
+        "BIAS": biased,
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
         "WHOLE": whole,
@@ -122,11 +135,12 @@ def _attend(
     p_cu,
     p_indices,
     p_kept,
+    p_key_bias,
     p_out,
     S,
     H,
     query_blocks,
-    scale,  # times log2(e)
+    scale,  # times base_of_logits
     s_qt,
     s_qh,
     s_kt,
@@ -136,6 +150,7 @@ def _attend(
     D: tl.constexpr,
     PARTS: tl.constexpr,
     GATHER: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr,  # key blocks of an image that is taken in one pass
@@ -155,12 +170,14 @@ def _attend(
     b_q = load_rows(p_q + h * s_qh, row, s_qt, m_i, D, PARTS)
     p_k += begin * s_kt + h * s_kh
     p_v += begin * s_vt + h * s_vh
+    if BIAS:
+        p_key_bias += begin
     p_out += h * D
     if LONG and n > WHOLE * BLOCK_N:
-        b_out = _in_blocks(b_q, p_k, p_v, n, scale, s_kt, s_vt, D, PARTS, BLOCK_N)
+        b_out = _in_blocks(b_q, p_k, p_v, p_key_bias, n, scale, s_kt, s_vt, D, PARTS, BIAS, BLOCK_N)
         store_rows(p_out, o_i, H * D, m_i, b_out, D, PARTS)
     else:
-        b_out = _in_one_pass(b_q, p_k, p_v, n, scale, s_kt, s_vt, D, PARTS, BLOCK_N, WHOLE)
+        b_out = _in_one_pass(b_q, p_k, p_v, p_key_bias, n, scale, s_kt, s_vt, D, PARTS, BIAS, BLOCK_N, WHOLE)
         store_rows(p_out, o_i, H * D, m_i, b_out, D, PARTS)
 
 
@@ -169,22 +186,24 @@ def _in_one_pass(
     b_q,
     p_k,
     p_v,
+    p_key_bias,
     n,
     scale,
     s_kt,
     s_vt,
     D: tl.constexpr,
     PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """sum_j e_j v_j / sum_j e_j with e_j = exp2(logit_j - largest), whole rows of logits in registers.
+    """sum_j e_j v_j / sum_j e_j with e_j = powers(logit_j - largest), whole rows of logits in registers.
 
     Blocks of one width, whatever their number: those beyond the image add zeros, so their number changes no bit.
     """
     logits = ()
     for j in tl.static_range(WHOLE):
-        logits += (logits_of(b_q, p_k, j * BLOCK_N, n, scale, s_kt, D, PARTS, BLOCK_N),)
+        logits += (logits_of(b_q, p_k, p_key_bias, j * BLOCK_N, n, scale, s_kt, D, PARTS, BIAS, BLOCK_N),)
     largest = tl.max(logits[0], 1)
     for j in tl.static_range(1, WHOLE):
         largest = tl.maximum(largest, tl.max(logits[j], 1))
@@ -192,24 +211,38 @@ def _in_one_pass(
     sums = no_sums(b_q[0].shape[0], PARTS)
     for j in tl.static_range(WHOLE):
         o_j = j * BLOCK_N + tl.arange(0, BLOCK_N)
-        weights = tl.exp2(logits[j] - largest[:, None])
+        weights = powers(logits[j] - largest[:, None], BIAS)
         total += tl.sum(weights, 1)
         sums = weighted_sums(weights, load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, PARTS), sums)
     return scaled_rows(sums, quotient(1.0, total))
 
 
 @triton.jit
-def _in_blocks(b_q, p_k, p_v, n, scale, s_kt, s_vt, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The same block after block: what is summed so far shrinks by exp2(largest before - largest now)."""
+def _in_blocks(
+    b_q,
+    p_k,
+    p_v,
+    p_key_bias,
+    n,
+    scale,
+    s_kt,
+    s_vt,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The same block after block: what is summed so far shrinks by powers(largest before - largest now)."""
     largest = tl.full([b_q[0].shape[0]], float("-inf"), tl.float32)
     total = tl.zeros_like(largest)
     sums = no_sums(b_q[0].shape[0], PARTS)
     for start in range(0, n, BLOCK_N):
-        logits = logits_of(b_q, p_k, start, n, scale, s_kt, D, PARTS, BLOCK_N)
+        logits = logits_of(b_q, p_k, p_key_bias, start, n, scale, s_kt, D, PARTS, BIAS, BLOCK_N)
         before = largest
         largest = tl.maximum(largest, tl.max(logits, 1))
-        shrunk = tl.exp2(before - largest)
-        weights = tl.exp2(logits - largest[:, None])
+        shift = taken_off(largest, BIAS)
+        shrunk = powers(before - shift, BIAS)
+        weights = powers(logits - shift[:, None], BIAS)
         total = total * shrunk + tl.sum(weights, 1)
         o_j = start + tl.arange(0, BLOCK_N)
         sums = scaled_rows(sums, shrunk)
@@ -227,6 +260,7 @@ def variants(capability: int) -> Iterator[Variant]:
         ("fp16", 2, 64, (197,)),
         ("fp32", 4, 64, (197,)),
     ):
-        for longest in lengths:
-            options = _forward_options(D, itemsize, capability, longest, gather=True)
-            yield variant(_attend, f"{dtype} D={D} N={longest}", dtype, options, dots=itemsize == 2)
+        for longest, biased in itertools.product(lengths, (False, True)):
+            options = _forward_options(D, itemsize, capability, longest, True, biased)
+            label = f"{dtype} D={D} N={longest}{' bias' if biased else ''}"
+            yield variant(_attend, label, dtype, options, dots=itemsize == 2)

@@ -16,6 +16,7 @@ _BITS = {2: torch.int16, 4: torch.int32}
 _TYPES = {
     **dict.fromkeys(("p_cu", "p_indices", "p_kept", "p_spread", "p_lengths"), "*i32"),
     **dict.fromkeys(("p_logits", "p_dlogits", "p_scores", "p_stats", "p_statistics", "p_partials"), "*fp32"),
+    **dict.fromkeys(("p_key_bias", "p_dkey_bias", "p_head_sums"), "*fp32"),
     **dict.fromkeys(("scale", "factor", "eps"), "fp32"),
     **dict.fromkeys(("share", "rate"), "fp64"),
 }

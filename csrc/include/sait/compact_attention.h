@@ -13,6 +13,7 @@ struct CompactAttentionParams {
   DType dtype;
   float scale;
   void* out;  // (kept.rows, heads * head_dim), contiguous
+  const float* key_bias = nullptr;  // (total,), contiguous: added to each logit of a key; nullptr: none
 };
 
 struct CompactAttentionBackwardParams {
@@ -22,6 +23,9 @@ struct CompactAttentionBackwardParams {
   void* dq;
   void* dk;
   void* dv;
+  // With forward.key_bias: its gradient (total,), written for the rows of images, and room for each head's share of it.
+  float* dkey_bias = nullptr;
+  float* head_sums = nullptr;  // (heads, total)
 };
 
 namespace cpu {
