@@ -168,7 +168,7 @@ inline float largest_of(const float* s, int64_t n) {
   return max(max(m0, m1));
 }
 
-// s = scale s + bias in whole vectors; returns the largest. Behind the last key the bias is -inf, and so is what it leaves.
+// s = scale s + bias in whole vectors; returns the largest. Behind the last key the bias, and what it leaves, is -inf.
 inline float add_bias(float* s, const float* bias, int64_t ld, float scale) {
   const Vec factor = set(scale);
   Vec largest = set(-std::numeric_limits<float>::infinity());
