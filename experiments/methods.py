@@ -8,6 +8,7 @@ the packages of sait.weights and sait.data.debian it measures canvas alone, and 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -199,7 +200,7 @@ def closest(settings: Sequence[Any], cost: Callable[[Any], float], wanted: float
 
 def running(subject: Subject, plan: Plan | None, dtype: torch.dtype = torch.float32) -> Any:
     """A model of its own: under optimize, or for None the dense one in all tokens through the kernels."""
-    model = share(subject.model) if dtype == torch.float32 else share(subject.model).to(dtype)
+    model = share(subject.model) if dtype == torch.float32 else copy.deepcopy(subject.model).to(dtype)
     return sait.optimize(sait.sparsify(model, methods.sait(1.0) if plan is None else plan))
 
 
@@ -232,7 +233,7 @@ def twin_rows(subject: Subject) -> Iterator[Row]:
     images = subject.images[:4]
     with torch.inference_mode():
         for name, (plan, twin) in cases.items():
-            exact, counts = twins.forward(share(subject.model).double(), images.double(), twin)
+            exact, counts = twins.forward(copy.deepcopy(subject.model).double(), images.double(), twin)
             in_torch, _ = twins.forward(subject.model, images, twin)
             model = sait.sparsify(share(subject.model), plan)
             ours = model(images)

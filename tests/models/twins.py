@@ -56,7 +56,7 @@ def evit(prefix: int, keep: float) -> Reduce:
 def ats(prefix: int, keep: float) -> Reduce:
     def reduce(x: Tensor, matrix: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         scores = matrix[:, 0, prefix:].sum(0) * v[:, prefix:].pow(2).sum((0, 2)).sqrt()
-        order = sorted(range(len(scores)), key=lambda j: float(scores[j]))
+        order = sorted(range(len(scores)), key=scores.tolist().__getitem__)
         sums = scores[order].double().cumsum(0)
         sums = (sums - sums[0]) / (sums[-1] - sums[0])
         points = max(1, -(-round(keep * 1000) * len(scores) // 1000))

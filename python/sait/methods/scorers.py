@@ -67,17 +67,6 @@ class ClassValue(_Attention):
     reads = ("q", "k", "v")
 
 
-@register("unscored")
-@dataclass(frozen=True)
-class Unscored:
-    """Zeros: for a selector that looks for itself, such as Pairs."""
-
-    reads = ()
-
-    def __call__(self, seen: Seen) -> Tensor:
-        return torch.zeros(seen.x.shape[0], device=seen.x.device)
-
-
 @register("random")
 @dataclass(frozen=True)
 class RandomScore:
@@ -88,3 +77,14 @@ class RandomScore:
 
     def __call__(self, seen: Seen) -> Tensor:
         return torch.rand(seen.x.shape[0], device=seen.x.device)
+
+
+@register("unscored")
+@dataclass(frozen=True)
+class Unscored:
+    """Zeros: for a selector that looks for itself, such as Pairs."""
+
+    reads = ()
+
+    def __call__(self, seen: Seen) -> Tensor:
+        return torch.zeros(seen.x.shape[0], device=seen.x.device)
