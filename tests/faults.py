@@ -33,6 +33,7 @@ LINEAR = f"{OPS}norm_linear.py"
 ENCODER = f"{OPS}packed_encoder.py"
 PRUNE = f"{OPS}prune_attention.py"
 TAIL = f"{OPS}tail.py"
+PUBLISHED = "tests/models/test_published_plans.py"
 OPTIMIZE = "tests/models/test_optimize.py tests/models/test_optimize_changes.py"
 
 # Python, Triton's kernels included: nothing is built.
@@ -291,6 +292,41 @@ PYTHON = (
         "        check(*arguments)\n",
         "",
         f"{LINEAR} -k 'triton and bad'",
+    ),
+    Fault(
+        "fused rows: the first of an image's dropped rows counts fully",
+        "python/sait/methods/after.py",
+        "stays = torch.zeros(total + 1, dtype=torch.bool, device=x.device).index_fill(0, stay, True)[:total]",
+        "stays = torch.zeros(total + 1, dtype=torch.bool, device=x.device).index_fill(0, stay + 1, True)[:total]",
+        PUBLISHED,
+    ),
+    Fault(
+        "merging: a row that has merged before counts once",
+        "python/sait/methods/after.py",
+        "weight = (sizes / merged_sizes.index_select(0, target))",
+        "weight = (torch.ones_like(sizes) / merged_sizes.index_select(0, target))",
+        PUBLISHED,
+    ),
+    Fault(
+        "merging: sizes are not added to the logits",
+        "python/sait/tokens.py",
+        "return None if self.sizes is None else self.sizes.log()",
+        "return None",
+        PUBLISHED,
+    ),
+    Fault(
+        "pairs: a register takes part in the matching",
+        "python/sait/methods/pairs.py",
+        "evens, odds = slice(P + P % 2, None, 2), slice(P + (P + 1) % 2, None, 2)",
+        "evens, odds = slice(1 + P % 2, None, 2), slice(P + (P + 1) % 2, None, 2)",
+        PUBLISHED,
+    ),
+    Fault(
+        "sampling: of two sums that are equally near the higher is taken",
+        "python/sait/methods/selectors.py",
+        "nearest = torch.searchsorted((sums[:, 1:] + sums[:, :-1]) / 2, points)",
+        "nearest = torch.searchsorted((sums[:, 1:] + sums[:, :-1]) / 2, points, right=True)",
+        PUBLISHED,
     ),
     Fault(
         "an optimized block behind a mass, with a share of its own: taken for equal lengths",

@@ -213,6 +213,9 @@ def test_sampling_takes_the_nearest_sum() -> None:
     seen = sait.Seen(x[0], sait.Tokens(x, torch.tensor([0, 5]).int(), 5, False, 1, 5))
     for keep, patches in ((1, [1]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 1, 2])):
         assert methods.Sampling(keep)(scores, seen).indices.tolist() == [0, *(patch + 1 for patch in patches)], keep
+    scores, x = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 3.0]), torch.zeros(1, 6, 4)  # sums 0, 1/6, 2/6, 3/6, 1
+    six = sait.Seen(x[0], sait.Tokens(x, torch.tensor([0, 6]).int(), 6, False, 1, 6))
+    assert methods.Sampling(5)(scores, six).indices.tolist() == [0, 1, 2, 4, 5], "1/4 and 3/4 are as near to two sums"
     equal = methods.Sampling(1.0)(torch.ones(5), seen)
     assert equal.indices.tolist() == [0, 1, 2, 3, 4]
     assert methods.Sampling(1.0)(torch.full((5,), float("nan")), seen).indices.tolist() == [0, 1]
