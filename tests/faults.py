@@ -294,7 +294,7 @@ PYTHON = (
         f"{LINEAR} -k 'triton and bad'",
     ),
     Fault(
-        "fused rows: the first of an image's dropped rows counts fully",
+        "fused rows: who stays is looked up one row too far",
         "python/sait/methods/after.py",
         "stays = torch.zeros(total + 1, dtype=torch.bool, device=x.device).index_fill(0, stay, True)[:total]",
         "stays = torch.zeros(total + 1, dtype=torch.bool, device=x.device).index_fill(0, stay + 1, True)[:total]",
