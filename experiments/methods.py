@@ -53,12 +53,14 @@ class Method:
 
 
 SHARES = [round(share_ / 200, 3) for share_ in range(4, 201)]
+# Of adaptive sampling, which drops a lot where nobody bounds it: from later blocks on.
+LATER = [(1.0, tuple(range(block, 12))) for block in range(4, 12)]
 METHODS = (
     Method("SaiT, cls", methods.sait, SHARES),
     Method("SaiT, column", partial(methods.sait, score="column"), SHARES),
     Method("SaiT, mass", lambda mass: methods.sait(mass=mass), SHARES),
     Method("EViT", methods.evit, SHARES),
-    Method("ATS", methods.ats, SHARES),
+    Method("ATS", lambda setting: methods.ats(*setting), [*((s, None) for s in SHARES), *LATER]),
     Method("LTP", methods.ltp, [round(0.1 * 0.96**i, 6) for i in range(160)]),
     Method("ToMe", methods.tome, list(range(128, 0, -1))),
     Method("random", methods.random, SHARES),

@@ -128,8 +128,12 @@ def _plan(
     """Stages at the blocks; where none are given, those that ``default`` says of a depth. ``stage`` takes block and
     depth."""
 
+    if blocks is not None:
+        blocks = (blocks,) if isinstance(blocks, int) else tuple(blocks)
+        label += f", blocks {', '.join(map(str, blocks))}"
+
     def of_depth(depth: int) -> Plan:
-        chosen = default(depth) if blocks is None else (blocks,) if isinstance(blocks, int) else blocks
+        chosen = default(depth) if blocks is None else blocks
         return Plan(tuple(stage(block, depth) for block in chosen), score, label=label)
 
     return replace(of_depth(DEPTH), of_depth=of_depth)
