@@ -28,8 +28,8 @@ model = sait.sparsify(timm.create_model("deit_small_patch16_224"), sait.methods.
 
 All figures below are without any training for pruning by that method. The checkpoint of canvas was trained by SaiT at
 block {block}, so that SaiT has an advantage there; nobody trained DINOv2-S to be pruned. The tables have the methods at
-equal multiply-adds; of two with the same arithmetic the one with fewer stages is faster, for each of them has work that no
-multiply-add counts, and the blocks of a plan whose stages merge or fuse are called one by one.
+equal multiply-adds. Of two with the same arithmetic the one with fewer stages is faster: each stage has work that no
+multiply-add counts, and blocks of a plan whose stages merge or fuse are called one by one.
 """
 
 
