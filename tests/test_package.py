@@ -121,7 +121,7 @@ LAYERS = (
     ("sait.execution",),
     ("sait.forward",),
     ("sait.sparsify", "sait.vit", "sait.cost", "sait.maps", "sait.explain", "sait.saliency"),
-    ("sait.environment", "sait.checkpoint", "sait.bench", "sait.data", "sait.weights"),
+    ("sait.environment", "sait.checkpoint", "sait.bench", "sait.data", "sait.weights", "sait.calibrate"),
     ("sait.train",),
     ("sait.cli",),
 )

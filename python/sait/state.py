@@ -227,8 +227,9 @@ def selections(model: nn.Module) -> list[Selection]:
     """What the last forward kept: one Selection for each stage of the plan, in original patch positions.
 
     ``indices`` are rows of the packed batch that entered the first block, image * N + token, whatever earlier stages
-    dropped; of a static stage those from ``cu_seqlens[-1]`` on are B * N, no row. Empty before the first forward and
-    after a dense one; not recorded by an exported program.
+    dropped; of a static stage those from ``cu_seqlens[-1]`` on are B * N, no row, and so is one that a method has
+    added. Where tokens merge, a row is the one that the others went into, and the order is the method's own. Empty
+    before the first forward and after a dense one; not recorded by an exported program.
 
     Raises:
         TypeError: the model is not sparse.

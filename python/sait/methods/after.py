@@ -48,7 +48,8 @@ class FuseDropped:
 @dataclass(frozen=True)
 class Merge:
     """Rows go into those that a Merging names, as means weighted by the patches that each stands for (ToMe 2210.09461).
-    From here on a key of s patches counts s times in every softmax: log(s) is added to its logits.
+    From here on a key of s patches counts s times in every softmax: log(s) is added to its logits. A row that others
+    went into keeps its own position.
 
     Raises:
         TypeError: the stage's selector returns no Merging.
