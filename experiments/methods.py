@@ -53,18 +53,22 @@ class Method:
 
 
 SHARES = [round(share_ / 200, 3) for share_ in range(4, 201)]
-# Of adaptive sampling, which drops a lot where nobody bounds it: from later blocks on.
-LATER = [(1.0, tuple(range(block, 12))) for block in range(4, 12)]
-METHODS = (
-    Method("SaiT, cls", methods.sait, SHARES),
-    Method("SaiT, column", partial(methods.sait, score="column"), SHARES),
-    Method("SaiT, mass", lambda mass: methods.sait(mass=mass), SHARES),
-    Method("EViT", methods.evit, SHARES),
-    Method("ATS", lambda setting: methods.ats(*setting), [*((s, None) for s in SHARES), *LATER]),
-    Method("LTP", methods.ltp, [round(0.1 * 0.96**i, 6) for i in range(160)]),
-    Method("ToMe", methods.tome, list(range(128, 0, -1))),
-    Method("random", methods.random, SHARES),
-)
+
+
+def methods_of(depth: int) -> list[Method]:
+    """Those that are measured, for a model of so many blocks."""
+    later = [(1.0, tuple(range(block, depth))) for block in range(depth // 4 + 1, depth)]
+    return [
+        Method("SaiT, cls", methods.sait, SHARES),
+        Method("SaiT, column", partial(methods.sait, score="column"), SHARES),
+        Method("SaiT, mass", lambda mass: methods.sait(mass=mass), SHARES),
+        Method("EViT", methods.evit, SHARES),
+        # Drops a lot where nobody bounds it: from later blocks on, if need be.
+        Method("ATS", lambda setting: methods.ats(*setting), [*((keep, None) for keep in SHARES), *later]),
+        Method("LTP", methods.ltp, [round(0.1 * 0.96**i, 6) for i in range(160)]),
+        Method("ToMe", methods.tome, list(range(128, 0, -1))),
+        Method("random", methods.random, SHARES),
+    ]
 
 
 @dataclass
@@ -132,7 +136,7 @@ def measured(subject: Subject, repeats: int) -> Iterator[Row]:
     dense, console = macs(subject.model, img_size=side(subject)), Console(stderr=True)
     chosen: list[tuple[str, float, Plan]] = []
     found: list[Row] = [row_of(subject, "dense", None, results(subject.model, subject.images), dense, [])]
-    for method in METHODS:
+    for method in methods_of(len(subject.model.blocks)):
         for saved in SAVED:
             plan = setting_for(method, subject, (1 - saved) * dense)
             model = running(subject, plan)

@@ -13,7 +13,8 @@ from tiers import full_only
 
 @full_only(lambda: True)  # a minute; its methods have tests of their own
 def test_from_models_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods, "METHODS", methods.METHODS[::2])
+    every = methods.methods_of
+    monkeypatch.setattr(methods, "methods_of", lambda depth: every(depth)[::2])
     monkeypatch.setattr(methods, "SAVED", (0.3,))
     monkeypatch.setattr(methods, "SAMPLE", 4)
     methods.main(["--canvas-only", "--images", "16", "--repeats", "1", "--out", str(tmp_path)])
