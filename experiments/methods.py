@@ -94,12 +94,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=2000, help="test images of canvas")
     parser.add_argument("--repeats", type=int, default=5, help="samples of each time")
     parser.add_argument("--canvas-only", action="store_true")
+    parser.add_argument(
+        "--times", action="store_true", help="measure only the times again, of the settings that are there"
+    )
     parser.add_argument("--report", action="store_true", help="only write the report again")
     options = parser.parse_args(arguments)
     path = options.out / "methods.json"
     if not options.report:
-        rows: list[Row] = []
+        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if options.times else []
         for subject in subjects(options.images, options.canvas_only):
+            if options.times:
+                add_times([row for row in rows if row["subject"] == subject.name], subject, options.repeats)
+                continue
             rows += measured(subject, options.repeats)
             rows += twin_rows(subject)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -134,7 +140,6 @@ def results(model: Any, images: Tensor) -> Tensor:
 def measured(subject: Subject, repeats: int) -> Iterator[Row]:
     """Every method at each of SAVED, and the dense model first."""
     dense, console = macs(subject.model, img_size=side(subject)), Console(stderr=True)
-    chosen: list[tuple[str, float, Plan]] = []
     found: list[Row] = [row_of(subject, "dense", None, results(subject.model, subject.images), dense, [])]
     for method in methods_of(len(subject.model.blocks)):
         for saved in SAVED:
@@ -150,15 +155,24 @@ def measured(subject: Subject, repeats: int) -> Iterator[Row]:
                 found.append({"name": "methods", "subject": subject.name, "method": method.name, "saved": saved})
                 found[-1]["error"] = f"saves {1 - cost / dense:.0%} at {plan.label}, and no setting is closer"
                 continue
-            chosen.append((method.name, saved, plan))
             found.append(row_of(subject, method.name, plan, torch.cat(got), cost, counts) | {"saved": saved})
             console.print(f"{subject.name}, {plan.label}: {found[-1][subject.quality]:.4f}", highlight=False)
-    shown = [row for row in found if "error" not in row]
+    add_times(found, subject, repeats)
+    return iter(found)
+
+
+def add_times(rows: Sequence[Row], subject: Subject, repeats: int) -> None:
+    """Images a second of the settings that rows are of, all of them measured together."""
+    every = {method.name: method for method in methods_of(len(subject.model.blocks))}
+    shown = [row for row in rows if row["name"] == "methods" and "error" not in row]
+    plans = []
+    for row in shown[1:]:
+        method = every[row["method"]]
+        plans.append(next(plan for plan in map(method.plan, method.settings) if plan.label == row["case"]))
     for dtype in (torch.float32, torch.bfloat16):
         key = "fp32" if dtype == torch.float32 else "bf16"
-        for row, rate in zip(shown, rates(subject, [plan for _, _, plan in chosen], dtype, repeats), strict=True):
+        for row, rate in zip(shown, rates(subject, plans, dtype, repeats), strict=True):
             row[f"images_per_s_{key}"] = rate
-    return iter(found)
 
 
 def row_of(subject: Subject, method: str, plan: Plan | None, got: Tensor, cost: float, counts: Sequence[Tensor]) -> Row:

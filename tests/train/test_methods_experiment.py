@@ -32,6 +32,14 @@ def test_from_models_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert words in text
     assert (tmp_path / "methods.png").stat().st_size > 10_000
 
+    methods.main(["--canvas-only", "--times", "--images", "16", "--repeats", "1", "--out", str(tmp_path)])
+    again = methods_report.rows_of(json.loads((tmp_path / "methods.json").read_text()), "methods")
+    times = ("images_per_s_fp32", "images_per_s_bf16")
+    assert [{k: v for k, v in row.items() if k not in times} for row in again] == [
+        {k: v for k, v in row.items() if k not in times} for row in rows
+    ]
+    assert all(row[key] > 0 for row in again if "error" not in row for key in times)
+
 
 def test_a_setting_is_the_closest_that_there_is() -> None:
     costs = {1: 10.0, 2: 20.0, 3: 30.0, 4: 40.0}
