@@ -144,6 +144,7 @@ def measured(subject: Subject, repeats: int) -> Iterator[Row]:
     for method in methods_of(len(subject.model.blocks)):
         for saved in SAVED:
             plan = setting_for(method, subject, (1 - saved) * dense)
+            torch.manual_seed(0)  # of chance
             model = running(subject, plan)
             got, costs, counts = [], 0.0, []
             for some in subject.images.split(4 * BATCH):
