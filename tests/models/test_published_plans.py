@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -168,13 +169,17 @@ def test_plans_are_written_down_and_read(name: str) -> None:
     plan = methods.PUBLISHED[name]().for_depth(8)
     document = json.loads(json.dumps(plan.to_dict()))
     assert sait.Plan.from_dict(document) == plan
+    every = methods.PUBLISHED[name]()
+    assert pickle.loads(pickle.dumps(every)).for_depth(8) == plan
 
 
 def test_a_share_scales_every_stage_of_any_depth() -> None:
     model = sait.sparsify(zoo.build("vit"), methods.evit(0.8))
     sait.set_density(model, scale=0.5)
     assert [stage.keep for stage in sait.density(model).stages] == [0.4] * 3
-    assert [stage.keep for stage in methods.evit(0.8).scaled(0.5).for_depth(4).stages] == [0.4] * 3
+    for plan in (methods.evit(0.8).scaled(0.5), methods.evit(0.8).at_density(0.4)):
+        assert [stage.keep for stage in pickle.loads(pickle.dumps(plan)).for_depth(4).stages] == [0.4] * 3
+        assert [stage.block for stage in plan.for_depth(4).stages] == [1, 2, 3]
     model = sait.sparsify(zoo.build("vit"), methods.ats(1.0))
     sait.set_density(model, scale=0.25)
     assert [stage.selector.keep for stage in sait.density(model).stages] == [0.25] * 3

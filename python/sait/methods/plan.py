@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -172,6 +173,12 @@ class Stage:
             raise
 
 
+def _changed(of_depth: Callable[[int], Plan], method: str, depth: int, **arguments: Any) -> Plan:
+    """A plan of a depth, then changed: what a plan of any depth becomes that is changed."""
+    plan: Plan = getattr(of_depth(depth), method)(**arguments)
+    return plan
+
+
 def _check_before(*methods: Scorer | Selector) -> None:
     for method in methods:
         reads = getattr(method, "reads", ())
@@ -232,7 +239,7 @@ class Plan:
         """The same blocks and scorers, with this keep or mass, and what else a Stage takes, at every stage."""
         selector = selector_of(keep, mass, **limits)
         stages = tuple(stage.with_selector(selector) for stage in self.stages)
-        of_depth = self._then(lambda plan: plan.at_density(keep, mass, **limits))
+        of_depth = self.of_depth and partial(_changed, self.of_depth, "at_density", keep=keep, mass=mass, **limits)
         return replace(self, stages=stages, of_depth=of_depth, label=None)
 
     def scaled(self, factor: float) -> Plan:
@@ -248,16 +255,12 @@ class Plan:
                     f"set_density: scale: expected shares to scale, got {stage.selector}. Pass a plan instead."
                 )
             stages.append(stage.with_selector(stage.selector.scaled(factor)))
-        of_depth = self._then(lambda plan: plan.scaled(factor))
+        of_depth = self.of_depth and partial(_changed, self.of_depth, "scaled", factor=factor)
         return replace(self, stages=tuple(stages), of_depth=of_depth, label=None)
 
     def for_depth(self, depth: int) -> Plan:
         """The plan for a model of so many blocks: this one, unless it was made without blocks."""
         return self if self.of_depth is None else self.of_depth(depth)
-
-    def _then(self, change: Callable[[Plan], Plan]) -> Callable[[int], Plan] | None:
-        of_depth = self.of_depth
-        return None if of_depth is None else lambda depth: change(of_depth(depth))
 
     def learned(self) -> dict[str, nn.Module]:
         """Those of its objects that are modules, by role and block: their parameters become a sparse model's."""

@@ -5,8 +5,9 @@ Without ``blocks`` a plan has the method's own, which sparsify finds from the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from sait.methods.after import FuseDropped, Merge
 from sait.methods.pairs import Pairs
@@ -34,10 +35,7 @@ def sait(
         ValueError, TypeError: keep and mass both given, or one outside its range; blocks that do not ascend.
     """
     keep = 0.45 if keep is None and mass is None else keep
-    of_share = f"keep {keep}" if mass is None else f"mass {mass}"
-    return _plan(
-        f"SaiT, {score}, {of_share}", blocks, _first_quarter, lambda b, _: Stage(b, keep=keep, mass=mass), score
-    )
+    return _of_any_depth(partial(_sait, keep, mass, blocks, score))
 
 
 def evit(keep: float = 0.7, blocks: Blocks = None) -> Plan:
@@ -48,12 +46,7 @@ def evit(keep: float = 0.7, blocks: Blocks = None) -> Plan:
         keep: in (0, 1], a share of the patches that are left by then, the fused row among them.
         blocks: where; 0-based.
     """
-    return _plan(
-        f"EViT, keep {keep}",
-        blocks,
-        _quarters,
-        lambda b, _: Stage(b, ClassAttention(), TopK(float(keep)), FuseDropped()),
-    )
+    return _of_any_depth(partial(_evit, float(keep), blocks))
 
 
 def ats(keep: float = 1.0, blocks: Blocks = None) -> Plan:
@@ -64,9 +57,7 @@ def ats(keep: float = 1.0, blocks: Blocks = None) -> Plan:
         keep: in (0, 1], points to sample at, a share of the patches that are left by then; they are at most as many.
         blocks: where; 0-based.
     """
-    return _plan(
-        f"ATS, keep {keep}", blocks, _all_but_first_quarter, lambda b, _: Stage(b, ClassValue(), Sampling(keep))
-    )
+    return _of_any_depth(partial(_ats, keep, blocks))
 
 
 def ltp(threshold: float = 0.006, blocks: Blocks = None) -> Plan:
@@ -77,11 +68,7 @@ def ltp(threshold: float = 0.006, blocks: Blocks = None) -> Plan:
         threshold: of the last block; the scores of an image add up to at most 1.
         blocks: where, by default every block; 0-based.
     """
-
-    def stage(block: int, depth: int) -> Stage:
-        return Stage(block, ColumnAttention(), Threshold(threshold * (block + 1) / depth))
-
-    return _plan(f"LTP, threshold {threshold}", blocks, range, stage)
+    return _of_any_depth(partial(_ltp, threshold, blocks))
 
 
 def tome(r: int = 13, blocks: Blocks = None) -> Plan:
@@ -92,7 +79,7 @@ def tome(r: int = 13, blocks: Blocks = None) -> Plan:
         r: pairs of an image and block; at most half of the patches that are left go.
         blocks: where, by default every block; 0-based.
     """
-    return _plan(f"ToMe, r {r}", blocks, range, lambda b, _: Stage(b, Unscored(), Pairs(r), Merge()))
+    return _of_any_depth(partial(_tome, r, blocks))
 
 
 def random(keep: float | int = 0.45, blocks: Blocks = None) -> Plan:
@@ -103,9 +90,7 @@ def random(keep: float | int = 0.45, blocks: Blocks = None) -> Plan:
         keep: a float in (0, 1], a share of the patches, or an int, their number.
         blocks: ahead of which; 0-based.
     """
-    return _plan(
-        f"random, keep {keep}", blocks, lambda _: (0,), lambda b, _: Stage(b, RandomScore(), TopK(keep), before=True)
-    )
+    return _of_any_depth(partial(_random, keep, blocks))
 
 
 PUBLISHED: dict[str, Callable[..., Plan]] = {
@@ -118,34 +103,49 @@ PUBLISHED: dict[str, Callable[..., Plan]] = {
 }
 
 
-def _plan(
-    label: str,
-    blocks: Blocks,
-    default: Callable[[int], Sequence[int]],
-    stage: Callable[[int, int], Stage],
-    score: str = "cls",
-) -> Plan:
-    """Stages at the blocks; where none are given, those that ``default`` says of a depth. ``stage`` takes block and
-    depth."""
-
-    if blocks is not None:
-        blocks = (blocks,) if isinstance(blocks, int) else tuple(blocks)
-        label += f", blocks {', '.join(map(str, blocks))}"
-
-    def of_depth(depth: int) -> Plan:
-        chosen = default(depth) if blocks is None else blocks
-        return Plan(tuple(stage(block, depth) for block in chosen), score, label=label)
-
+def _of_any_depth(of_depth: Callable[[int], Plan]) -> Plan:
     return replace(of_depth(DEPTH), of_depth=of_depth)
 
 
-def _first_quarter(depth: int) -> Sequence[int]:
-    return (depth // 4,)
+def _sait(keep: float | int | None, mass: float | None, blocks: Blocks, score: str, depth: int) -> Plan:
+    label = f"SaiT, {score}, " + (f"keep {keep}" if mass is None else f"mass {mass}")
+    return _plan(label, blocks, [depth // 4], lambda block: Stage(block, keep=keep, mass=mass), score)
 
 
-def _all_but_first_quarter(depth: int) -> Sequence[int]:
-    return range(depth // 4, depth)
+def _evit(keep: float, blocks: Blocks, depth: int) -> Plan:
+    quarters = sorted({depth // 4, depth // 2, 3 * depth // 4})
+    return _plan(
+        f"EViT, keep {keep}", blocks, quarters, lambda block: Stage(block, ClassAttention(), TopK(keep), FuseDropped())
+    )
 
 
-def _quarters(depth: int) -> Sequence[int]:
-    return sorted({depth // 4, depth // 2, 3 * depth // 4})
+def _ats(keep: float, blocks: Blocks, depth: int) -> Plan:
+    later = range(depth // 4, depth)
+    return _plan(f"ATS, keep {keep}", blocks, later, lambda block: Stage(block, ClassValue(), Sampling(keep)))
+
+
+def _ltp(threshold: float, blocks: Blocks, depth: int) -> Plan:
+    def stage(block: int) -> Stage:
+        return Stage(block, ColumnAttention(), Threshold(threshold * (block + 1) / depth))
+
+    return _plan(f"LTP, threshold {threshold}", blocks, range(depth), stage)
+
+
+def _tome(r: int, blocks: Blocks, depth: int) -> Plan:
+    return _plan(f"ToMe, r {r}", blocks, range(depth), lambda block: Stage(block, Unscored(), Pairs(r), Merge()))
+
+
+def _random(keep: float | int, blocks: Blocks, depth: int) -> Plan:
+    return _plan(
+        f"random, keep {keep}", blocks, [0], lambda block: Stage(block, RandomScore(), TopK(keep), before=True)
+    )
+
+
+def _plan(
+    label: str, blocks: Blocks, default: Iterable[int], stage: Callable[[int], Stage], score: str = "cls"
+) -> Plan:
+    """A stage at each of the blocks, or at the default ones."""
+    if blocks is not None:
+        default = (blocks,) if isinstance(blocks, int) else tuple(blocks)
+        label += f", blocks {', '.join(map(str, default))}"
+    return Plan(tuple(map(stage, default)), score, label=label)
