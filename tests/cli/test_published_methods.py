@@ -85,7 +85,7 @@ def test_tune_by_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "fastest that agrees in at least 50.00%, shown by these images:" in printed
     document = json.loads(out.read_text())
     rows = document["rows"]
-    assert [row["case"] for row in rows] == ["dense", "SaiT, cls, keep 1.0", "SaiT, cls, keep 0.2"]
+    assert [row["case"] for row in rows] == ["dense", "SaiT, cls, keep 1.0, block 1", "SaiT, cls, keep 0.2, block 1"]
     assert rows[0]["agreement"] == rows[1]["agreement"] == 1.0
     assert rows[1]["low"] == pytest.approx(6 / (6 + LEVEL**2), abs=1e-4)
     assert [row["chosen"] for row in rows].count(True) == 1

@@ -147,5 +147,5 @@ def _plan(
     """A stage at each of the blocks, or at the default ones."""
     if blocks is not None:
         default = (blocks,) if isinstance(blocks, int) else tuple(blocks)
-        label += f", blocks {', '.join(map(str, default))}"
+        label += f", block{'s' * (len(default) != 1)} {', '.join(map(str, default))}"
     return Plan(tuple(map(stage, default)), score, label=label)
