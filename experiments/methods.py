@@ -31,6 +31,7 @@ from sait.data.debian import PackageError
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "checkpoints" / "sait-canvas.safetensors"
 SAVED = (0.25, 0.40, 0.55)  # of the dense model's multiply-accumulates
 TOLERANCE = 0.03  # further from what it should save, a setting is not shown
 BATCH = 16
@@ -101,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path = options.out / "methods.json"
     if not options.report:
-        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if options.times else []
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if options.times else {}
+        rows: list[Row] = document.get("rows", [])
         for subject in subjects(options.images, options.canvas_only):
             if options.times:
                 add_times([row for row in rows if row["subject"] == subject.name], subject, options.repeats)
@@ -109,12 +111,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows += measured(subject, options.repeats)
             rows += twin_rows(subject)
         options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(measure.results(rows), indent=1) + "\n", encoding="utf-8")
+        if options.times:
+            now = measure.results([])
+            document |= {"rows": rows, "times": {key: now.get(key) for key in ("date", "commit", "dirty")}}
+        else:
+            trained = sait.load(CHECKPOINT)
+            document = measure.results(rows, trained_block=sait.density(trained).stages[0].block)
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     methods_report.write(json.loads(path.read_text(encoding="utf-8")), options.out)
 
 
 def subjects(images: int, canvas_only: bool) -> Iterator[Subject]:
-    model = sait.restore(sait.load(ROOT / "checkpoints" / "sait-canvas.safetensors")).eval()
+    model = sait.restore(sait.load(CHECKPOINT)).eval()
     canvas = Canvas("test", images, img_size=model.patch_embed.img_size[0])
     pictures, labels = canvas.batch(range(images))
     yield Subject("canvas", model, pictures, "accuracy", lambda logits: (logits.argmax(1) == labels).double())

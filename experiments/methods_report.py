@@ -42,7 +42,7 @@ def markdown(document: dict[str, Any]) -> str:
     rows = rows_of(document, "methods")
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     about = f"{document['device']}, {document['threads']} threads; {versions}; commit {document['commit'][:10]}."
-    parts = [HEAD.format(about=about, block=3)]
+    parts = [HEAD.format(about=about, block=document["trained_block"])]
     for subject in dict.fromkeys(row["subject"] for row in rows):
         parts += section(subject, [row for row in rows if row["subject"] == subject])
     parts += ["![quality against arithmetic](methods.png)\n", twins(rows_of(document, "twin"))]

@@ -16,6 +16,7 @@ from sait.bench.measure import interleave
 from sait.bench.plain import share
 from sait.cost import macs
 from sait.execution.optimize import optimize
+from sait.families import family_of
 from sait.methods.plan import Plan
 from sait.methods.published import sait as one_stage
 from sait.sparsify import SparseModel, sparsify
@@ -47,7 +48,7 @@ class Agreement:
 
     @property
     def label(self) -> str:
-        return "dense" if self.plan is None else str(self.plan.label or self.plan.to_dict())
+        return "dense" if self.plan is None else self.plan.name
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def calibrate(
 
     Args:
         model: that sparsify takes, in eval mode, sparse already or not.
-        images: (B, 3, height, width), or an iterable of such batches, of the model's type, on its device.
+        images: (B, 3, height, width), or an iterable of such batches, or of pairs of one and anything else, such as a
+            DataLoader's; of the model's type, on its device.
         agreement: in (0, 1), what is asked.
         plans: what to try; None: SaiT at shares from 0.9 to 0.3.
         repeats: samples of each time.
@@ -107,19 +109,22 @@ def calibrate(
     if model.training:
         raise ValueError("calibrate: model: expected one in eval mode. Call model.eval().")
     plans = [one_stage(keep) for keep in KEEPS] if plans is None else list(plans)
+    plans = [plan.for_depth(_depth(model)) for plan in plans]
     copies = [_runs(model, plan, optimized) for plan in plans]
     dense = share(model)
     if isinstance(dense, SparseModel):
         set_density(dense)
     same: list[list[Tensor]] = [[] for _ in plans]
     costs = [0.0 for _ in plans]
-    first, count = None, 0
-    for batch in [images] if isinstance(images, Tensor) else images:
+    first, count, are_logits = None, 0, False
+    for given in [images] if isinstance(images, Tensor) else images:
+        batch = given[0] if isinstance(given, (tuple, list)) else given
         first, count = batch if first is None else first, count + len(batch)
         size = (batch.shape[-2], batch.shape[-1])
         answers = dense(batch)
+        are_logits = _answers(dense, answers)
         for i, one in enumerate(copies):
-            same[i].append(_alike(one(batch), answers, _answers(dense, answers)))
+            same[i].append(_alike(one(batch), answers, are_logits, dense))
             costs[i] += macs(one, img_size=size) * len(batch)
             advance()
     if first is None or count == 0:
@@ -130,10 +135,10 @@ def calibrate(
     found = [Agreement(None, 1.0, 1.0, 1.0, rates[0], of_dense / 1e9)]
     for plan, alike, cost, rate in zip(plans, same, costs, rates[1:], strict=True):
         values = torch.cat(alike)
-        found.append(Agreement(plan, *_interval(values), rate, cost / count / 1e9))
+        found.append(Agreement(plan, *_interval(values, are_logits), rate, cost / count / 1e9))
     best = max((one for one in found if one.low >= agreement), key=lambda one: one.images_per_s)
     candidate = max((one for one in found if one.agreement >= agreement), key=lambda one: one.images_per_s)
-    needed = count if candidate is best else _needed(candidate, agreement, count)
+    needed = count if candidate is best else _needed(candidate, agreement, count, are_logits)
     return Calibration(best, candidate, tuple(found), count, needed)
 
 
@@ -142,26 +147,39 @@ def _runs(model: Any, plan: Plan, optimized: bool) -> Any:
     return optimize(copy) if optimized else copy
 
 
-def _alike(got: Any, dense: Any, answers: bool) -> Tensor:
+def _depth(model: Any) -> int:
+    family = family_of(type(model))
+    if family is None:
+        raise TypeError(f"calibrate: model: expected one that sparsify takes, got {type(model).__name__}.")
+    return len(family.blocks(model))
+
+
+def _alike(got: Any, dense: Any, answers: bool, model: Any) -> Tensor:
     """(B,) float64: 1 where the answers are the same, else 0; or the cosine of features."""
-    ours, theirs = _of_image(got), _of_image(dense)
+    ours, theirs = _of_image(got, model), _of_image(dense, model)
     if ours.ndim != 2 or ours.shape != theirs.shape:
         raise TypeError(
             f"calibrate: model: expected one result an image, got {tuple(ours.shape)} of a pruned model. Give it a "
             "head, or pooling."
         )
+    if answers and ours.shape[1] == 1:  # yes or no
+        return ((ours > 0) == (theirs > 0))[:, 0].double()
     if answers:
         return (ours.argmax(1) == theirs.argmax(1)).double()
     return F.cosine_similarity(ours.double(), theirs.double(), dim=1)
 
 
-def _of_image(out: Any) -> Tensor:
+def _of_image(out: Any, model: Any) -> Tensor:
     """Logits or pooled features, of timm or of transformers."""
     if isinstance(out, Tensor):
         return out
     named = (getattr(out, name, None) for name in ("logits", "image_embeds", "pooler_output"))
     found: Tensor | None = next((value for value in named if value is not None), None)
-    return out.last_hidden_state[:, 0] if found is None else found
+    if found is not None:
+        return found
+    family = family_of(type(model))
+    has_class = family is not None and family.num_prefix(model) > 0
+    return out.last_hidden_state[:, 0] if has_class else out.last_hidden_state
 
 
 def _answers(model: Any, out: Any) -> bool:
@@ -169,20 +187,33 @@ def _answers(model: Any, out: Any) -> bool:
     return getattr(model, "num_classes", 0) > 0 if isinstance(out, Tensor) else hasattr(out, "logits")
 
 
-def _needed(candidate: Agreement, asked: float, images: int) -> int | None:
+def _needed(candidate: Agreement, asked: float, images: int, is_share: bool) -> int | None:
     """How many images as these would put the interval of the candidate above what is asked; about."""
-    gap = candidate.agreement - asked
+    mean, gap = candidate.agreement, candidate.agreement - asked
     if candidate.plan is None or gap <= 0:
         return None
-    return math.ceil(images * ((candidate.agreement - candidate.low) / gap) ** 2)
+    if not is_share:
+        return math.ceil(images * ((mean - candidate.low) / gap) ** 2)
+    enough = images
+    while _wilson(mean, enough)[0] < asked:
+        enough *= 2
+    least = enough // 2
+    while enough - least > 1:
+        middle = (least + enough) // 2
+        least, enough = (middle, enough) if _wilson(mean, middle)[0] < asked else (least, middle)
+    return enough
 
 
-def _interval(values: Tensor) -> tuple[float, float, float]:
-    """(mean, low, high) of values of images: of ones and zeros Wilson's interval, else that of a normal mean."""
+def _interval(values: Tensor, is_share: bool) -> tuple[float, float, float]:
+    """(mean, low, high) of values of images: of a share Wilson's interval, else that of a normal mean."""
     n, mean = len(values), values.mean().item()
-    if bool(((values == 0) | (values == 1)).all()):
-        centre = (mean + LEVEL**2 / (2 * n)) / (1 + LEVEL**2 / n)
-        half = LEVEL / (1 + LEVEL**2 / n) * math.sqrt(mean * (1 - mean) / n + LEVEL**2 / (4 * n * n))
-        return mean, max(0.0, centre - half), min(1.0, centre + half)
+    if is_share:
+        return mean, *_wilson(mean, n)
     half = LEVEL * values.std().item() / math.sqrt(n) if n > 1 else math.inf
     return mean, mean - half, min(1.0, mean + half)
+
+
+def _wilson(share: float, n: int) -> tuple[float, float]:
+    centre = (share + LEVEL**2 / (2 * n)) / (1 + LEVEL**2 / n)
+    half = LEVEL / (1 + LEVEL**2 / n) * math.sqrt(share * (1 - share) / n + LEVEL**2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)

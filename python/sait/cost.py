@@ -137,7 +137,7 @@ def plan_rows(
             left = _left(stage, n, prefix) if given is None else next(given)
             room_left = _left(stage, room, prefix) if keeps_room else left
             if not stage.keeps_all:
-                choosing = _choosing_macs(stage, n, family.view(block))
+                choosing = _choosing_macs(stage, n, prefix, family.view(block))
             if stage.before:
                 entering, room = left, room_left
             elif stage.after is not None and stage.after.needs_dropped and left != n:
@@ -165,12 +165,12 @@ def _widest(plan: Any, tokens: float, prefix: int) -> float:
     return tokens
 
 
-def _choosing_macs(stage: Stage, tokens: float, view: Any) -> float:
+def _choosing_macs(stage: Stage, tokens: float, prefix: int, view: Any) -> float:
     """What says nothing of its cost has none: reading a norm, drawing a number, sorting."""
     scorer: Any = stage.scorer
     selector: Any = stage.selector
     found = scorer.macs(tokens, view.width, _channels(view)) if hasattr(scorer, "macs") else 0.0
-    return found + (selector.macs(tokens, view.heads, view.head_dim) if hasattr(selector, "macs") else 0.0)
+    return found + (selector.macs(tokens, prefix, view.head_dim) if hasattr(selector, "macs") else 0.0)
 
 
 def _channels(view: Any) -> int:
@@ -240,7 +240,8 @@ def _checked_counts(plan: Plan, tokens: int, kept: Sequence[float]) -> Sequence[
 
 def _recorded_counts(plan: Plan, tokens: int, state: State | None) -> list[tuple[int, ...]]:
     """[image][stage] of the last forward."""
-    last = state.last if state is not None and state.active == plan else None
+    is_its_own = state is not None and state.active == plan and repr(state.active) == repr(plan)  # 1 is not 1.0
+    last = state.last if state is not None and is_its_own else None
     if last is None or last.tokens != tokens or last.selections[0].cu_seqlens.shape[0] == 1:
         raise ValueError("macs: kept: with mass the images decide. Run the model at this plan first, or pass counts.")
     return list(zip(*(selection.cu_seqlens.diff().tolist() for selection in last.selections), strict=True))

@@ -133,7 +133,12 @@ def run_as(model: Any, how: Density | Plan, own: Plan) -> Any:
 
 def words_of(how: Density | Plan, block: int, score: str) -> str:
     """A plan in the words of results files; ``block`` and ``score`` are those of a density."""
-    return str(how.label) if isinstance(how, Plan) else how.plan(block, score)
+    return how.name if isinstance(how, Plan) else how.plan(block, score)
+
+
+def name_of(how: Density | Plan) -> str:
+    """What tables call it."""
+    return how.name if isinstance(how, Plan) else how.label
 
 
 def restore(model: Any) -> Any:

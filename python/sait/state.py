@@ -90,6 +90,12 @@ def check_plan(model: Any, plan: Plan, family: Family) -> None:
                 )
     rows, columns = family.grid(model, None)
     for stage in plan.stages:
+        merges = getattr(stage.selector, "merges", False)
+        if getattr(stage.after, "merges", False) and not merges and not stage.keeps_all:
+            raise ValueError(
+                f"sait: after: {type(stage.after).__name__} needs a selector that merges, got {stage.selector} at "
+                f"block {stage.block}. Take sait.methods.Pairs, or a plan in place of keep and mass."
+            )
         if hasattr(stage.selector, "check"):
             stage.selector.check(rows * columns)
     if plan.ragged:

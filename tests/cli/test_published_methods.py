@@ -84,8 +84,8 @@ def test_tune_by_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "6 images" in printed
     assert "fastest that agrees in at least 50.00%, shown by these images:" in printed
     document = json.loads(out.read_text())
-    rows = document["rows"]
-    assert [row["case"] for row in rows] == ["dense", "SaiT, cls, keep 1.0, block 1", "SaiT, cls, keep 0.2, block 1"]
+    rows, depth = document["rows"], len(timm.create_model("test_vit").blocks)
+    assert [row["case"] for row in rows] == ["dense", *(f"block {depth // 4}, keep {keep}" for keep in (1.0, 0.2))]
     assert rows[0]["agreement"] == rows[1]["agreement"] == 1.0
     assert rows[1]["low"] == pytest.approx(6 / (6 + LEVEL**2), abs=1e-4)
     assert [row["chosen"] for row in rows].count(True) == 1
@@ -112,6 +112,12 @@ BAD = {
     "tune test_vit nowhere.png --agreement 1.0 --weights random": "(0, 1)",
     "tune test_vit nowhere.png": "--agreement",
     "tune": "--agreement",
+    "bench --model test_vit --weights random --method ltp --keep 0.5": "goes with sait, evit, ats or random",
+    "bench --model test_vit --weights random --method evit --pairs 5": "goes with --method tome",
+    "bench --model test_vit --weights random --pairs 5": "goes with --method tome",
+    "bench --model test_vit --weights random --method sait --mass 0.5": "leave it out",
+    "show --model test_vit --weights random --method sait --block 2": "leave it out",
+    "eval checkpoints/sait-canvas.safetensors --method tome --pairs 100": "half of the 64 patches",
 }
 
 

@@ -50,15 +50,16 @@ def test_the_interval_decides_and_says_how_many_images_it_takes() -> None:
     def of(agreement: float, images: int, rate: float) -> Any:
         values = torch.zeros(images)
         values[: round(agreement * images)] = 1
-        return module.Agreement(sait.methods.sait(0.5), *module._interval(values.double()), rate, 1.0)
+        return module.Agreement(sait.methods.sait(0.5), *module._interval(values.double(), True), rate, 1.0)
 
     few, many = of(0.98, 100, 2.0), of(0.98, 100_000, 2.0)
     assert few.low < 0.97 < many.low < 0.98 < many.high
-    needed = module._needed(few, 0.97, 100)
+    needed = module._needed(few, 0.97, 100, True)
     assert needed is not None
-    assert of(0.98, 2 * needed, 1.0).low > 0.97
-    assert of(0.98, needed // 4, 1.0).low < 0.97
-    assert module._needed(few, 0.98, 100) is None
+    assert of(0.98, needed, 1.0).low == pytest.approx(0.97, abs=1e-3)
+    assert module._wilson(0.98, needed)[0] >= 0.97 > module._wilson(0.98, needed - 1)[0]
+    assert 370 < module._needed(of(1.0, 20, 1.0), 0.99, 20, True) < 390, "the rule of three, and a little more"
+    assert module._needed(few, 0.98, 100, True) is None
 
 
 @pytest.mark.parametrize(
@@ -73,3 +74,24 @@ def test_the_interval_decides_and_says_how_many_images_it_takes() -> None:
 def test_refused(call: Any, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         call(zoo.build("vit"), zoo.images("vit", 1))
+
+
+def test_yes_or_no_is_an_answer() -> None:
+    model = timm.create_model("test_vit", num_classes=1).eval()
+    x = torch.randn(24, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dense, pruned = model(x), sait.sparsify(model, sait.methods.sait(1))(x)
+        model.head.bias -= dense.median()  # half of the answers are yes
+        same = ((dense > dense.median()) == (pruned > dense.median())).double().mean().item()
+    sait.restore(model)
+    found = calibrate(model, x, agreement=0.5, plans=[sait.methods.sait(1)], repeats=1, optimized=False)
+    assert found.settings[1].agreement == pytest.approx(same, abs=1 / 24)
+    assert found.settings[1].agreement < 1
+
+
+def test_batches_of_a_loader_and_blocks_that_ran() -> None:
+    model, x = zoo.build("vit"), zoo.images("vit", 2)
+    found = calibrate(model, [(x, torch.zeros(2))], plans=[sait.methods.evit(0.5)], repeats=1)
+    plan = found.settings[1].plan
+    assert plan is not None
+    assert [stage["block"] for stage in plan.to_dict()["stages"]] == [1, 2, 3]

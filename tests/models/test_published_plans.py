@@ -18,6 +18,8 @@ from sait import methods
 from sait.cost import macs
 from torch import Tensor
 
+import sait_kernels as sk
+
 MODELS = ["vit", "registers", "distilled", "layerscale_qknorm", "gap", "scale_norms"]
 RELATIVE = 1e-4  # of the largest logit, in float32: what the issue of these methods asks
 
@@ -259,6 +261,76 @@ def test_dropping_after_merging_attends_by_size(backend: str) -> None:
     assert far(got, torch.cat(logits)) <= RELATIVE
 
 
+@pytest.mark.parametrize("score", ["cls", "column", "cls_value"])
+@torch.no_grad()
+def test_scores_of_merged_rows_follow_their_sizes(score: str, backend: str) -> None:
+    """A row of two equal patches has the scores of both together."""
+    lengths, sizes = (6, 4), torch.tensor([1.0, 2, 1, 3, 1, 1, 1, 1, 2, 1])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(10, 2, 8, generator=generator) for _ in range(3))
+    rows = torch.arange(10).repeat_interleave(sizes.long())
+    every = torch.tensor([9, 5])
+    scorer = {"cls": methods.ClassAttention(), "column": methods.ColumnAttention(), "cls_value": methods.ClassValue()}
+    x = torch.zeros(1, 10, 4)
+    merged = sait.Tokens(x, torch.tensor([0, 6, 10]).int(), 6, True, 1, 6, sizes=sizes)
+    got = scorer[score](sait.Seen(x[0], merged, q, k, v))
+    cu = torch.cat([torch.zeros(1), every.cumsum(0)]).int()
+    apart = sait.Tokens(torch.zeros(1, 14, 4), cu, 9, True, 1, 9)
+    each = scorer[score](sait.Seen(apart.packed, apart, q[rows], k[rows], v[rows]))
+    want = torch.zeros(10).index_add(0, rows, each)
+    if score == "column":  # whose mean is over rows: those that merged ask once
+        matrix = [
+            ((q[a:b].transpose(0, 1) @ k[a:b].permute(1, 2, 0) * 8**-0.5) + sizes[a:b].log()).softmax(-1).mean((0, 1))
+            for a, b in itertools.pairwise((0, *itertools.accumulate(lengths)))
+        ]
+        want = torch.cat(matrix)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_matching_does_not_follow_autocast() -> None:
+    tokens = sait.Tokens(torch.zeros(4, 197, 4), sk.uniform_cu_seqlens(4, 197, "cpu"), 197, False, 1, 197)
+    k = torch.randn(788, 3, 64, generator=torch.Generator().manual_seed(0))
+    seen = sait.Seen(tokens.packed, tokens, k, k, k)
+    plain = methods.Pairs(13)(torch.zeros(788), seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(methods.Pairs(13)(torch.zeros(788), seen).target, plain.target)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_no_image_and_one_number_that_is_a_share(method: str) -> None:
+    model, _ = ours("vit", method)
+    assert model(torch.zeros(0, 3, 80, 80)).shape == (0, 24)
+
+
+def test_a_number_stays_a_number() -> None:
+    """1 patch is not the share 1.0, though both are equal."""
+    for plan, whole in ((methods.ats(1), methods.ats(1.0)), (methods.evit(1), methods.evit(1.0))):
+        read = sait.Plan.from_dict(plan.for_depth(4).to_dict())
+        assert repr(read) == repr(plan.for_depth(4)) != repr(whole.for_depth(4))
+    model = sait.sparsify(zoo.build("vit"), methods.ats(1))
+    with torch.no_grad():
+        model(zoo.images("vit"))
+    with pytest.raises(ValueError, match="Run the model"):
+        macs(model, methods.ats(1.0))
+
+
+def test_a_plan_of_any_depth_is_not_written_down() -> None:
+    with pytest.raises(ValueError, match="for_depth"):
+        methods.evit().to_dict()
+
+
+def test_what_pairs_cost_is_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for name in ("vit", "registers", "distilled"):
+        model = sait.sparsify(zoo.build(name), methods.tome(3))
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model(zoo.images(name, 1))
+        assert counter.get_total_flops() / 2 == macs(model, executed=True), name
+
+
 @torch.no_grad()
 def test_compiled_as_eager() -> None:
     for name in ("evit", "tome"):
@@ -300,9 +372,13 @@ def test_merging_is_refused_where_nobody_merges_or_lengths_differ() -> None:
     model = sait.sparsify(zoo.build("vit"), sait.Plan([sait.Stage(1, selector=methods.Pairs(2))]))
     with pytest.raises(TypeError, match="nothing at block 1 does so"):
         model(x)
-    model = sait.sparsify(zoo.build("vit"), sait.Plan([sait.Stage(1, 0.5, after=methods.Merge())]))
-    with pytest.raises(TypeError, match="expected a Merging"):
-        model(x)
+    with pytest.raises(ValueError, match="needs a selector that merges"):
+        sait.sparsify(zoo.build("vit"), sait.Plan([sait.Stage(1, 0.5, after=methods.Merge())]))
+    model = sait.sparsify(zoo.build("vit"), methods.tome(3, blocks=2))
+    with pytest.raises(ValueError, match="needs a selector that merges"):
+        sait.set_density(model, keep=0.5)
+    want = sait.set_density(model)(x)
+    assert far(sait.set_density(model, keep=1.0)(x), want) < 1e-5
     stages = [sait.Stage(1, mass=0.5), *methods.tome(2, blocks=2).stages]
     model = sait.sparsify(zoo.build("vit"), sait.Plan(stages))
     with pytest.raises(ValueError, match="as many tokens of each image"):

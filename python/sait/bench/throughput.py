@@ -16,7 +16,7 @@ from sait.bench.peers import PEERS, Setting
 from sait.bench.plain import share
 from sait.cost import macs, tokens_of
 from sait.methods.plan import Plan
-from sait.sparsify import sparsify, words_of
+from sait.sparsify import name_of, sparsify, words_of
 from sait.state import Density, selections, set_density
 
 BASELINE = "timm dense"
@@ -48,8 +48,8 @@ class Figure:
     @property
     def label(self) -> str:
         if self.peer is not None:
-            return self.peer if self.density is None else f"{self.peer}, {self.density.label}"
-        return BASELINE if self.density is None else str(self.density.label)
+            return self.peer if self.density is None else f"{self.peer}, {name_of(self.density)}"
+        return BASELINE if self.density is None else name_of(self.density)
 
     @property
     def images_per_s(self) -> float:

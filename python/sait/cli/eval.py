@@ -68,6 +68,7 @@ def evaluate(
         if json is not None and processes.first:
             options.check_writable(json, "--json")
         subject, described = load(model, block, score, densities)
+        options.check_plans(subject, plans)
         wanted = Config(data=data, canvas_eval_images=images, stamps_eval_images=images, batch=batch, workers=workers)
         check_classes(subject, data)
         source = open_data(wanted, expected_by(subject), processes, for_training=False, held_out="test")

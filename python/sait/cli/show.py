@@ -66,7 +66,7 @@ def show(
     import sait
     from sait.data.photos import canvas_examples, draw_kept, draw_map, fit_to_grid, sheet, to_tensor
     from sait.saliency import saliency
-    from sait.sparsify import run_as
+    from sait.sparsify import name_of, run_as
 
     place = options.check_device(device, backend)
     photos = options.open_photos(images or [])
@@ -103,7 +103,7 @@ def show(
             else:
                 maps.append(saliency(loaded, decoder, batch).float())
             mask, grid = sait.kept_mask(loaded)
-            kept[density.label] = mask.unflatten(1, grid)
+            kept[name_of(density)] = mask.unflatten(1, grid)
     console = Console(highlight=False)
     console.print(f"{model}, {described}" + ("" if plans else f"; block {block}, score {ranks}"))
     if described.startswith("random"):

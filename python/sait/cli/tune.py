@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,7 +56,10 @@ def tune(
     data: Annotated[str, typer.Option(help="A folder with train/ and val/, or canvas or stamps.")] = "canvas",
     max_drop: Annotated[float, typer.Option(help="Points of accuracy, in percent, that may be lost.", min=0.0)] = 0.5,
     block: Annotated[
-        list[int] | None, typer.Option(help="A block to try; repeatable. By default the first half but block 0.")
+        list[int] | None,
+        typer.Option(
+            help="A block to try; repeatable. By default the first half but block 0; with --agreement one, a quarter."
+        ),
     ] = None,
     keep: options.Keep = [0.7, 0.5, 0.4, 0.3, 0.2],  # noqa: B006  (the default that --help shows; nothing changes it)
     mass: options.Mass = [],  # noqa: B006
@@ -176,7 +180,7 @@ def _by_agreement(
             options.bad("--block", f"expected 0 to {depth - 1}, for the model has {depth} blocks; got {block}.")
     if not plans:
         plans = [
-            sait.methods.sait(one.keep, one.mass, block, score=score)
+            sait.Plan((sait.Stage(block, **asdict(one)),), score, label=f"block {block}, {one.label}")
             for block in sorted(set(blocks or [depth // 4]))
             for one in densities
         ]

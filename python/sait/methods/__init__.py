@@ -5,7 +5,9 @@ from sait.methods.after import FuseDropped, Merge
 from sait.methods.base import After, Merging, Scorer, Seen, Selector, names, register
 from sait.methods.pairs import Pairs
 from sait.methods.plan import Plan, Stage
-from sait.methods.published import PUBLISHED, ats, evit, ltp, random, sait, tome
+from sait.methods.published import PUBLISHED, ats, evit, ltp, tome
+from sait.methods.published import random as random  # not in __all__: with * it would hide Python's
+from sait.methods.published import sait as sait
 from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, RandomScore, Unscored
 from sait.methods.selectors import Sampling, Threshold, TopK, TopP
 
@@ -34,8 +36,6 @@ __all__ = [
     "evit",
     "ltp",
     "names",
-    "random",
     "register",
-    "sait",
     "tome",
 ]

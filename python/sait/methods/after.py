@@ -56,6 +56,7 @@ class Merge:
     """
 
     needs_dropped = True
+    merges = True
 
     def __call__(self, x: Tensor, scores: Tensor, selection: Merging, tokens: Tokens) -> Tokens:
         if not isinstance(selection, Merging):

@@ -57,7 +57,8 @@ class Scorer(Protocol):
 class Selector(Protocol):
     """Chooses by scores who stays.
 
-    What else is read where it has it: ``reads`` and ``macs``, as of a Scorer; ``keeps_all``, whether it drops nothing
+    What else is read where it has it: ``reads``, as of a Scorer; ``macs(tokens, num_prefix, head_dim)``, its
+    multiply-accumulates for an image; ``merges``, whether it returns a Merging; ``keeps_all``, whether it drops nothing
     whatever the scores; ``scaled(factor)``, the same with a share times as large; ``check(patches)`` raises where an
     image has too few for it.
     """
@@ -90,7 +91,8 @@ class After(Protocol):
     """Acts on what was dropped or on what stays, between attention and MLP of the stage's block; ahead of the block
     where the stage is.
 
-    What else is read where it has it: ``adds``, rows that an image has more than its selection says.
+    What else is read where it has it: ``adds``, rows that an image has more than its selection says; ``merges``,
+    whether it needs a Merging.
     """
 
     needs_dropped: bool  # whether x has the dropped rows, too, with their attention
@@ -182,7 +184,9 @@ def describe(method: Any) -> str | dict[str, Any]:
         arguments = dict(method.config())
     elif dataclasses.is_dataclass(method):
         parts = [part for part in dataclasses.fields(method) if part.init]
-        arguments = {part.name: value for part in parts if (value := getattr(method, part.name)) != part.default}
+        values = [(part.name, getattr(method, part.name), part.default) for part in parts]
+        # 1 and 1.0 are equal, and not the same: a number of patches and a share.
+        arguments = {name: value for name, value, plain in values if (type(value), value) != (type(plain), plain)}
     else:
         arguments = {}
     return {"name": name, **arguments} if arguments else name

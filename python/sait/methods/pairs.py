@@ -31,6 +31,7 @@ class Pairs:
     r: int
     ragged = False
     static = True
+    merges = True
     reads = ("k",)
 
     def __post_init__(self) -> None:
@@ -53,9 +54,11 @@ class Pairs:
     def bound(self, patches: int) -> int:
         return patches - min(self.r, patches // 2)
 
-    def macs(self, tokens: float, heads: int, head_dim: int) -> float:
-        """Multiply-accumulates for an image: of each even row with each odd one."""
-        return (tokens - tokens // 2) * (tokens // 2) * head_dim
+    def macs(self, tokens: float, num_prefix: int, head_dim: int) -> float:
+        """Multiply-accumulates for an image: of each even row behind the prefix with each odd one."""
+        rows = range(num_prefix, int(tokens))
+        evens = sum(row % 2 == 0 for row in rows)
+        return evens * (len(rows) - evens) * head_dim
 
     def __call__(self, scores: Tensor, seen: Seen) -> Merging:
         tokens, k = seen.tokens, seen.k
@@ -73,9 +76,10 @@ class Pairs:
             return Merging(rows, cu_seqlens, N, rows)
 
         evens, odds = slice(P + P % 2, None, 2), slice(P + (P + 1) % 2, None, 2)  # behind the prefix
-        keys = k.mean(1, dtype=torch.promote_types(k.dtype, torch.float32)).view(B, N, -1)
-        keys = keys / keys.norm(dim=-1, keepdim=True)
-        alike, partner = (keys[:, evens] @ keys[:, odds].transpose(1, 2)).max(-1)
+        keys = k.mean(1, dtype=torch.promote_types(k.dtype, torch.float32)).view(B, N, k.shape[2])
+        keys = keys / keys.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        with torch.autocast(k.device.type, enabled=False):
+            alike, partner = (keys[:, evens] @ keys[:, odds].transpose(1, 2)).max(-1)
         order = alike.sort(dim=1, descending=True, stable=True).indices
         goes = torch.zeros_like(alike, dtype=torch.bool).scatter(1, order[:, :pairs], True)
 

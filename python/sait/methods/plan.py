@@ -258,6 +258,15 @@ class Plan:
         of_depth = self.of_depth and partial(_changed, self.of_depth, "scaled", factor=factor)
         return replace(self, stages=tuple(stages), of_depth=of_depth, label=None)
 
+    @property
+    def name(self) -> str:
+        """What tables call it: its label, or its stages."""
+        stages = (
+            f"block {stage.block}: {', '.join(str(getattr(stage, role)) for role in ROLES if getattr(stage, role))}"
+            for stage in self.stages
+        )
+        return self.label or "; ".join(stages)
+
     def for_depth(self, depth: int) -> Plan:
         """The plan for a model of so many blocks: this one, unless it was made without blocks."""
         return self if self.of_depth is None else self.of_depth(depth)
@@ -303,8 +312,13 @@ class Plan:
 'score': 'cls'}
 
         Raises:
-            ValueError: a class that ``sait.methods.register`` gave no name.
+            ValueError: a class that ``sait.methods.register`` gave no name, or blocks that follow a model's depth.
         """
+        if self.of_depth is not None:
+            raise ValueError(
+                "Plan: its blocks follow the depth of the model. Write plan.for_depth(12).to_dict(), or take the "
+                "sait.density(model) of a model that has it."
+            )
         score = self.score if isinstance(self.score, str) else describe(self.score)
         return {"stages": [stage.to_dict() for stage in self.stages], "score": score}
 

@@ -38,23 +38,25 @@ def sait(
     return _of_any_depth(partial(_sait, keep, mass, blocks, score))
 
 
-def evit(keep: float = 0.7, blocks: Blocks = None) -> Plan:
+def evit(keep: float | int = 0.7, blocks: Blocks = None) -> Plan:
     """EViT (2202.07800): at several blocks, by default the quarters of the depth, ceil(keep * patches) stay, and one
     row more, the sum of the dropped ones weighted by the attention of the class token.
 
     Args:
-        keep: in (0, 1], a share of the patches that are left by then, the fused row among them.
+        keep: a float in (0, 1], a share of the patches that are left by then, the fused row among them; or an int,
+            their number.
         blocks: where; 0-based.
     """
-    return _of_any_depth(partial(_evit, float(keep), blocks))
+    return _of_any_depth(partial(_evit, keep, blocks))
 
 
-def ats(keep: float = 1.0, blocks: Blocks = None) -> Plan:
+def ats(keep: float | int = 1.0, blocks: Blocks = None) -> Plan:
     """Adaptive token sampling (ATS 2111.15667): see sait.methods.Sampling, by the attention of the class token times
     the size of the value; by default at every block from a quarter of the depth on.
 
     Args:
-        keep: in (0, 1], points to sample at, a share of the patches that are left by then; they are at most as many.
+        keep: points to sample at: a float in (0, 1], a share of the patches that are left by then, or an int, their
+            number. At most as many patches stay.
         blocks: where; 0-based.
     """
     return _of_any_depth(partial(_ats, keep, blocks))
@@ -112,14 +114,14 @@ def _sait(keep: float | int | None, mass: float | None, blocks: Blocks, score: s
     return _plan(label, blocks, [depth // 4], lambda block: Stage(block, keep=keep, mass=mass), score)
 
 
-def _evit(keep: float, blocks: Blocks, depth: int) -> Plan:
+def _evit(keep: float | int, blocks: Blocks, depth: int) -> Plan:
     quarters = sorted({depth // 4, depth // 2, 3 * depth // 4})
     return _plan(
         f"EViT, keep {keep}", blocks, quarters, lambda block: Stage(block, ClassAttention(), TopK(keep), FuseDropped())
     )
 
 
-def _ats(keep: float, blocks: Blocks, depth: int) -> Plan:
+def _ats(keep: float | int, blocks: Blocks, depth: int) -> Plan:
     later = range(depth // 4, depth)
     return _plan(f"ATS, keep {keep}", blocks, later, lambda block: Stage(block, ClassValue(), Sampling(keep)))
 

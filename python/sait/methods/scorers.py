@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,8 @@ class _Attention:
         assert seen.q is not None
         assert seen.k is not None
         tokens = seen.tokens
+        if tokens.sizes is not None:
+            return self._by_size(seen, seen.q, seen.k)
         return sk.score_tokens(
             *(seen.q, seen.k, tokens.cu_seqlens, tokens.max_seqlen),
             kind=self.kind,
@@ -30,6 +33,22 @@ class _Attention:
             v=seen.v if "v" in self.reads else None,
             scale=seen.scale,
         )
+
+    def _by_size(self, seen: Seen, q: Tensor, k: Tensor) -> Tensor:
+        """The same of the attention by which merged rows count by their size; image by image, in plain torch."""
+        tokens, found = seen.tokens, []
+        bias, scale = tokens.key_bias, q.shape[2] ** -0.5 if seen.scale is None else seen.scale
+        assert bias is not None
+        for first, last in pairwise([*tokens.cu_seqlens.tolist(), q.shape[0]]):
+            queries = q[first:last] if self.kind == "column" else q[first : min(first + 1, last)]
+            logits = scale * queries.float().transpose(0, 1) @ k[first:last].float().permute(1, 2, 0)
+            weights = (logits + bias[first:last]).softmax(-1).mean((0, 1))
+            if self.kind == "cls_value":
+                assert seen.v is not None
+                weights = weights * seen.v[first:last].float().norm(dim=(1, 2))
+                weights = weights / weights[tokens.num_prefix :].sum()
+            found.append(weights)
+        return torch.cat(found)
 
     def macs(self, tokens: float, width: int, channels: int) -> float:
         """Multiply-accumulates for an image, of q and k of ``width`` channels: one row of the attention matrix."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sait.cost import macs, tokens_of
 from sait.methods.plan import Plan
-from sait.sparsify import run_as, sparsify
+from sait.sparsify import name_of, run_as, sparsify
 from sait.state import Density, selections, state_of
 from sait.train.data import Data
 from sait.train.processes import Processes
@@ -40,7 +40,7 @@ class Result:
 
     @property
     def label(self) -> str:
-        return "dense" if self.density == Density() else str(self.density.label)
+        return "dense" if self.density == Density() else name_of(self.density)
 
 
 @torch.no_grad()
