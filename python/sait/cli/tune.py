@@ -100,7 +100,14 @@ def tune(
         given = [Path(model)] if model is not None and are_images(model) else []
         name = None if given else model
         return _by_agreement(
-            *(name, [*given, *(pictures or [])], agreement, weights, block or [], densities, plans, score),
+            name,
+            [*given, *(pictures or [])],
+            weights=weights,
+            blocks=block or [],
+            densities=densities,
+            plans=plans,
+            score=score,
+            agreement=agreement,
             batch=batch,
             dtype=dtype,
             place=place,
@@ -150,12 +157,13 @@ def tune(
 def _by_agreement(
     name: str | None,
     paths: list[Path],
-    agreement: float,
+    *,
     weights: str,
     blocks: list[int],
     densities: Sequence[Density],
     plans: list[Plan],
     score: str,
+    agreement: float,
     **measuring: Any,
 ) -> None:
     """The same without labels."""
