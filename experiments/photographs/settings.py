@@ -49,7 +49,7 @@ TUNING: dict[str, Any] = {
     "block": 3,
     "score": "cls",
     "keep": [0.3, 0.7],
-    "epochs": 10,
+    "epochs": 4,
     "stamps_images": 1200,
     "stamps_eval_images": 260,
     "batch": 16,
