@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # `make gpu` tests the kernels of a GPU there: every new tensor lies on it. Elsewhere Triton's interpreter runs them,
 # which it must know when it is imported, as Dynamo does.
@@ -180,6 +181,63 @@ def assert_as_exact_as_torch(what: str, got: Tensor, exact: Tensor, *in_torch: T
     rounding = torch.finfo(got.dtype).eps / 2 * exact.abs().max().item()
     error, allowed = max_error(got, exact), 2 * max(max_error(t, exact) for t in in_torch) + rounding
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e} (rounding {rounding:.1e})"
+
+
+def assert_model_as_exact_as_torch(
+    what: str,
+    got: Tensor,
+    exact: Tensor,
+    in_torch: Callable[[], Any],
+    of: Callable[[Any], Tensor] = lambda out: out,
+) -> None:
+    """The same rule for the results of a whole model, where layers amplify what each rounds.
+
+    The worst of a few dozen results is then a matter of luck, and of the CPU's products: between two orders of the same
+    sums it differs by a factor of two once in a few hundred models. So the worst of six orders counts, and in return
+    the root mean square, which is hardly a matter of luck, is held to 1.5 times theirs. Orders that decide nothing any
+    more are not computed.
+
+    Args:
+        in_torch: computes the same-dtype torch expression.
+        of: finds it in what that returns.
+    """
+    tries = [of(in_torch())]
+    rounding = torch.finfo(got.dtype).eps / 2 * exact.abs().max().item()
+
+    def within(error: Callable[[Tensor, Tensor], float], factor: float) -> bool:
+        return error(got, exact) <= factor * max(error(t, exact) for t in tries) + rounding
+
+    for parts in (2, 3, 4, 5, 7):
+        if got.dtype != torch.float32 or (within(max_error, 2) and within(rms_error, 1.5)):
+            break  # in 16 bits the parts of a sum would each be rounded
+        with InParts(parts):
+            tries.append(of(in_torch()))
+        assert not torch.equal(tries[0], tries[-1]), f"{what}: in {parts} parts nothing has another order"
+    assert_as_exact_as_torch(what, got, exact, *tries)
+    assert within(rms_error, 1.5), f"{what}: root mean square error {rms_error(got, exact):.3e}, of {len(tries)} orders"
+
+
+def rms_error(got: Tensor, exact: Tensor) -> float:
+    return (got.double() - exact).square().mean().sqrt().item() if exact.numel() else 0.0
+
+
+class InParts(TorchFunctionMode):
+    """Linear layers add up their channels in so many parts: the same expression, rounded in another order."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self._parts = parts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.nn.functional.linear:
+            return func(*args, **(kwargs or {}))
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            pairs = zip(x.tensor_split(self._parts, -1), weight.tensor_split(self._parts, -1), strict=True)
+            out = sum(a @ b.mT for a, b in pairs)
+            return out if bias is None else out + bias
+
+        return linear(*args, **(kwargs or {}))
 
 
 def assert_same_bits(what: str, got: Tensor, want: Tensor) -> None:

@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import sait
 import timm
 import torch
 import torchvision_vit
-from helpers import assert_as_exact_as_torch, assert_same_bits
+from helpers import assert_model_as_exact_as_torch, assert_same_bits
 from predictor import Predictor, predictor_plan
 from sait.methods import ClassAttention, ColumnAttention, TopK, TopP
 from timm.models.vision_transformer import VisionTransformer
@@ -126,8 +127,8 @@ def test_a_family_of_another_library(density: dict[str, float], backend: str) ->
         mask, grid = sait.kept_mask(model)
         assert grid == (4, 4)
         kept = [torch.cat([torch.tensor([0]), 1 + row.nonzero()[:, 0]]) for row in mask]
-        exact, in_torch = torchvision_oracle(wide, x.double(), kept), torchvision_oracle(plain, x, kept)
-        assert_as_exact_as_torch("logits", got, exact, in_torch)
+        exact, in_torch = torchvision_oracle(wide, x.double(), kept), partial(torchvision_oracle, plain, x, kept)
+        assert_model_as_exact_as_torch("logits", got, exact, in_torch)
     assert sait.full_maps(model, x).maps[0].shape == (3, 64, 4, 4)
     of_block = 17 * 3 * 64**2 + 2 * 17 * 17 * 64 + 17 * (64**2 + 2 * 64 * 128)
     assert sait.macs(model, plan=sait.Plan([sait.Stage(1, 1.0)])) == 4 * of_block + 16 * 16**2 * 3 * 64 + 64 * 9
@@ -155,22 +156,26 @@ def test_the_best_of_each_cell(backend: str) -> None:
     model, x = build(), images()
     wide = copy.deepcopy(model).double()
     plan = sait.Plan([sait.Stage(1, ColumnAttention(), cells.BestOfCells(3)), sait.Stage(3, ClassAttention(), TopK(2))])
+
+    def oracle(plain: Any, x: Tensor) -> Tensor:
+        answers = []
+        for tokens in entering(plain, x, 1):
+            matrix, attended = attention_of(plain.blocks[1], tokens)
+            scores = matrix.mean((0, 1))[1:]
+            kept = [0] + [1 + 3 * i + int(cell.argmax()) for i, cell in enumerate(scores.split(3))]
+            out = attended[kept]
+            rows = (out + plain.blocks[1].mlp(plain.blocks[1].norm2(out)))[None]
+            rows = plain.blocks[2](rows)[0]
+            matrix, attended = attention_of(plain.blocks[3], rows)
+            best = matrix[:, 0].mean(0)[1:].topk(2).indices.sort().values + 1
+            answers.append(leaving(plain, plain.blocks[3], attended[[0, *best.tolist()]]))
+        return torch.stack(answers)
+
     with torch.no_grad():
-        exact, in_torch = ([], wide), ([], model)
-        for answers, plain in (exact, in_torch):
-            for tokens in entering(plain, x.to(plain.head.weight.dtype), 1):
-                matrix, attended = attention_of(plain.blocks[1], tokens)
-                scores = matrix.mean((0, 1))[1:]
-                kept = [0] + [1 + 3 * i + int(cell.argmax()) for i, cell in enumerate(scores.split(3))]
-                out = attended[kept]
-                rows = (out + plain.blocks[1].mlp(plain.blocks[1].norm2(out)))[None]
-                rows = plain.blocks[2](rows)[0]
-                matrix, attended = attention_of(plain.blocks[3], rows)
-                best = matrix[:, 0].mean(0)[1:].topk(2).indices.sort().values + 1
-                answers.append(leaving(plain, plain.blocks[3], attended[[0, *best.tolist()]]))
-        got = sait.sparsify(model, plan)(x)
-    assert [s.max_seqlen for s in sait.selections(model)] == [1 + 6, 1 + 2]
-    assert_as_exact_as_torch("logits", got, torch.stack(exact[0]), torch.stack(in_torch[0]))
+        got = sait.sparsify(copy.deepcopy(model), plan)
+        logits = got(x)
+        assert [s.max_seqlen for s in sait.selections(got)] == [1 + 6, 1 + 2]
+        assert_model_as_exact_as_torch("logits", logits, oracle(wide, x.double()), partial(oracle, model, x))
 
 
 @pytest.mark.parametrize("selector", [TopK(0.5), TopP(0.6)], ids=str)
@@ -184,18 +189,20 @@ def test_what_is_dropped_leaves_its_mean(selector: Any, backend: str) -> None:
         got = model(x)
         (chosen,) = sait.selections(model)
         starts, rows = chosen.cu_seqlens.tolist(), chosen.indices.tolist()
-        answers: dict[torch.dtype, list[Tensor]] = {torch.float32: [], torch.float64: []}
-        for reference in (plain, wide):
-            dtype = reference.head.weight.dtype
-            for b, tokens in enumerate(entering(reference, x.to(dtype), 1)):
+
+        def oracle(plain: Any, x: Tensor) -> Tensor:
+            answers = []
+            for b, tokens in enumerate(entering(plain, x, 1)):
                 kept = [row - 17 * b for row in rows[starts[b] : starts[b + 1]]]
                 dropped = [row for row in range(17) if row not in kept]
-                _, attended = attention_of(reference.blocks[1], tokens)
+                assert dropped
+                _, attended = attention_of(plain.blocks[1], tokens)
                 left = attended[kept]
                 left[0] += attended[dropped].mean(0)
-                answers[dtype].append(leaving(reference, reference.blocks[1], left))
-    assert len(dropped) > 0
-    assert_as_exact_as_torch("logits", got, torch.stack(answers[torch.float64]), torch.stack(answers[torch.float32]))
+                answers.append(leaving(plain, plain.blocks[1], left))
+            return torch.stack(answers)
+
+        assert_model_as_exact_as_torch("logits", got, oracle(wide, x.double()), partial(oracle, plain, x))
     alone = torch.cat([model(image[None]) for image in x]).detach()
     torch.testing.assert_close(alone, got, rtol=0, atol=64 * torch.finfo(torch.float32).eps * got.abs().max().item())
 
@@ -304,17 +311,20 @@ def test_a_stage_before_its_block(before: bool, backend: str) -> None:
     wide, wide_scorer = copy.deepcopy(model).double(), copy.deepcopy(scorer).double()
     sait.sparsify(model, sait.Plan([sait.Stage(1, scorer, TopK(0.5), before=before)]))
     got = model(x)
-    answers: dict[torch.dtype, list[Tensor]] = {torch.float32: [], torch.float64: []}
-    for plain, score in ((sait.restore(copy.deepcopy(model)), scorer), (wide, wide_scorer)):
-        dtype = plain.head.weight.dtype
-        for tokens in entering(plain, x.to(dtype), 1):
+
+    def oracle(plain: Any, score: Any, x: Tensor) -> Tensor:
+        answers = []
+        for tokens in entering(plain, x, 1):
             of_patches = score(sait.Seen(tokens, None))[1:]
             kept = [0, *(of_patches.topk(8).indices.sort().values + 1).tolist()]
             if before:
                 tokens = tokens[kept]
             _, attended = attention_of(plain.blocks[1], tokens)
-            answers[dtype].append(leaving(plain, plain.blocks[1], attended if before else attended[kept]))
-    assert_as_exact_as_torch("logits", got, torch.stack(answers[torch.float64]), torch.stack(answers[torch.float32]))
+            answers.append(leaving(plain, plain.blocks[1], attended if before else attended[kept]))
+        return torch.stack(answers)
+
+    in_torch = partial(oracle, sait.restore(copy.deepcopy(model)), scorer, x)
+    assert_model_as_exact_as_torch("logits", got, oracle(wide, wide_scorer, x.double()), in_torch)
     assert sait.selections(model)[0].max_seqlen == 9
     tokens, kept = 17, 9
     linear = 12 * 64 * 64

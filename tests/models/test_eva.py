@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import sait
 import timm
 import torch
 import zoo
-from helpers import KERNEL_BACKENDS, assert_as_exact_as_torch, assert_same_bits
+from helpers import KERNEL_BACKENDS, assert_as_exact_as_torch, assert_model_as_exact_as_torch, assert_same_bits
 from sait.methods import RandomScore, Threshold, TopK
 from tiers import full_only
 from timm.layers import apply_rot_embed_cat
@@ -165,7 +166,7 @@ def test_dense_is_the_model_and_keeping_everything_is_as_exact(name: str, backen
     sait.set_density(sait.sparsify(model, plans(name)[0]))
     assert_same_bits("logits", model(x), want)
     assert_same_bits("features", model.forward_features(x), features)
-    assert_as_exact_as_torch("keep=1.0", sait.set_density(model, keep=1.0)(x), exact, want)
+    assert_model_as_exact_as_torch("keep=1.0", sait.set_density(model, keep=1.0)(x), exact, partial(build(name), x))
     restored = sait.restore(model)
     assert type(restored) is Eva
     assert_same_bits("restored", restored(x), want)
@@ -183,7 +184,7 @@ def test_pruned_is_the_oracle(name: str, backend: str) -> None:
         got = sait.sparsify(model, plan)(x)
         kept = zoo.kept_tokens(model, tokens_of(model, x))
         assert kept == chosen, plan
-        assert_as_exact_as_torch(str(plan), got, want, oracle(plain, x, plan, kept)[0])
+        assert_model_as_exact_as_torch(str(plan), got, want, partial(oracle, plain, x, plan, kept), itemgetter(0))
 
 
 @pytest.mark.parametrize("name", EVA)
@@ -254,8 +255,8 @@ def test_other_methods_and_scores() -> None:
     got = model(x)
     kept = zoo.kept_tokens(model, tokens_of(model, x))
     plan = sait.Plan([sait.Stage(1, 0.5), sait.Stage(3, 0.5)])
-    in_torch = oracle(build("dinov3"), x, plan, kept)[0]
-    assert_as_exact_as_torch("threshold", got, oracle(wide, x.double(), plan, kept)[0], in_torch)
+    exact, in_torch = oracle(wide, x.double(), plan, kept)[0], partial(oracle, build("dinov3"), x, plan, kept)
+    assert_model_as_exact_as_torch("threshold", got, exact, in_torch, itemgetter(0))
     sait.sparsify(model, sait.Plan([sait.Stage(1, RandomScore(), TopK(0.5), before=True)]))
     assert model(x).isfinite().all()
     assert sait.selections(model)[0].max_seqlen == 5 + 13

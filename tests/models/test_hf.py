@@ -10,6 +10,8 @@ import io
 import json
 import pickle
 from collections.abc import Iterator
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 import sait
 import torch
 import zoo
-from helpers import assert_as_exact_as_torch, assert_same_bits, run_python
+from helpers import assert_model_as_exact_as_torch, assert_same_bits, run_python
 from sait import checkpoint
 from sait.families import family_of
 from torch import Tensor, nn
@@ -182,6 +184,10 @@ def same_width(got: Tensor, want: Tensor) -> Tensor:
     return got if got.dim() == 2 else padded(got, max(got.shape[1], want.shape[1]))
 
 
+def same_width_at(key: str, want: Tensor, of_oracle: tuple[dict[str, Tensor], Any]) -> Tensor:
+    return same_width(of_oracle[0][key], want)
+
+
 @pytest.mark.parametrize("name", HF)
 @torch.no_grad()
 def test_dense_is_the_model_and_keeping_everything_is_as_exact(name: str) -> None:
@@ -196,7 +202,7 @@ def test_dense_is_the_model_and_keeping_everything_is_as_exact(name: str) -> Non
     kept = tensors(sait.set_density(model, keep=1.0)(x))
     assert list(kept) == list(want)
     for key, value in kept.items():
-        assert_as_exact_as_torch(f"keep=1.0: {key}", value, exact[key], want[key])
+        assert_model_as_exact_as_torch(f"keep=1.0: {key}", value, exact[key], partial(build(name), x), itemgetter(key))
     sait.sparsify(model, plans(name)[3])(x)
     assert sait.restore(model) is model
     assert type(model) is original
@@ -216,10 +222,10 @@ def test_pruned_is_the_oracle(name: str) -> None:
         got = sait.sparsify(model, plan)(x)
         assert type(got) is type(plain(x))
         assert zoo.kept_tokens(model, tokens_of(model)) == chosen, plan
-        in_torch, _ = oracle(plain, x, plan, chosen)
+        in_torch = partial(oracle, plain, x, plan, chosen)
         for key, value in tensors(got).items():
-            exact, theirs = same_width(want[key], value), same_width(in_torch[key], value)
-            assert_as_exact_as_torch(f"{key}: {plan}", value, exact, theirs)
+            of = partial(same_width_at, key, value)
+            assert_model_as_exact_as_torch(f"{key}: {plan}", value, of((want, None)), in_torch, of)
         assert list(tensors(got)) == list(want)
 
 
@@ -319,9 +325,9 @@ def test_the_grid_follows_the_images(name: str) -> None:
     kept = zoo.kept_tokens(model, tokens_of(model) - 25 + 28)
     want, chosen = oracle(copy.deepcopy(plain).double(), x.double(), plan, **arguments)
     assert kept == chosen
-    in_torch, _ = oracle(plain, x, plan, kept, **arguments)
+    in_torch = partial(oracle, plain, x, plan, kept, **arguments)
     for key, value in got.items():
-        assert_as_exact_as_torch(key, value, want[key], in_torch[key])
+        assert_model_as_exact_as_torch(key, value, want[key], in_torch, partial(same_width_at, key, value))
     assert sait.macs(model, img_size=(64, 112)) > sait.macs(model, img_size=(64, 64))
 
 
@@ -396,9 +402,9 @@ def test_optimized_is_as_exact(name: str, calls: list[str]) -> None:
         assert calls, "products of packed weights"
         want, kept = oracle(wide, x.double(), plan)
         assert zoo.kept_tokens(model, tokens_of(model)) == kept
-        in_torch, _ = oracle(plain, x, plan, kept)
+        in_torch = partial(oracle, plain, x, plan, kept)
         for key, value in got.items():
-            assert_as_exact_as_torch(key, value, want[key], in_torch[key])
+            assert_model_as_exact_as_torch(key, value, want[key], in_torch, partial(same_width_at, key, value))
     want = tensors(plain(x))
     for key, value in tensors(sait.set_density(model)(x)).items():
         assert_same_bits(f"dense: {key}", value, want[key])
