@@ -120,7 +120,7 @@ LAYERS = (
     ("sait.state",),
     ("sait.execution",),
     ("sait.forward",),
-    ("sait.sparsify", "sait.vit", "sait.cost", "sait.maps", "sait.explain", "sait.saliency"),
+    ("sait.sparsify", "sait.vit", "sait.cost", "sait.maps", "sait.explain", "sait.saliency", "sait.exports"),
     ("sait.environment", "sait.checkpoint", "sait.bench", "sait.data", "sait.weights", "sait.calibrate"),
     ("sait.train",),
     ("sait.cli",),

@@ -1,4 +1,4 @@
-"""Writes the tables of the README and of docs/performance.md from what was measured, and the plots of the latter.
+"""Writes the tables of the README, docs/performance.md and docs/deploy.md from what was measured, and the plots.
 
 ``make report``. Speed comes from the newest results file of each device, those of
 ops and those of whole models against their peers; accuracy comes from docs/accuracy.json.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import paper_report
 
-from report import performance, serving
+from report import exports, performance, serving
 from report.tables import Document, Row, number, on_gpu, provenance, render, unique, weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +22,7 @@ SCHEMA = 1
 NOTHING_YET = "Not measured yet: `make bench end-to-end paper report`."
 NO_GPU_YET = "GPU: not measured yet."
 NO_ADAPTIVE_YET = "Not measured yet: `make end-to-end-adaptive report`."
+NO_EXPORTS_YET = "Not measured yet: `make exports report`."
 NO_SERVING_YET = "Not measured yet: `make end-to-end-serving report`."
 
 
@@ -164,16 +165,25 @@ def updated_performance(page: str, results: Path) -> str:
     return insert(page, "floor", sections(whole(peers), performance.floor))
 
 
+def updated_deploy(page: str, results: Path) -> str:
+    """docs/deploy.md with the newest exports of a folder."""
+    tables = [exports.table(document) for document in newest(results, exports.KIND)]
+    return insert(page, "exports", "\n\n".join(tables or [NO_EXPORTS_YET]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md", metavar="FILE")
+    parser.add_argument("--deploy", type=Path, default=ROOT / "docs" / "deploy.md", metavar="FILE")
     parser.add_argument("--accuracy", type=Path, default=ROOT / "docs" / "accuracy.json", metavar="FILE")
     arguments = parser.parse_args()
     readme, page = (path.read_text(encoding="utf-8") for path in (arguments.readme, arguments.performance))
     arguments.readme.write_text(updated(readme, arguments.results, arguments.accuracy), encoding="utf-8")
     arguments.performance.write_text(updated_performance(page, arguments.results), encoding="utf-8")
+    deploy = updated_deploy(arguments.deploy.read_text(encoding="utf-8"), arguments.results)
+    arguments.deploy.write_text(deploy, encoding="utf-8")
     folder = arguments.performance.parent
     for document in with_models(newest(arguments.results)):
         performance.plot_density(document, folder)

@@ -7,6 +7,7 @@ from sait.cost import macs
 from sait.execution.graphs import graphed
 from sait.execution.optimize import deoptimize, optimize
 from sait.explain import explain
+from sait.exports.export import export
 from sait.maps import FullMaps, full_maps
 from sait.methods.base import Seen
 from sait.methods.plan import Plan, Stage
@@ -27,6 +28,7 @@ __all__ = [
     "density",
     "deoptimize",
     "explain",
+    "export",
     "families",
     "full_maps",
     "graphed",

@@ -198,12 +198,14 @@ PAGE = "".join(marked(name, "") for name in SECTIONS)
 def test_command(tmp_path: Path) -> None:
     readme, page, results = tmp_path / "README.md", tmp_path / "performance.md", tmp_path / "results"
     readme.write_text(marked("results", "") + marked("end-to-end", "") + marked("accuracy", ""))
+    deploy = tmp_path / "deploy.md"
     page.write_text(PAGE)
+    deploy.write_text(marked("exports", ""))
     results.mkdir()
     write(results, "figures")
     script = [sys.executable, "-m", "report", "--results", results, "--readme", readme]
     path = os.pathsep.join(str(ROOT / folder) for folder in ("benchmarks", "experiments"))
-    words = [*script, "--performance", page, "--accuracy", tmp_path / "nothing.json"]
+    words = [*script, "--performance", page, "--deploy", deploy, "--accuracy", tmp_path / "nothing.json"]
     subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": path})
     blocks = {
         "results": report.sections([document()], report.markdown),
@@ -211,6 +213,7 @@ def test_command(tmp_path: Path) -> None:
         "accuracy": report.NOTHING_YET,
     }
     assert readme.read_text() == "".join(marked(name, block) for name, block in blocks.items())
+    assert deploy.read_text() == marked("exports", report.NO_EXPORTS_YET)
     picture = "performance-density-some-cpu-avx2.png"
     assert picture in page.read_text()
     assert (tmp_path / picture).stat().st_size > 0

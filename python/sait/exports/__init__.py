@@ -1,0 +1,1 @@
+"""Models that leave: a sparse model as a program of another engine."""
