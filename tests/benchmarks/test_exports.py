@@ -15,6 +15,7 @@ TINY = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 4, "num_classe
 
 
 def test_rows_and_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
     monkeypatch.setattr(
         exports, "EXPORTS", [each for each in exports.EXPORTS if each.suffix != ".onnx" and not each.compiled]
     )
