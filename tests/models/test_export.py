@@ -252,14 +252,14 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"export: compiled: expected a \.pt2"):
         sait.export(model, tmp_path / "model.ts", x, compiled=True)
     with pytest.raises(ValueError, match=r"export: images: expected \(B, 3, height, width\), got \(3, 80, 80\)"):
-        sait.export(model, tmp_path / "model.onnx", x[0])
+        sait.export(model, tmp_path / "model.pt2", x[0])
     with pytest.raises(FileNotFoundError, match="expected an existing folder"):
-        sait.export(model, tmp_path / "nowhere" / "model.onnx", x)
+        sait.export(model, tmp_path / "nowhere" / "model.pt2", x)
     with pytest.raises(ValueError, match=r"expected eval mode"):
-        sait.export(model.train(), tmp_path / "model.onnx", x)
+        sait.export(model.train(), tmp_path / "model.pt2", x)
     noise = sait.sparsify(zoo.build("vit"), Plan([Stage(1, RandomScore(), TopK(0.5))]))
     with pytest.raises(ValueError, match="got noise"):
-        sait.export(noise, tmp_path / "model.onnx", x)
+        sait.export(noise, tmp_path / "model.pt2", x)
     need(".onnx")
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
