@@ -115,6 +115,13 @@ class SaitViT(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new head for so many classes; 0: none, and the model's result is what its head would read."""
+        self.num_classes = num_classes
+        like = self.norm.weight
+        new = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.head = new.to(like.device, like.dtype)
+
     def forward_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, height, width) -> the tokens that are left, (S, C), and where each image starts, (B + 1,).
 

@@ -1,4 +1,4 @@
-"""The command line ``sait``: bench, show, train, eval, tune, export, info.
+"""The command line ``sait``: bench, show, train, eval, tune, export, embed, predict, info.
 
 One file per command; what it needs is imported when it runs. Even --help loads torch and timm: ``import sait`` does, to
 register its models with timm.
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import typer
 
-from sait.cli import bench, eval, export, info, show, train, tune
+from sait.cli import bench, embed, eval, export, info, show, train, tune
 
 app = typer.Typer(
     help="Vision Transformers that drop the tokens they do not need. "
-    "Try: sait bench, sait show, sait train, sait eval, sait tune, sait export, sait info.",
+    "Try: sait bench, sait show, sait train, sait eval, sait tune, sait export, sait embed, sait predict, sait info.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -27,6 +27,8 @@ app.command(epilog=train.EXAMPLES)(train.train)
 app.command("eval", epilog=eval.EXAMPLES)(eval.evaluate)
 app.command(epilog=tune.EXAMPLES)(tune.tune)
 app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=embed.EXAMPLES)(embed.embed)
+app.command(epilog=embed.EXAMPLES_OF_PREDICT)(embed.predict)
 app.command(epilog=info.EXAMPLES)(info.info)
 
 

@@ -336,13 +336,9 @@ def load_images(model: nn.Module, batch: int) -> tuple[Tensor, str]:
 
 def preprocessing(model: nn.Module) -> Preprocessing:
     """What the model expects of an image."""
-    from timm.data import resolve_model_data_config
+    from sait.data.photos import preprocessing_of
 
-    from sait.data.photos import Preprocessing
-
-    config = resolve_model_data_config(model)
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return Preprocessing(built_for or config["input_size"][1:], config["mean"], config["std"])
+    return preprocessing_of(model)
 
 
 def open_photos(paths: list[Path]) -> dict[str, Image.Image]:

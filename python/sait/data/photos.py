@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from timm.data import resolve_model_data_config
 from torch import Tensor
 
 PATCH_PIXELS = 24  # of a patch in a picture, at least: 14 patches make 336 pixels, so five panels fit a wide screen
@@ -29,6 +30,13 @@ class Preprocessing(NamedTuple):
     size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+def preprocessing_of(model: Any) -> Preprocessing:
+    """What a timm model expects of an image."""
+    config = resolve_model_data_config(model)
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return Preprocessing(built_for or config["input_size"][1:], config["mean"], config["std"])
 
 
 def sample_photos() -> dict[str, Image.Image]:

@@ -207,6 +207,18 @@ class Family(ABC):
         """The model's result, of what the last block leaves; for SparseForward."""
         raise NotImplementedError(f"{self.name}: a family has a head, or a mixin of its own.")
 
+    def without_head(self, model: Any) -> Any:
+        """The model, changed in place, or a part of it, whose result has the pooled features that a classifier reads."""
+        raise TypeError(f"sait: model: a {self.name} does not say what its features are.")
+
+    def features_of(self, model: Any, result: Any) -> Tensor:
+        """(B, C): the pooled features in the result of a model without a head."""
+        return result
+
+    def logits_of(self, model: Any, result: Any) -> Tensor | None:
+        """(B, classes), in the result of a model; None: it tells no classes apart."""
+        return result if getattr(model, "num_classes", 0) else None
+
     def norm(self, model: Any) -> Module:
         """The norm behind the last block, row by row."""
         return nn.Identity()

@@ -218,6 +218,19 @@ class Hf(Family):
         cls = getattr(type(model), "_sait_original", type(model))
         return f"{PREFIX}{cls.__name__}", json.loads(model.config.to_json_string(use_diff=False))
 
+    def without_head(self, model: Any) -> Any:
+        return self.encoder(model)
+
+    def features_of(self, model: Any, result: Any) -> Tensor:
+        if result.pooler_output is not None:
+            return result.pooler_output
+        if self.num_prefix(model) == 0:
+            raise TypeError(f"sait: model: this {self.name} neither pools nor has a class token.")
+        return result.last_hidden_state[:, 0]
+
+    def logits_of(self, model: Any, result: Any) -> Tensor | None:
+        return getattr(result, "logits", None)
+
     def reads(self, model: Any) -> str:
         head = self._head(model)
         return "all" if head is None else head.reads

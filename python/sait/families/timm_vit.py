@@ -226,6 +226,10 @@ class TimmVit(Family):
     def norm(self, model: Any) -> Any:
         return model.norm
 
+    def without_head(self, model: Any) -> Any:
+        model.reset_classifier(0)
+        return model
+
     def view(self, block: Any) -> BlockView:
         attn = block.attn
         return BlockView(

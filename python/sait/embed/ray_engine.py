@@ -1,0 +1,115 @@
+"""The engine of many machines: Ray Data gives the numbers of parts to actors, each with a model of its own.
+
+An actor reads, decodes, computes and writes where it is: what crosses the network is the model once, numbers and sums.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sait.embed import engine
+from sait.embed.errors import BadInput
+from sait.embed.job import Job
+from sait.embed.parts import Parts
+from sait.embed.report import Totals
+
+CALLS = (
+    8  # of an actor at least: what is left at the end, while the others have nothing to do, is the eighth of its work
+)
+MOST_PARTS = 16  # of a call: decoding goes on across them
+
+
+def run(
+    job: Job,
+    wanted: Sequence[int],
+    out: Path,
+    actors: int | None = None,
+    advance: Callable[[int], object] = lambda images: None,
+) -> tuple[Totals, int]:
+    """Makes some parts: the rows of the local engine.
+
+    The cluster is the one that Ray is connected to, or finds (RAY_ADDRESS), else one of this machine. An actor that dies
+    is started again by Ray, and makes its part anew.
+
+    Args:
+        out: a folder that all machines see under this name.
+        actors: how many models; None: one a GPU, or on CPUs one a machine.
+        advance: called with the number of images that are written.
+
+    Returns:
+        The sums, and how many actors there were.
+
+    Raises:
+        BadInput: Ray is not installed or cannot be reached, has no room for the actors, or what an actor says.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise BadInput("engine", f"ray is not installed ({error}); pip install 'sait-kernels[ray]'.") from error
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else an E line warns of losing what is held here
+        try:
+            ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise BadInput("engine", f"cannot reach a cluster of Ray: {error}; see RAY_ADDRESS.") from error
+    actors, resources = _resources(ray.cluster_resources(), len(ray.nodes()), actors, job.device)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    calls = -(-len(wanted) // max(1, min(MOST_PARTS, len(wanted) // (CALLS * actors))))
+    held = ray.put(job)  # until the last part is there: an actor that is started again asks for it
+    numbers = ray.data.from_items([{"part": part} for part in wanted], override_num_blocks=calls)
+    results = numbers.map_batches(
+        _Maker,
+        fn_constructor_args=(held, os.fspath(out.absolute())),
+        batch_size=None,  # a block is a call
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        **resources,
+    )
+    totals = Totals()
+    for row in results.iter_rows():
+        found = pickle.loads(row["found"])
+        if isinstance(found, BadInput):
+            raise found
+        totals.add(found)
+        advance(found.images)
+    return totals, actors
+
+
+class _Maker:
+    """An actor: a model, and a folder."""
+
+    def __init__(self, job: Any, out: str) -> None:
+        import ray
+
+        self._job: Job = ray.get(job)
+        self._subject, self._parts = self._job.subject(), Parts(Path(out))
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        found: Totals | BadInput
+        try:
+            found = engine.run(self._job, batch["part"].tolist(), self._parts.write, subject=self._subject)
+        except BadInput as error:
+            found = error  # as data: Ray would wrap it into a traceback of its own
+        return {"found": np.array([pickle.dumps(found)], object)}
+
+
+def _resources(cluster: dict[str, float], nodes: int, actors: int | None, device: str) -> tuple[int, dict[str, float]]:
+    """How many actors, and what each of them takes."""
+    cpus, gpus = int(cluster.get("CPU", 0)), int(cluster.get("GPU", 0))
+    on_gpu = device.startswith("cuda")
+    if on_gpu and not gpus:
+        raise BadInput("device", "the cluster of Ray has no GPU; take cpu.")
+    actors = actors or (gpus if on_gpu else nodes)
+    room = gpus if on_gpu else cpus
+    if actors > room:
+        raise BadInput("actors", f"expected at most {room}, for the cluster has no more {device}, got {actors}.")
+    return actors, {"num_gpus": 1} if on_gpu else {"num_cpus": cpus // actors}
