@@ -155,9 +155,10 @@ def _run(command: str, source: Path, out: Path, asked: dict[str, Any]) -> None:
         from sait.embed.run import Settings, run
         from sait.embed.sources import open_source
 
-        shard, by = shard_of(asked["shard"], os.environ if asked["engine"] == "local" else {})
-        device = device_of(asked["device"], os.environ)
-        options.check_device(device, None)
+        shard, by = shard_of(asked["shard"], os.environ if asked["engine"] == Engine.local else {})
+        device = device_of(asked["device"], os.environ if asked["engine"] == Engine.local else {})
+        if asked["engine"] == Engine.local or device == "cpu":  # a cluster has GPUs of its own
+            options.check_device(device, None)
         settings = Settings(
             batch=asked["batch"],
             part=asked["part"],

@@ -80,6 +80,11 @@ def chunks(
         raise BadInput("workers", f"a process that decodes has died ({reason(error)}); {cure}.") from error
 
 
+def workers_for(cores: int, device: str) -> int:
+    """How many decode where nobody says: beside a GPU all cores but one; a model on a CPU needs most of them itself."""
+    return max(1, cores // 4 if device == "cpu" else cores - 1)
+
+
 def pixels_of(data: bytes, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> np.ndarray[Any, Any]:
     """(height, width, 3) uint8: the largest centred crop of an upright image, as sait.data.photos.fit makes it.
 
@@ -144,5 +149,5 @@ class _Chunks(Dataset[Chunk]):
         return pixels, Seconds(read - start, decoded - read, time.perf_counter() - decoded)
 
 
-def _as_it_is(chunk: Chunk) -> Chunk:
+def _as_it_is(chunk: Any) -> Any:
     return chunk

@@ -103,7 +103,7 @@ class Parts:
         """
         self._replace(
             self._folder / name(part),
-            lambda half: pq.write_table(table, half, use_dictionary=False, compression="zstd"),
+            lambda half: pq.write_table(table, half, use_dictionary=False),
         )
 
     def _check(self, path: Path, rows: int) -> None:

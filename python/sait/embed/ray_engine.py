@@ -9,20 +9,20 @@ import logging
 import os
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sait.embed import engine
+from sait.embed.decode import workers_for
 from sait.embed.errors import BadInput
 from sait.embed.job import Job
 from sait.embed.parts import Parts
 from sait.embed.report import Totals
 
-CALLS = (
-    8  # of an actor at least: what is left at the end, while the others have nothing to do, is the eighth of its work
-)
+CALLS = 8  # of an actor at least: at the end the others wait for the eighth of its work, at most
 MOST_PARTS = 16  # of a call: decoding goes on across them
 
 
@@ -30,21 +30,24 @@ def run(
     job: Job,
     wanted: Sequence[int],
     out: Path,
-    actors: int | None = None,
+    *,
+    actors: int | None,
+    workers: int | None,
     advance: Callable[[int], object] = lambda images: None,
-) -> tuple[Totals, int]:
+) -> tuple[Totals, int, int]:
     """Makes some parts: the rows of the local engine.
 
-    The cluster is the one that Ray is connected to, or finds (RAY_ADDRESS), else one of this machine. An actor that dies
-    is started again by Ray, and makes its part anew.
+    The cluster is the one that Ray is connected to, or finds (RAY_ADDRESS), else one of this machine. Ray starts an
+    actor that has died again, and it makes its parts anew.
 
     Args:
         out: a folder that all machines see under this name.
         actors: how many models; None: one a GPU, or on CPUs one a machine.
+        workers: processes that decode beside each; None: by an actor's share of the cores.
         advance: called with the number of images that are written.
 
     Returns:
-        The sums, and how many actors there were.
+        The sums, how many actors there were, and how many processes that decode.
 
     Raises:
         BadInput: Ray is not installed or cannot be reached, has no room for the actors, or what an actor says.
@@ -58,10 +61,11 @@ def run(
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else an E line warns of losing what is held here
         try:
-            ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
+            ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise BadInput("engine", f"cannot reach a cluster of Ray: {error}; see RAY_ADDRESS.") from error
     actors, resources = _resources(ray.cluster_resources(), len(ray.nodes()), actors, job.device)
+    job = replace(job, workers=workers_for(resources["num_cpus"], job.device) if workers is None else workers)
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     calls = -(-len(wanted) // max(1, min(MOST_PARTS, len(wanted) // (CALLS * actors))))
@@ -81,7 +85,7 @@ def run(
             raise found
         totals.add(found)
         advance(found.images)
-    return totals, actors
+    return totals, actors, actors * job.workers
 
 
 class _Maker:
@@ -102,7 +106,7 @@ class _Maker:
         return {"found": np.array([pickle.dumps(found)], object)}
 
 
-def _resources(cluster: dict[str, float], nodes: int, actors: int | None, device: str) -> tuple[int, dict[str, float]]:
+def _resources(cluster: dict[str, float], nodes: int, actors: int | None, device: str) -> tuple[int, dict[str, Any]]:
     """How many actors, and what each of them takes."""
     cpus, gpus = int(cluster.get("CPU", 0)), int(cluster.get("GPU", 0))
     on_gpu = device.startswith("cuda")
@@ -112,4 +116,4 @@ def _resources(cluster: dict[str, float], nodes: int, actors: int | None, device
     room = gpus if on_gpu else cpus
     if actors > room:
         raise BadInput("actors", f"expected at most {room}, for the cluster has no more {device}, got {actors}.")
-    return actors, {"num_gpus": 1} if on_gpu else {"num_cpus": cpus // actors}
+    return actors, {"num_cpus": max(1, cpus // actors), "num_gpus": int(on_gpu)}

@@ -33,7 +33,7 @@ class Totals:
     failed: int = 0
     examples: dict[str, str] = field(default_factory=dict)
     kept: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    prepared: Seconds = Seconds()
+    prepared: Seconds = field(default_factory=Seconds)
     model: float = 0.0
 
     def add(self, other: Totals) -> None:
@@ -77,12 +77,9 @@ class Report:
     def rates(self) -> dict[str, float]:
         """Images per second that each step would allow if it were alone: read, decode, resize, model."""
         totals = self.totals
-        found = {
-            step: max(1, self.workers) * totals.images / taken
-            for step, taken in totals.prepared._asdict().items()
-            if taken
-        }
         answered = totals.images - totals.failed
+        steps = {step: taken for step, taken in totals.prepared._asdict().items() if taken}
+        found = {step: max(1, self.workers) * answered / taken for step, taken in steps.items()}
         return found | ({"model": self.models * answered / totals.model} if totals.model else {})
 
     @property
@@ -108,8 +105,8 @@ class Report:
             yield from (f"  {key}: {error}" for key, error in totals.examples.items())
         if totals.kept:
             yield from self._histogram()
-            saved = 1 - self.gmac / self.dense_gmac
-            yield f"multiply-adds: {self.gmac:.4g} G an image, {saved:.1%} fewer than the {self.dense_gmac:.4g} G of all"
+            saved = f"{1 - self.gmac / self.dense_gmac:.1%} fewer than the {self.dense_gmac:.4g} G of all tokens"
+            yield f"multiply-adds: {self.gmac:.4g} G an image, {saved}"
         if self.limit is not None:
             steps = ", ".join(f"{step} {rate:.0f}" for step, rate in self.rates.items())
             yield f"alone, images/s: {steps}; the limit: {self.limit}"

@@ -13,7 +13,7 @@ import torch
 
 from sait.data.photos import Preprocessing, preprocessing_of
 from sait.embed import engine, ray_engine
-from sait.embed.decode import MAX_PIXELS, MOST_PIXELS
+from sait.embed.decode import MAX_PIXELS, MOST_PIXELS, workers_for
 from sait.embed.errors import BadInput
 from sait.embed.job import Job
 from sait.embed.parts import Parts
@@ -36,8 +36,8 @@ class Settings:
             over the blocks.
         part: images of a Parquet file.
         shard: (i, n), from 1: the i-th of n processes, which makes every n-th part.
-        workers: processes that decode beside each model; None: on a CPU a quarter of its cores, beside a GPU all but
-            one; 0: none, one thing after the other.
+        workers: processes that decode beside each model; None: on a CPU a quarter of its cores, beside a GPU its share
+            of them but one; 0: none, one thing after the other.
         dtype: that the model computes in.
         half: embeddings are stored in float16, else in float32.
         device: such as cpu or cuda:1.
@@ -83,8 +83,8 @@ def embed(
 
     Parquet parts with the columns key, embedding (a list of fixed size), tokens (of the image behind the last stage,
     prefix included) and error: where it is set, the others are null. A part is there whole or not at all, so the same
-    call goes on where one ended, whatever ended it; ``_run.json`` beside the parts says what they hold, and another model,
-    density or source is refused. ``pyarrow.parquet.read_table(out)`` reads them all.
+    call goes on where one ended, whatever ended it; ``_run.json`` beside the parts says what they hold, and another
+    model, density or source is refused. ``pyarrow.parquet.read_table(out)`` reads them all.
 
     Args:
         model: from sait.sparsify, at its density, or a SaitViT; it stays as it is.
@@ -133,22 +133,25 @@ def run(
     if not isinstance(source, Source) and _inside(place, Path(source)):
         raise BadInput("out", f"expected a folder outside of {source}, whose images it would join, got {out}.")
     parts = Parts(place)
-    parts.claim(_decisive(command, job, model), {"batch": job.batch, **environment(job.device), **(about or {})})
+    here = "cpu" if settings.engine == "ray" else job.device  # whoever asks a cluster may have no GPU
+    made_by = {"batch": job.batch, "engine": settings.engine, **environment(here), **(about or {})}
+    parts.claim(_decisive(command, job, model), made_by)
     i, n = settings.shard
     mine = {part: len(job.items(part)) for part in range(i - 1, job.parts, n)}
     wanted = parts.missing(mine)
     images = sum(mine[part] for part in wanted)
     before = sum(mine.values()) - images
     begin(images, before)
-    start, models = time.perf_counter(), 1
+    start, models, workers = time.perf_counter(), 1, job.workers
     if settings.engine == "ray" and wanted:
-        totals, models = ray_engine.run(job, wanted, place, settings.actors, advance)
+        of_ray = {"actors": settings.actors, "workers": settings.workers}
+        totals, models, workers = ray_engine.run(job, wanted, place, advance=advance, **of_ray)
     else:
         totals = engine.run(job, wanted, parts.write, advance)
     seconds = time.perf_counter() - start
     gmac, dense_gmac = costs(job.model, job.expected.size, totals.kept)
     tokens = all_tokens(job.model, job.expected)
-    return Report(totals, seconds, before, tokens, gmac, dense_gmac, workers=job.workers * models, models=models)
+    return Report(totals, seconds, before, tokens, gmac, dense_gmac, workers, models)
 
 
 def _job(command: str, model: Any, source: Any, settings: Settings) -> Job:
@@ -183,7 +186,7 @@ def _workers(settings: Settings) -> int:
     if settings.workers is not None:
         return settings.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // 4) if settings.device == "cpu" else max(1, cores - 1)
+    return workers_for(cores // max(1, torch.cuda.device_count()), settings.device)
 
 
 def _inside(out: Path, source: Path) -> bool:

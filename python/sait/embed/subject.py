@@ -36,7 +36,7 @@ class Subject:
 
     Args:
         model: from sait.sparsify, at its density, in eval mode, of the dtype to compute in; taken over. For features
-            without its head: see ``bare``.
+            without its head: as ``prepared`` makes it.
         expected: what it expects of an image.
         wants_features: its pooled features; else labels and scores.
     """
@@ -54,7 +54,7 @@ class Subject:
         """Of (B, 3, height, width) uint8 on the device; nothing is waited for."""
         result = self._model(normalized(pixels, self._expected).to(self._dtype))
         if self.wants_features:
-            values = self._family.features_of(self._model, result)
+            values: Any = self._family.features_of(self._model, result)
             columns = {"embedding": values}
         else:
             values = self._family.logits_of(self._model, result)
@@ -67,7 +67,7 @@ class Subject:
 
 
 def prepared(model: Any, dtype: torch.dtype, *, wants_features: bool) -> Any:
-    """A copy of a sparse model that a Subject takes: in eval mode, on the CPU, of a dtype; for features without its head.
+    """A copy of a sparse model as a Subject takes it: in eval mode, on the CPU, of a dtype; for features without head.
 
     Raises:
         TypeError: the model is not sparse, or does not say what its features are.

@@ -208,7 +208,7 @@ class Family(ABC):
         raise NotImplementedError(f"{self.name}: a family has a head, or a mixin of its own.")
 
     def without_head(self, model: Any) -> Any:
-        """The model, changed in place, or a part of it, whose result has the pooled features that a classifier reads."""
+        """The model, changed in place, or a part of it, whose result has the pooled features that its head reads."""
         raise TypeError(f"sait: model: a {self.name} does not say what its features are.")
 
     def features_of(self, model: Any, result: Any) -> Tensor:
