@@ -58,5 +58,5 @@ def _finish(writing: Future[None] | None) -> None:
 
 def _counted(stream: Iterator[Chunk], advance: Callable[[int], object]) -> Iterator[Chunk]:
     for chunk in stream:
-        yield chunk
         advance(len(chunk.errors))
+        yield chunk

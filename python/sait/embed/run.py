@@ -17,7 +17,7 @@ from sait.embed.decode import MAX_PIXELS, MOST_PIXELS, workers_for
 from sait.embed.errors import BadInput
 from sait.embed.job import Job
 from sait.embed.parts import Parts
-from sait.embed.report import Report, costs
+from sait.embed.report import Report, Totals, costs
 from sait.embed.sources import Source, open_source
 from sait.embed.subject import all_tokens, check, class_names, prepared, weights_hash
 from sait.environment import environment
@@ -128,11 +128,11 @@ def run(
         begin: called once with how many images are to be done, and how many are done already.
         advance: called with the number of images that were done since.
     """
-    place = Path(out)
-    job = _job(command, model, source, settings)
-    if not isinstance(source, Source) and _inside(place, Path(source)):
-        raise BadInput("out", f"expected a folder outside of {source}, whose images it would join, got {out}.")
-    parts = Parts(place)
+    opened = source if isinstance(source, Source) else open_source(source, settings.column)
+    if opened.place is not None and opened.place.is_dir() and _inside(Path(out), opened.place):
+        raise BadInput("out", f"expected a folder outside of {opened.place}, which it would become part of, got {out}.")
+    job = _job(command, model, opened, settings)
+    parts = Parts(Path(out))
     here = "cpu" if settings.engine == "ray" else job.device  # whoever asks a cluster may have no GPU
     made_by = {"batch": job.batch, "engine": settings.engine, **environment(here), **(about or {})}
     parts.claim(_decisive(command, job, model), made_by)
@@ -143,9 +143,11 @@ def run(
     before = sum(mine.values()) - images
     begin(images, before)
     start, models, workers = time.perf_counter(), 1, job.workers
-    if settings.engine == "ray" and wanted:
+    if not wanted:
+        totals = Totals()
+    elif settings.engine == "ray":
         of_ray = {"actors": settings.actors, "workers": settings.workers}
-        totals, models, workers = ray_engine.run(job, wanted, place, advance=advance, **of_ray)
+        totals, models, workers = ray_engine.run(job, wanted, Path(out), advance=advance, **of_ray)
     else:
         totals = engine.run(job, wanted, parts.write, advance)
     seconds = time.perf_counter() - start
@@ -154,13 +156,12 @@ def run(
     return Report(totals, seconds, before, tokens, gmac, dense_gmac, workers, models)
 
 
-def _job(command: str, model: Any, source: Any, settings: Settings) -> Job:
+def _job(command: str, model: Any, source: Source, settings: Settings) -> Job:
     wants_features = command == "embed"
-    opened = source if isinstance(source, Source) else open_source(source, settings.column)
     expected = settings.preprocessing or _expected(model)
     ready = prepared(model, settings.dtype, wants_features=wants_features)
     return Job(
-        source=opened,
+        source=source,
         model=ready,
         expected=expected,
         wants_features=wants_features,
@@ -189,8 +190,8 @@ def _workers(settings: Settings) -> int:
     return workers_for(cores // max(1, torch.cuda.device_count()), settings.device)
 
 
-def _inside(out: Path, source: Path) -> bool:
-    return source.is_dir() and out.resolve().is_relative_to(source.resolve())
+def _inside(out: Path, folder: Path) -> bool:
+    return out.resolve().is_relative_to(folder.resolve())
 
 
 def _decisive(command: str, job: Job, model: Any) -> dict[str, Any]:

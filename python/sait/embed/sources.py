@@ -58,6 +58,7 @@ def open_source(path: str | os.PathLike[str], column: str | None = None) -> Sour
     if not len(source.keys):
         raise BadInput("source", f"expected images in {place}, found none; its {kind} hold no image.")
     _refuse_twins(source.keys, place)
+    source.place = place
     return source
 
 
@@ -66,9 +67,11 @@ class Source(ABC):
 
     Attributes:
         keys: one for each image, no two the same.
+        place: that ``open_source`` opened; None: it was made otherwise.
     """
 
     keys: Sequence[str]
+    place: Path | None = None
 
     @abstractmethod
     def read(self, i: int) -> bytes:

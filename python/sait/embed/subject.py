@@ -99,7 +99,7 @@ def check(model: Any, expected: Preprocessing, *, wants_features: bool) -> int:
         raise BadInput("model", "tells no classes apart; take sait embed, or a model with a classifier.")
     if found.ndim != 2:
         raise BadInput(
-            "model", f"expected pooled features (B, C), got shape {tuple(found.shape)}; build it with a pool."
+            "model", f"expected a result (B, C), got shape {tuple(found.shape)}; build it with a global_pool."
         )
     return found.shape[1]
 
