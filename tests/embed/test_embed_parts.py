@@ -71,7 +71,7 @@ def test_missing_parts_and_what_a_kill_left(tmp_path: Path) -> None:
 def test_damaged_parts_are_named(tmp_path: Path) -> None:
     parts = Parts(tmp_path)
     parts.write(0, some())
-    with pytest.raises(BadInput, match="expected 4 rows in .*part-000000.parquet, found 3; remove it"):
+    with pytest.raises(BadInput, match=r"expected 4 rows in .*part-000000.parquet, found 3; remove it"):
         parts.missing({0: 4})
     (tmp_path / "part-000000.parquet").write_bytes(b"half")
     with pytest.raises(BadInput, match=r"part-000000.parquet is damaged .*; remove it"):

@@ -14,11 +14,12 @@ pytest.importorskip("pyarrow", reason="the extra [embed]")
 import pictures
 import sait
 import torch
-from PIL import Image
 from pictures import small
+from PIL import Image
 from sait.data.photos import Preprocessing, preprocessing_of, to_tensor
 from sait.embed import BadInput, Settings, embed, job, predict, read
 from sait.embed import run as module
+from sait.embed.decode import Seconds
 
 IMAGES = 21
 FEW = Settings(batch=4, part=8, workers=0)
@@ -231,7 +232,7 @@ def test_the_report(photos: Path, tmp_path: Path) -> None:
 
 def test_the_limit_is_the_slowest() -> None:
     def limit(workers: int, **seconds: float) -> str | None:
-        prepared = module.engine.chunks.__globals__["Seconds"](seconds["read"], seconds["decode"], seconds["resize"])
+        prepared = Seconds(seconds["read"], seconds["decode"], seconds["resize"])
         totals = module.Totals(images=100, kept={(2,): 100}, prepared=prepared, model=seconds["model"])
         return module.Report(totals, 1.0, 0, 9, 1.0, 2.0, workers, models=1).limit
 
