@@ -21,6 +21,7 @@
 # make end-to-end-adaptive   images that keep different numbers of patches, against other ways to do that
 # make end-to-end-serving   p99 of one image, two streams at once, and a core that is busy
 # make stages    where the time of a pruned model goes on a CPU, op by op; docs/stages.md
+# make embed    sait embed from files to Parquet, beside the model alone, and what is the limit
 # make families   models of every family: errors, and speed beside their own library's forward; docs/families.md
 # make exports    pruned models as ONNX, OpenVINO, torch.export, TorchScript, AOTInductor: errors, and speed beside ours
 # make clean    remove what was built (not .venv)
@@ -39,7 +40,7 @@ RESULTS := benchmarks/results
 .PHONY: wheel wheel-test demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-start gpu-ops \
 	gpu-end-to-end gpu-test-triton gpu-costs gpu-batches gpu-sanitizer gpu-summary gpu-library gpu-end-to-end-models \
 	gpu-end-to-end-autotuned bench end-to-end end-to-end-models end-to-end-large end-to-end-adaptive \
-	end-to-end-serving stages families exports report paper methods photographs clean
+	end-to-end-serving stages families exports embed report paper methods photographs clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -205,6 +206,9 @@ families: install $(VENV)/.requirements-dev
 
 exports: install $(VENV)/.requirements-dev
 	$(BIN)/python benchmarks/exports.py --save-results $(RESULTS) $(ARGUMENTS)
+
+embed: install
+	$(BIN)/python benchmarks/embed.py --save-results $(RESULTS) $(ARGUMENTS)
 
 report: $(VENV)/.requirements
 	PYTHONPATH=benchmarks:experiments $(BIN)/python -m report

@@ -94,10 +94,14 @@ def pixels_of(data: bytes, size: tuple[int, int], max_pixels: int = MAX_PIXELS) 
     return _resized(_decoded(data, size, max_pixels), size)
 
 
-def normalized(pixels: Tensor, expected: Preprocessing) -> Tensor:
-    """(B, 3, height, width) uint8 -> float32, the bits of sait.data.photos.to_tensor."""
+def normalized(pixels: Tensor, expected: Preprocessing, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, 3, height, width) uint8 -> of a dtype; in float32 the bits of sait.data.photos.to_tensor."""
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (expected.mean, expected.std))
-    return (pixels.float() / 255 - mean) / std
+    found = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
+    at_once = 1 if pixels.device.type == "cpu" else max(1, len(pixels))  # an image stays in a CPU's cache
+    for part, of_part in zip(found.split(at_once), pixels.split(at_once), strict=True):
+        part.copy_(of_part.float().div_(255).sub_(mean).div_(std))
+    return found
 
 
 def _decoded(data: bytes, size: tuple[int, int], max_pixels: int) -> Image.Image:

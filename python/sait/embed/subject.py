@@ -52,7 +52,7 @@ class Subject:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Answers:
         """Of (B, 3, height, width) uint8 on the device; nothing is waited for."""
-        result = self._model(normalized(pixels, self._expected).to(self._dtype))
+        result = self._model(normalized(pixels, self._expected, self._dtype))
         if self.wants_features:
             values: Any = self._family.features_of(self._model, result)
             columns = {"embedding": values}
