@@ -88,6 +88,14 @@ def test_a_model_of_timm_is_dense_unless_it_is_asked(
     assert read(tmp_path / "sparse").schema.field("embedding").type.value_type == pa.float16()
 
 
+def test_random_weights_are_only_taken_if_they_are_meant(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.options, "_pretrained", lambda name: None)
+    typed("embed WORK/photos --out OUT --model test_vit", work, tmp_path, code=2)
+    assert "--weights: expected trained ones, got random weights" in capsys.readouterr().err
+
+
 SHARDS = {
     "alone": ({}, (1, 1)),
     "torchrun": ({"RANK": "2", "WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (3, 4)),

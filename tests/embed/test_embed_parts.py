@@ -33,11 +33,13 @@ def test_columns(store: str, tmp_path: Path) -> None:
     found = read(tmp_path)
     assert found.schema.field("embedding").type == pa.list_(pa.float16() if store == "float16" else pa.float32(), 4)
     assert found.schema.field("tokens").type == pa.int32()
-    assert found.to_pylist() == [
-        {"key": "0.png", "embedding": [0.0] * 4, "tokens": 9, "error": None},
-        {"key": "1.png", "embedding": None, "tokens": None, "error": "broken"},
-        {"key": "2.png", "embedding": [1.0] * 4, "tokens": 9, "error": None},
+    assert found.drop_columns("embedding").to_pylist() == [
+        {"key": "0.png", "tokens": 9, "error": None},
+        {"key": "1.png", "tokens": None, "error": "broken"},
+        {"key": "2.png", "tokens": 9, "error": None},
     ]
+    values = found["embedding"].combine_chunks().values.to_numpy().reshape(3, 4)
+    assert np.array_equal(values, [[0.0] * 4, [np.nan] * 4, [1.0] * 4], equal_nan=True)
 
 
 def test_labels_and_their_names() -> None:
@@ -56,7 +58,7 @@ def test_a_part_of_broken_files_alone() -> None:
     columns = {"embedding": np.empty((0, 4), np.float32), "tokens": np.empty(0, np.int32)}
     found = table(["a"], ["broken"], columns, width=4)
     assert found.schema == some().schema
-    assert found["embedding"].null_count == 1
+    assert np.isnan(found["embedding"][0].as_py()).all()
 
 
 def test_missing_parts_and_what_a_kill_left(tmp_path: Path) -> None:

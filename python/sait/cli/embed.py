@@ -212,6 +212,8 @@ def load(asked: Mapping[str, Any]) -> tuple[Any, str]:
     name = options.model_name(name, asked["weights"])
     model, described = options.load_model(name, asked["weights"])
     options.check_prunable(model, block, score, [density])
+    if asked["weights"] == "auto" and described.startswith("random"):
+        options.bad("--weights", f"expected trained ones, got {described}; name a file, or random if you mean it.")
     sait.set_density(sait.sparsify(model, block=block, keep=1.0, score=score), **asdict(density))
     words = density.label if density == Density() else density.plan(block, score)
     return model, f"{name}, {described}; {words}"

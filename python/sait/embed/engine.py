@@ -1,4 +1,4 @@
-"""The engine of one process: workers decode ahead, the model runs, a thread writes parts."""
+"""The engine of one process: workers decode ahead, the model runs, a thread collects and writes parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from sait.embed.decode import Chunk, chunks
 from sait.embed.errors import BadInput
-from sait.embed.job import Job, make_part
+from sait.embed.job import Computed, Job, compute, rows_of
 from sait.embed.report import Totals
 from sait.embed.subject import Subject
 
@@ -37,23 +37,26 @@ def run(
     ranges = [items for part in wanted for items in job.ranges(part)]
     pin = subject.device.type == "cuda"
     stream = _counted(chunks(job.source, ranges, job.expected.size, job.max_pixels, job.workers, pin=pin), advance)
-    totals, writing = Totals(), None
+    totals = Totals()
     with ThreadPoolExecutor(1) as writer:
+        writing: Future[Totals] | None = None
         for part in wanted:
             try:
-                table, of_part = make_part(job, subject, part, itertools.islice(stream, len(job.ranges(part))))
+                computed = compute(job, subject, part, itertools.islice(stream, len(job.ranges(part))))
             except torch.OutOfMemoryError as error:
                 raise BadInput("batch", f"{job.batch} images do not fit {job.device}; take fewer.") from error
-            _finish(writing)
-            writing = writer.submit(write, part, table)
-            totals.add(of_part)
-        _finish(writing)
+            if writing is not None:  # one part waits at most
+                totals.add(writing.result())
+            writing = writer.submit(_write, job, computed, write)
+        if writing is not None:
+            totals.add(writing.result())
     return totals
 
 
-def _finish(writing: Future[None] | None) -> None:
-    if writing is not None:
-        writing.result()
+def _write(job: Job, computed: Computed, write: Callable[[int, pa.Table], None]) -> Totals:
+    table, totals = rows_of(job, computed)
+    write(computed.part, table)
+    return totals
 
 
 def _counted(stream: Iterator[Chunk], advance: Callable[[int], object]) -> Iterator[Chunk]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from sait.cost import plan_rows
 from sait.data.photos import Preprocessing
 from sait.embed import parts
 from sait.embed.batches import Batches
-from sait.embed.decode import CHUNK, Chunk
+from sait.embed.decode import CHUNK, Chunk, Seconds
 from sait.embed.report import EXAMPLES, Totals
 from sait.embed.sources import Source
 from sait.embed.subject import Answers, Subject
@@ -76,8 +76,47 @@ class Job:
         return Subject(self.model, self.expected, torch.device(self.device), wants_features=self.wants_features)
 
 
-def make_part(job: Job, subject: Subject, part: int, chunks: Iterable[Chunk]) -> tuple[pa.Table, Totals]:
-    """The rows of a part from its chunks: a function of the job and the part alone, whoever calls it and when."""
+class _Clock:
+    """Sums up the seconds inside of ``with``, on a GPU without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu, self._sum = device.type == "cuda", 0.0
+        self._events: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._tick(1)
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._tick(-1)
+
+    def _tick(self, sign: int) -> None:
+        if self._on_gpu:
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
+        else:
+            self._sum -= sign * time.perf_counter()
+
+    def seconds(self) -> float:
+        if self._on_gpu:
+            if self._events:
+                self._events[-1].synchronize()
+            pairs = zip(self._events[::2], self._events[1::2], strict=True)
+            return sum(start.elapsed_time(end) for start, end in pairs) * 1e-3
+        return self._sum
+
+
+class Computed(NamedTuple):
+    """A part whose answers lie on the device, perhaps not yet computed."""
+
+    part: int
+    answers: list[Answers]
+    errors: list[str | None]
+    prepared: Seconds
+    clock: _Clock
+
+
+def compute(job: Job, subject: Subject, part: int, chunks: Iterable[Chunk]) -> Computed:
+    """A part from its chunks: a function of the job and the part alone, whoever calls it and when."""
     batches, clock = Batches(chunks, subject.device, job.batch), _Clock(subject.device)
     answers: list[Answers] = []
     for pixels in batches:
@@ -85,16 +124,21 @@ def make_part(job: Job, subject: Subject, part: int, chunks: Iterable[Chunk]) ->
             answers.append(subject(pixels))
         if len(answers) == 1:
             batches.size = _images_of_cost(job, subject, answers[0].tokens)
-    keys, errors = [job.source.keys[i] for i in job.items(part)], batches.errors
-    columns, tokens = _gathered(job, answers, errors)
+    return Computed(part, answers, batches.errors, batches.seconds, clock)
+
+
+def rows_of(job: Job, computed: Computed) -> tuple[pa.Table, Totals]:
+    """The rows of a part, and what it adds to the sums; waits for the device."""
+    keys, errors = [job.source.keys[i] for i in job.items(computed.part)], list(computed.errors)
+    columns, tokens = _gathered(job, computed.answers, errors)
     failures = [(key, error) for key, error in zip(keys, errors, strict=True) if error is not None]
     totals = Totals(
         images=len(keys),
         failed=len(failures),
         examples=dict(failures[:EXAMPLES]),
         kept=Counter(map(tuple, tokens.tolist())),
-        prepared=batches.seconds,
-        model=clock.seconds(),
+        prepared=computed.prepared,
+        model=computed.clock.seconds(),
     )
     return parts.table(keys, errors, columns, job.width, job.names), totals
 
@@ -142,31 +186,3 @@ def _no_rows(job: Job) -> dict[str, np.ndarray[Any, Any]]:
     if job.wants_features:
         return {"embedding": np.empty((0, job.width), job.store), "tokens": tokens}
     return {"label": np.empty(0, np.int32), "score": np.empty(0, np.float32), "tokens": tokens}
-
-
-class _Clock:
-    """Sums up the seconds inside of ``with``, on a GPU without waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu, self._sum = device.type == "cuda", 0.0
-        self._events: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._tick(1)
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._tick(-1)
-
-    def _tick(self, sign: int) -> None:
-        if self._on_gpu:
-            self._events.append(torch.cuda.Event(enable_timing=True))
-            self._events[-1].record()
-        else:
-            self._sum -= sign * time.perf_counter()
-
-    def seconds(self) -> float:
-        if self._on_gpu:
-            torch.cuda.synchronize()
-            pairs = zip(self._events[::2], self._events[1::2], strict=True)
-            return sum(start.elapsed_time(end) for start, end in pairs) * 1e-3
-        return self._sum

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Parts:
         self._folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe-{os.getpid()}"
+            probe = folder / f".probe-{uuid.uuid4().hex}"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -115,7 +116,7 @@ class Parts:
             raise BadInput("out", f"expected {rows} rows in {path}, found {found}; remove it, and it is made again.")
 
     def _replace(self, path: Path, write: Any) -> None:
-        half = path.with_name(f".{path.name}.{os.getpid()}")
+        half = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             write(half)
             _sync(half)
@@ -139,7 +140,7 @@ def table(
     width: int,
     names: Sequence[str] | None = None,
 ) -> pa.Table:
-    """A part.
+    """A part. Of a row with an error the embedding is NaN, and everything else null.
 
     Args:
         keys: of all its rows.
@@ -155,8 +156,8 @@ def table(
         spread = np.zeros((len(keys), *values.shape[1:]), values.dtype)
         spread[~failed] = values
         if title == "embedding":
-            flat = pa.array(spread.reshape(-1))
-            found[title] = pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(failed))
+            spread[failed] = np.nan  # many readers know no list of fixed size that is null
+            found[title] = pa.FixedSizeListArray.from_arrays(pa.array(spread.reshape(-1)), width)
         else:
             found[title] = pa.array(spread, mask=failed)
         if title == "label" and names is not None:

@@ -82,9 +82,10 @@ def embed(
     """The pooled features of each image, what the model's classifier reads.
 
     Parquet parts with the columns key, embedding (a list of fixed size), tokens (of the image behind the last stage,
-    prefix included) and error: where it is set, the others are null. A part is there whole or not at all, so the same
-    call goes on where one ended, whatever ended it; ``_run.json`` beside the parts says what they hold, and another
-    model, density or source is refused. ``pyarrow.parquet.read_table(out)`` reads them all.
+    prefix included) and error: where it is set, the embedding is NaN and tokens null. A part is there whole or not at
+    all, so the same call goes on where one ended, whatever ended it. ``_run.json`` beside the parts says what they
+    hold, and another model, density or source is refused. ``read(out)`` or ``pyarrow.parquet.read_table(out)`` gives
+    them all.
 
     Args:
         model: from sait.sparsify, at its density, or a SaitViT; it stays as it is.

@@ -159,7 +159,7 @@ def _lines(place: Path) -> list[str]:
     if place.name.lower().endswith(COMPRESSED):
         raise BadInput("source", f"expected a tar shard that is not compressed, got {place}; unpack it to .tar.")
     try:
-        lines = place.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = place.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError as error:
         raise BadInput("source", f"cannot read {place}: {reason(error)}.") from error
     if any("\0" in line for line in lines):
