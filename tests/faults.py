@@ -535,6 +535,55 @@ PYTHON = (
         "",
         "tests/models/test_linear.py",
     ),
+    Fault(
+        "embed: the values of a part lie in its first rows, wherever an image failed",
+        "python/sait/embed/parts.py",
+        "        spread[~failed] = values\n",
+        "        spread[: len(values)] = values\n",
+        "tests/embed/test_embed_parts.py",
+    ),
+    Fault(
+        "embed: a part is written under its own name",
+        "python/sait/embed/parts.py",
+        "            write(half)\n            _sync(half)\n            os.replace(half, path)\n",
+        "            write(path)\n            _sync(path)\n            os.replace(path, path)\n",
+        "tests/embed/test_embed_parts.py tests/embed/test_embed_killed.py",
+    ),
+    Fault(
+        "embed: a folder that was begun with another density goes on",
+        "python/sait/embed/parts.py",
+        "if before != now:",
+        "if before is None and now is not None:",
+        "tests/embed/test_embed_parts.py tests/embed/test_embed_runs.py",
+    ),
+    Fault(
+        "embed: shards count from 0",
+        "python/sait/embed/run.py",
+        "range(i - 1, job.parts, n)",
+        "range(i % n, job.parts, n + 1)",
+        "tests/embed/test_embed_runs.py",
+    ),
+    Fault(
+        "embed: an adaptive batch is as large as its first images say, and so are those of a fixed share",
+        "python/sait/embed/job.py",
+        "if plan is None or not plan.ragged:",
+        "if plan is None:",
+        "tests/embed/test_embed_runs.py",
+    ),
+    Fault(
+        "embed: the first row of a row group is looked for in the one before it",
+        "python/sait/embed/parquet.py",
+        "bisect.bisect_right(self._ends, i)",
+        "bisect.bisect_left(self._ends, i)",
+        "tests/embed/test_sources.py",
+    ),
+    Fault(
+        "predict: the score is a logit",
+        "python/sait/embed/subject.py",
+        "values.float().softmax(1).max(1)",
+        "values.float().max(1)",
+        "tests/embed/test_embed_runs.py",
+    ),
 )
 
 # csrc/cpu and csrc/ops: the library of the CPU kernels is built again.
