@@ -204,6 +204,13 @@ def test_numbers_that_are_not_finite_are_an_error(photos: Path, tmp_path: Path) 
     assert all("not finite" in row["error"] for key, row in rows(tmp_path).items() if key == "002.png")
 
 
+def test_numbers_that_half_precision_cannot_hold_are_an_error(photos: Path, tmp_path: Path) -> None:
+    model = small(keep=0.5)
+    model.norm.bias.data[0] = 1e5
+    report = embed(model, photos, tmp_path, Settings(batch=4, part=8, workers=0, half=True))
+    assert report.totals.failed == IMAGES + 2
+
+
 def test_half_precision(photos: Path, tmp_path: Path) -> None:
     embed(small(keep=0.5), photos, tmp_path / "whole", FEW)
     embed(small(keep=0.5), photos, tmp_path / "half", Settings(batch=4, part=8, workers=0, half=True))

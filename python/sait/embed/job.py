@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +16,14 @@ from sait.cost import plan_rows
 from sait.data.photos import Preprocessing
 from sait.embed import parts
 from sait.embed.batches import Batches
+from sait.embed.clock import Clock
 from sait.embed.decode import CHUNK, Chunk, Seconds
 from sait.embed.report import EXAMPLES, Totals
 from sait.embed.sources import Source
 from sait.embed.subject import Answers, Subject
 from sait.state import state_of
 
-NOT_FINITE = "the model's result is not finite; compute in bf16 or fp32 (--dtype)"
+NOT_FINITE = "the model's result is not finite; compute in bf16 or fp32 (--dtype), store in fp32 (--store)"
 MOST_MORE = 2  # times the images of a batch where they keep few tokens, at most: in front all tokens are there
 
 
@@ -76,35 +75,6 @@ class Job:
         return Subject(self.model, self.expected, torch.device(self.device), wants_features=self.wants_features)
 
 
-class _Clock:
-    """Sums up the seconds inside of ``with``, on a GPU without waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu, self._sum = device.type == "cuda", 0.0
-        self._events: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._tick(1)
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._tick(-1)
-
-    def _tick(self, sign: int) -> None:
-        if self._on_gpu:
-            self._events.append(torch.cuda.Event(enable_timing=True))
-            self._events[-1].record()
-        else:
-            self._sum -= sign * time.perf_counter()
-
-    def seconds(self) -> float:
-        if self._on_gpu:
-            if self._events:
-                self._events[-1].synchronize()
-            pairs = zip(self._events[::2], self._events[1::2], strict=True)
-            return sum(start.elapsed_time(end) for start, end in pairs) * 1e-3
-        return self._sum
-
-
 class Computed(NamedTuple):
     """A part whose answers lie on the device, perhaps not yet computed."""
 
@@ -112,12 +82,12 @@ class Computed(NamedTuple):
     answers: list[Answers]
     errors: list[str | None]
     prepared: Seconds
-    clock: _Clock
+    clock: Clock
 
 
 def compute(job: Job, subject: Subject, part: int, chunks: Iterable[Chunk]) -> Computed:
     """A part from its chunks: a function of the job and the part alone, whoever calls it and when."""
-    batches, clock = Batches(chunks, subject.device, job.batch), _Clock(subject.device)
+    batches, clock = Batches(chunks, subject.device, job.batch), Clock(subject.device)
     answers: list[Answers] = []
     for pixels in batches:
         with clock:
@@ -162,27 +132,25 @@ def _gathered(
 ) -> tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
     """(columns, tokens behind each stage) of the rows that have values; ``errors`` gets those that are not finite."""
     if not answers:
-        found: dict[str, np.ndarray[Any, Any]] = _no_rows(job)
-        return found, np.empty((0, 1), np.int32)
+        wide = {"embedding": (0, job.width)}
+        return {name: np.empty(wide.get(name, 0), kind) for name, kind in _kinds(job).items()}, np.empty((0, 1), int)
+    whole = {name: torch.cat([answer.columns[name] for answer in answers]).cpu() for name in answers[0].columns}
+    with np.errstate(over="ignore"):  # becomes infinite, and so an error
+        found = {name: whole[name].float().numpy().astype(kind) for name, kind in _kinds(job).items() if name in whole}
     finite = torch.cat([answer.finite for answer in answers]).cpu().numpy()
+    if job.wants_features:
+        finite &= np.isfinite(found["embedding"]).all(1)
     answered = [i for i, error in enumerate(errors) if error is None]
     for i, is_finite in zip(answered, finite, strict=True):
         if not is_finite:
             errors[i] = NOT_FINITE
-    tokens = torch.cat([answer.tokens for answer in answers]).cpu().numpy()[finite]
-    found = {}
-    for name, empty in _no_rows(job).items():
-        if name == "tokens":
-            found[name] = tokens[:, -1]
-        else:
-            values = torch.cat([answer.columns[name] for answer in answers]).float().cpu().numpy()[finite]
-            found[name] = values.astype(empty.dtype)
-    return found, tokens
+    tokens = torch.cat([answer.tokens for answer in answers]).cpu().numpy()
+    found["tokens"] = tokens[:, -1]
+    return {name: values[finite] for name, values in found.items()}, tokens[finite]
 
 
-def _no_rows(job: Job) -> dict[str, np.ndarray[Any, Any]]:
-    """The columns of a part in which nothing can be read: names, their order, and types."""
-    tokens = np.empty(0, np.int32)
+def _kinds(job: Job) -> dict[str, str]:
+    """The columns in their order, and NumPy's types of them."""
     if job.wants_features:
-        return {"embedding": np.empty((0, job.width), job.store), "tokens": tokens}
-    return {"label": np.empty(0, np.int32), "score": np.empty(0, np.float32), "tokens": tokens}
+        return {"embedding": job.store, "tokens": "int32"}
+    return {"label": "int32", "score": "float32", "tokens": "int32"}

@@ -42,6 +42,8 @@ class Subject:
     """
 
     def __init__(self, model: Any, expected: Preprocessing, device: torch.device, *, wants_features: bool) -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # clocks and kernels take the stream of the current one
         self.device, self.wants_features = device, wants_features
         self._model, self._expected, self._family = model.to(device), expected, sparse_family(model)
         self._dtype = next(model.parameters()).dtype
