@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Of two cores of this machine, whatever there is; its processes know what the tests import."""
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
     paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in quiet.items():
@@ -77,6 +77,9 @@ def test_what_an_actor_says_is_data(tmp_path: Path) -> None:
     maker._subject, maker._parts = maker._job.subject(), Full(tmp_path / "out")
     (found,) = maker({"part": np.array([0])})["found"]
     assert str(pickle.loads(found)) == "out: no room"
+    source.place = tmp_path / "elsewhere"
+    (found,) = maker({"part": np.array([0])})["found"]
+    assert "does not see" in str(pickle.loads(found))
 
 
 def test_resources() -> None:
@@ -88,5 +91,7 @@ def test_resources() -> None:
     assert of(None, "cuda", CPU=16, GPU=8) == (8, {"num_cpus": 2, "num_gpus": 1})
     with pytest.raises(BadInput, match="has no GPU; take cpu"):
         of(None, "cuda", CPU=16)
+    with pytest.raises(BadInput, match="Ray deals out the GPUs, got cuda:1"):
+        of(None, "cuda:1", CPU=16, GPU=8)
     with pytest.raises(BadInput, match="expected at most 8, for the cluster has no more cuda, got 9"):
         of(9, "cuda", CPU=16, GPU=8)

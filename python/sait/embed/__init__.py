@@ -1,10 +1,7 @@
 """Features, labels and scores of a million images: Parquet parts that are there whole or not at all.
 
->>> import timm, sait
->>> from sait.embed import Settings, embed
->>> model = sait.sparsify(timm.create_model("deit_small_patch16_224", pretrained=True), block=3, keep=0.45)
->>> # report of: embed(model, "photos", "features", Settings(batch=64, dtype=torch.bfloat16))  # doctest: +SKIP
->>> print(*report.lines(), sep="\\n")  # doctest: +SKIP
+``embed(model, "photos", "features", Settings(batch=64))`` writes them, and goes on where it ended; ``read("features")``
+gives a table. docs/scale.md has the rest.
 """
 
 from sait.embed.errors import BadInput

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,6 @@ def run(
         raise BadInput("engine", f"ray is not installed ({error}); pip install 'sait-kernels[ray]'.") from error
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else an E line warns of losing what is held here
         try:
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -100,6 +100,9 @@ class _Maker:
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         found: Totals | BadInput
         try:
+            place = self._job.source.place
+            if place is not None and not place.exists():  # else every image would be a row with an error
+                raise BadInput("source", f"{platform.node()} does not see {place}; mount it there under this name.")
             found = engine.run(self._job, batch["part"].tolist(), self._parts.write, subject=self._subject)
         except BadInput as error:
             found = error  # as data: Ray would wrap it into a traceback of its own
@@ -110,6 +113,8 @@ def _resources(cluster: dict[str, float], nodes: int, actors: int | None, device
     """How many actors, and what each of them takes."""
     cpus, gpus = int(cluster.get("CPU", 0)), int(cluster.get("GPU", 0))
     on_gpu = device.startswith("cuda")
+    if device not in ("cpu", "cuda"):
+        raise BadInput("device", f"expected cpu or cuda, for Ray deals out the GPUs, got {device}.")
     if on_gpu and not gpus:
         raise BadInput("device", "the cluster of Ray has no GPU; take cpu.")
     actors = actors or (gpus if on_gpu else nodes)

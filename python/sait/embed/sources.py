@@ -32,9 +32,11 @@ def open_source(path: str | os.PathLike[str], column: str | None = None) -> Sour
         BadInput: there is no such source, it holds no image, images of several kinds, or two of one key, or the column
             is missing.
     """
-    place = Path(path)
+    place = Path(path).absolute()  # a worker may be somewhere else
     if not place.exists():
-        raise BadInput("source", f"expected a folder, a list, a .parquet or a .tar file; there is no {str(place)!r}.")
+        raise BadInput(
+            "source", f"expected a folder, a list, a .parquet or a .tar file; there is no {os.fspath(path)!r}."
+        )
     files = _walk(place) if place.is_dir() else [place.name]
     root = place if place.is_dir() else place.parent
     kinds = {kind for name in files if (kind := KINDS.get(Path(name).suffix.lower()))}
