@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from sait.cli import options
 from sait.cli.options import DType
+from sait.cli.subject import BlockOf, MassShare, ModelName, ScoreOf, Share, sparse_model
 
 EXAMPLES = """\
 Examples:
@@ -57,19 +57,6 @@ SourceOf = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="The folder for Parquet parts. A run that ended goes on there.")]
-ModelName = Annotated[
-    str | None,
-    typer.Option(
-        help=f"A checkpoint of `sait train`, or any timm Vision Transformer; by default {options.DEFAULT_MODEL}, or "
-        "that of --weights."
-    ),
-]
-Share = Annotated[float | None, typer.Option(help="Share of the patches to keep.")]
-MassShare = Annotated[float | None, typer.Option(help="Share of the score to keep, image by image.")]
-BlockOf = Annotated[
-    int | None, typer.Option(help="Where tokens are dropped, from 0: 3; a checkpoint has its own.", min=0)
-]
-ScoreOf = Annotated[str | None, typer.Option(help="What ranks the tokens: cls; a checkpoint has its own.")]
 Batch = Annotated[
     int, typer.Option(help="Images at a time; with --mass as many as have the tokens of so many dense ones.", min=1)
 ]
@@ -172,7 +159,7 @@ def _run(command: str, source: Path, out: Path, asked: dict[str, Any]) -> None:
             **({} if asked["max_pixels"] is None else {"max_pixels": asked["max_pixels"]}),
         )
         images = open_source(source, asked["column"])
-        subject, described = load(asked)
+        subject, described = sparse_model(asked)
         console = Console(highlight=False)
         of_all = "" if shard == (1, 1) else f"; shard {shard[0]}/{shard[1]}{by}"
         console.print(f"{described}; {len(images.keys)} images of {source}{of_all}", soft_wrap=True)
@@ -192,50 +179,6 @@ def _run(command: str, source: Path, out: Path, asked: dict[str, Any]) -> None:
             )
     for line in report.lines():
         console.print(line, soft_wrap=True)
-
-
-def load(asked: Mapping[str, Any]) -> tuple[Any, str]:
-    """(the sparse model at its density, what it is in words)."""
-    import sait
-    from sait.state import Density
-
-    name, keep, mass = asked["model"], asked["keep"], asked["mass"]
-    if keep is not None and mass is not None:
-        options.bad("--mass", "expected one of --keep and --mass, got both; leave one out.")
-    options.check_keep([] if keep is None else [keep])
-    options.check_mass([] if mass is None else [mass])
-    options.densities([], [] if mass is None else [mass], asked["max_keep"])
-    density = Density(keep, mass, asked["max_keep"])
-    if name is not None and name.endswith(".safetensors"):
-        return _checkpoint(name, density, asked)
-    block, score = 3 if asked["block"] is None else asked["block"], asked["score"] or "cls"
-    name = options.model_name(name, asked["weights"])
-    model, described = options.load_model(name, asked["weights"])
-    options.check_prunable(model, block, score, [density])
-    if asked["weights"] == "auto" and described.startswith("random"):
-        options.bad("--weights", f"expected trained ones, got {described}; name a file, or random if you mean it.")
-    sait.set_density(sait.sparsify(model, block=block, keep=1.0, score=score), **asdict(density))
-    words = density.label if density == Density() else density.plan(block, score)
-    return model, f"{name}, {described}; {words}"
-
-
-def _checkpoint(path: str, density: Any, asked: Mapping[str, Any]) -> tuple[Any, str]:
-    import sait
-    from sait.state import Density
-
-    for option, absent in (("block", None), ("score", None), ("weights", "auto")):
-        if asked[option] != absent:
-            options.bad(f"--{option}", f"{path} has its own, got {asked[option]}; leave it out.")
-    try:
-        model = sait.load(path)
-        if density != Density():
-            sait.set_density(model, **asdict(density))
-    except OSError as error:
-        options.bad("--model", f"cannot read {path}: {error.strerror or error}.")
-    except (TypeError, ValueError) as error:
-        options.bad("--model", options.one_line(error))
-    plan = sait.density(model)
-    return model, f"{path}; {'dense mode' if plan is None else plan.name}"
 
 
 def shard_of(given: str | None, environment: Mapping[str, str]) -> tuple[tuple[int, int], str]:

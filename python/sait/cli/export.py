@@ -9,62 +9,58 @@ import typer
 from rich.console import Console
 
 from sait.cli import options
-from sait.cli.eval import load
 from sait.cli.options import DType
+from sait.cli.subject import BlockOf, MassShare, ModelName, ScoreOf, Share, sparse_model
 
 EXAMPLES = """\
 Examples:
 
-* sait export deit_small_patch16_224 deit.onnx --keep 0.45
-* sait export runs/sait/model.safetensors model.xml --keep 0.7
-* sait export deit_small_patch16_224 deit.pt2 --compiled
-* sait export deit_small_patch16_224 deit.pt2 --kernels --mass 0.9 --static --max-keep 120
+* sait export deit.onnx --model deit_small_patch16_224 --keep 0.45
+* sait export model.xml --model runs/sait/model.safetensors --keep 0.7
+* sait export dino.onnx --weights $(python -m sait.weights) --keep 0.45
+* sait export deit.pt2 --keep 0.45 --compiled
+* sait export deit.pt2 --mass 0.9 --static --max-keep 120 --kernels
 """
 
 
 def export(
-    model: Annotated[
-        str, typer.Argument(help="A checkpoint of `sait train`, or a timm model with pretrained weights.")
-    ],
     path: Annotated[Path, typer.Argument(help="To write: .onnx, .xml (OpenVINO), .pt2 (torch.export), .ts.")],
-    keep: options.Keep = [],  # noqa: B006  (typer wants a list; nothing changes it)
-    mass: options.Mass = [],  # noqa: B006
+    model: ModelName = None,
+    weights: options.Weights = "auto",
+    keep: Share = None,
+    mass: MassShare = None,
     max_keep: options.MaxKeep = None,
     static: options.Static = False,
-    block: Annotated[int, typer.Option(help="Where a timm model drops tokens; a checkpoint has its own.", min=0)] = 3,
-    score: options.ScoreKind = "cls",
+    block: BlockOf = None,
+    score: ScoreOf = None,
     batch: Annotated[int | None, typer.Option(help="A fixed number of images; by default any.", min=1)] = None,
     dtype: Annotated[DType, typer.Option(help="Of weights and images.")] = DType.fp32,
     kernels: Annotated[bool, typer.Option("--kernels", help="Of .pt2: keep the ops of sait_kernels.")] = False,
     compiled: Annotated[bool, typer.Option("--compiled", help="Of .pt2: machine code, by AOTInductor.")] = False,
 ) -> None:
-    """Writes a model at one density as a program of plain ops, and runs it beside the model: at most rounding apart."""
-    from sait.exports.export import export as write
-    from sait.state import set_density
+    """Writes a model at one density as a program of plain ops, and runs it beside the model: at most rounding apart.
 
-    densities = options.densities(keep or ([] if mass else [0.45]), mass, max_keep, static)
-    if len(densities) != 1:
-        options.bad("--keep", f"expected one density, got {len(densities)}. A file holds one; write several files.")
-    subject, described = load(model, block, score, densities)
-    (density,) = densities
-    set_density(subject.to(dtype.as_torch()), **density.given)
+    Without --keep and --mass a timm model is dense, and a checkpoint as it was saved.
+    """
+    given = {name: value for name, value in locals().items() if name != "path"}
+    from sait.exports.export import export as write
+
+    subject, described = sparse_model(given)
+    subject.eval().to(dtype.as_torch())
     images, _ = options.load_images(subject, batch or 2)
+    images = images.to(dtype.as_torch())
     try:
-        written = write(
-            subject, path, images.to(dtype.as_torch()), dynamic=batch is None, kernels=kernels, compiled=compiled
-        )
-    except ImportError as error:
-        options.bad("PATH", options.one_line(error))
-    except (ValueError, RuntimeError) as error:
-        options.bad("PATH", options.one_line(error))
+        written = write(subject, path, images, dynamic=batch is None, kernels=kernels, compiled=compiled)
     except OSError as error:
         options.bad("PATH", f"cannot write {path}: {error.strerror or error}.")
+    except (ImportError, ValueError, RuntimeError) as error:
+        options.bad("PATH", options.one_line(error))
     console = Console(highlight=False)
-    console.print(f"{model}, {described}, {density.label}: {written.format}", soft_wrap=True)
+    console.print(f"{described}: {written.format}", soft_wrap=True)
     size = f"(any batch, 3, {images.shape[2]}, {images.shape[3]})" if batch is None else str(tuple(images.shape))
     console.print(f"images {size} -> {', '.join(written.outputs)}", soft_wrap=True)
-    for images_at_once, apart in written.errors.items():
-        console.print(f"batch {images_at_once}: {apart:.1e} of the largest result from the model's own")
+    for at_once, apart in written.errors.items():
+        console.print(f"batch {at_once}: {apart:.1e} of the largest result from the model's own")
     if not written.errors:
         console.print("not compared: the engine that runs it is not installed")
     console.print(f"written: {path}, {path.stat().st_size / 1e6:.1f} MB")
