@@ -108,7 +108,7 @@ def rows(seed: int, settings: Settings, runs: Path) -> Iterator[Row]:
             mean = round(share * scores.shape[1])
             chosen = {"fixed": np.full(len(images), mean), **{rule.name: counted(rule, scores, mean) for rule in rules}}
             if rules[0] is RULES[0]:
-                chosen[BY_SIZE] = at_mean(lambda p, most=scores.shape[1]: (size * p).clip(1, most), mean)
+                chosen[BY_SIZE] = by_size(size, mean, scores.shape[1])
             for name, counts in chosen.items():
                 right = answers(model, images, score, block, counts)
                 yield {
@@ -125,6 +125,11 @@ def rows(seed: int, settings: Settings, runs: Path) -> Iterator[Row]:
                 }
 
 
+def by_size(size: np.ndarray, mean: int, most: int) -> np.ndarray:
+    """(n,) patches in proportion to the object, with this mean."""
+    return at_mean(lambda parameter: (most * parameter * size).clip(1, most), mean)
+
+
 def counted(rule: Rule, scores: np.ndarray, mean: int) -> np.ndarray:
     """(n,) patches of each image, with this mean."""
     least, most = np.clip(np.rint(np.array(rule.limits) * mean), 1, scores.shape[1])
@@ -133,14 +138,16 @@ def counted(rule: Rule, scores: np.ndarray, mean: int) -> np.ndarray:
 
 def at_mean(counts: Callable[[float], np.ndarray], mean: float) -> np.ndarray:
     """Counts (n,) with this mean: those of the least parameter in [0, 1] that gives as much, and what is too many
-    taken one by one from the images with the most."""
+    taken one by one from the images with the most. ValueError if 1 gives less."""
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if np.rint(counts(middle)).mean() >= mean else (middle, high)
     found = np.rint(counts(high)).astype(int)
     over = found.sum() - round(mean * len(found))
-    found[np.argsort(-found, kind="stable")[: max(over, 0)]] -= 1
+    if over < 0:
+        raise ValueError(f"at_mean: expected counts with a mean of {mean}, got {found.mean():.1f} at most.")
+    found[np.argsort(-found, kind="stable")[:over]] -= 1
     return found
 
 

@@ -159,6 +159,16 @@ def test_rules_have_the_mean_of_the_fixed_number() -> None:
     assert adaptive.threshold(np.array([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]]), 0.75).tolist() == [1, 1]
 
 
+def test_objects_of_any_size_have_the_mean_or_it_is_an_error() -> None:
+    size = np.random.default_rng(0).uniform(3, 90, 50)  # 255ths of an image
+    for mean in (30, 65, 120):
+        counts = adaptive.by_size(size, mean, 144)
+        assert counts.mean() == mean
+        assert (counts[size.argsort()][1:] >= counts[size.argsort()][:-1] - 1).all()
+    with pytest.raises(ValueError, match=r"expected counts with a mean of 65, got 1\.0 at most"):
+        adaptive.at_mean(lambda parameter: np.ones(50), 65)
+
+
 def test_numbers_survive_packing_and_others_are_refused() -> None:
     assert adaptive.unpack_numbers(adaptive.pack_numbers(np.array([0.0, 255.4, 7.6]))).tolist() == [0, 255, 8]
     with pytest.raises(ValueError, match="255"):
