@@ -559,8 +559,8 @@ PYTHON = (
     Fault(
         "export: the batch is the example's",
         "python/sait/exports/export.py",
-        "({0: torch.export.Dim(BATCH)},) if dynamic else None",
-        "None",
+        "sizes = ({0: torch.export.Dim(BATCH)},) if dynamic else None",
+        "sizes = None",
         "tests/models/test_export.py -k 'every_format and pt2'",
     ),
     Fault(

@@ -40,7 +40,7 @@ class SaitVitFamily(TimmVit):
 
     def embed(self, model: Any, images: Tensor) -> Tokens:
         patches = model.patch_embed(images)
-        x = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], dim=1) + model.pos_embed
+        x = torch.cat([model.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + model.pos_embed
         return self.enter(model, x, (images.shape[2], images.shape[3]))
 
     def enter(self, model: Any, x: Tensor, size: tuple[int, int]) -> Tokens:

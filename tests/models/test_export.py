@@ -106,6 +106,29 @@ def test_other_models_and_densities(name: str, tmp_path: Path) -> None:
         assert_is_the_model(path, model, x)
 
 
+@torch.no_grad()
+def test_the_reference_vit_and_an_optimized_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {key: zoo.SMALL[key] for key in ("embed_dim", "num_heads", "depth", "num_classes", "img_size")}
+    model, x = sait.SaitViT(**sizes, block=1, keep=0.5).eval(), zoo.images("vit", 5)
+    sait.export(model, tmp_path / "plain.pt2", x[:2])
+    assert_is_the_model(tmp_path / "plain.pt2", model, x)
+    sait.export(sait.optimize(model), tmp_path / "optimized.pt2", x[:2])
+    assert_is_the_model(tmp_path / "optimized.pt2", model, x)
+
+
+@torch.no_grad()
+def test_a_scorer_that_fixes_the_batch(tmp_path: Path) -> None:
+    class OfItsExample:
+        def __call__(self, seen: sait.Seen) -> Tensor:
+            return seen.x.float().norm(dim=1)[: len(seen.x)]
+
+    model = sait.sparsify(zoo.build("vit"), Plan([Stage(1, OfItsExample(), TopK(0.5))]))
+    with pytest.raises(RuntimeError, match=r"export: model: torch\.export does not take it: .* or pass dynamic=False"):
+        sait.export(model, tmp_path / "model.pt2", zoo.images("vit", 2))
+    assert set(sait.export(model, tmp_path / "model.pt2", zoo.images("vit", 2), dynamic=False).errors) == {2}
+
+
 @pytest.mark.parametrize("plan", [methods.evit(0.7), methods.tome(3)], ids=["evit", "tome"])
 @torch.no_grad()
 def test_methods_that_merge(plan: Plan, tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def export(
         ValueError: train mode, an unknown suffix, options that its format has not, or a density that images decide: the
             message has the share that keeps as many tokens of these images.
         ImportError: a package that the format needs is missing; its name is in the message.
-        RuntimeError: the format cannot express the model, or the file's results are not the model's.
+        RuntimeError: torch.export does not take the model, the format cannot express it, or the file's results are not
+            the model's.
         OSError: the file cannot be written.
     """
     path = Path(path)
@@ -107,7 +108,7 @@ def export(
 
     flat = Flat(model)
     outputs = tuple(flat.named(images))
-    program = torch.export.export(flat, (images,), dynamic_shapes=({0: torch.export.Dim(BATCH)},) if dynamic else None)
+    program = _program(flat, images, dynamic)
     if not kernels:
         program = program.run_decompositions(decompositions())
         _check_plain(program)
@@ -151,6 +152,16 @@ def _format(path: Path, kernels: bool, compiled: bool) -> Format:
         if given and not form.keeps_ops:
             raise ValueError(f"export: {name}: expected a .pt2 for it, got {path.name!r}. Leave it out, or rename.")
     return COMPILED if compiled else form
+
+
+def _program(flat: Flat, images: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
+    sizes = ({0: torch.export.Dim(BATCH)},) if dynamic else None
+    try:
+        return torch.export.export(flat, (images,), dynamic_shapes=sizes)
+    except Exception as error:  # whatever a method or a family of somebody's own makes of the tracer
+        cure = "Write shape[0] for the len() of a tensor, or pass dynamic=False." if dynamic else ""
+        said = " ".join(str(error).split())[:200]
+        raise RuntimeError(f"export: model: torch.export does not take it: {said} {cure}".rstrip()) from error
 
 
 def _write(form: Format, content: Content, path: Path) -> None:
