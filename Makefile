@@ -21,7 +21,8 @@
 # make end-to-end-adaptive   images that keep different numbers of patches, against other ways to do that
 # make end-to-end-serving   p99 of one image, two streams at once, and a core that is busy
 # make stages    where the time of a pruned model goes on a CPU, op by op; docs/stages.md
-# make embed    sait embed from files to Parquet, beside the model alone, and what is the limit
+# make embed    sait embed from files to Parquet, beside the model alone, and what is the limit; embed-killed: 10,000
+#               images, killed in the middle and gone on, and by Ray: the same rows
 # make families   models of every family: errors, and speed beside their own library's forward; docs/families.md
 # make exports    pruned models as ONNX, OpenVINO, torch.export, TorchScript, AOTInductor: errors, and speed beside ours
 # make clean    remove what was built (not .venv)
@@ -40,7 +41,7 @@ RESULTS := benchmarks/results
 .PHONY: wheel wheel-test demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-start gpu-ops \
 	gpu-end-to-end gpu-test-triton gpu-costs gpu-batches gpu-sanitizer gpu-summary gpu-library gpu-end-to-end-models \
 	gpu-end-to-end-autotuned bench end-to-end end-to-end-models end-to-end-large end-to-end-adaptive \
-	end-to-end-serving stages families exports embed report paper methods photographs clean
+	end-to-end-serving stages families exports embed embed-killed report paper methods photographs clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -209,6 +210,9 @@ exports: install $(VENV)/.requirements-dev
 
 embed: install
 	$(BIN)/python benchmarks/embed.py --save-results $(RESULTS) $(ARGUMENTS)
+
+embed-killed: install $(VENV)/.requirements-dev
+	$(BIN)/python tools/embed_killed.py $(ARGUMENTS)
 
 report: $(VENV)/.requirements
 	PYTHONPATH=benchmarks:experiments $(BIN)/python -m report
