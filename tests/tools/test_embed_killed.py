@@ -8,7 +8,7 @@ from tiers import full_only
 
 pa = pytest.importorskip("pyarrow", reason="the extra [embed]")
 
-import embed_killed
+import embed_killed  # noqa: E402
 
 
 @full_only(lambda: True)  # processes that start: half a minute; tests/embed/test_embed_killed.py forks
