@@ -214,7 +214,7 @@ embed: install
 embed-killed: install $(VENV)/.requirements-dev
 	$(BIN)/python tools/embed_killed.py $(ARGUMENTS)
 
-report: $(VENV)/.requirements
+report: install
 	PYTHONPATH=benchmarks:experiments $(BIN)/python -m report
 
 paper: install

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import paper_report
+from photographs import headline
 
 from report import exports, performance, serving
 from report.tables import Document, Row, number, on_gpu, provenance, render, unique, weights
@@ -140,13 +141,17 @@ def insert(readme: str, name: str, block: str) -> str:
     return f"{before}{first}\n{block}\n{last}{after}"
 
 
-def updated(readme: str, results: Path, accuracy: Path) -> str:
-    """The README with the newest results of a folder and the accuracy of a file that ``make paper`` wrote."""
+def updated(readme: str, results: Path, accuracy: Path, photographs: Path) -> str:
+    """The README with the newest results of a folder, and what ``make paper`` and ``make photographs`` wrote."""
     summary = (
         paper_report.summary(json.loads(accuracy.read_text(encoding="utf-8"))) if accuracy.exists() else NOTHING_YET
     )
     peers = sections(headlined(newest(results, performance.KIND)), performance.headline)
     readme = insert(readme, "results", sections(newest(results), markdown))
+    tuned = (
+        headline.summary(json.loads(photographs.read_text(encoding="utf-8"))) if photographs.exists() else NOTHING_YET
+    )
+    readme = insert(readme, "photographs", tuned)
     return insert(insert(readme, "end-to-end", peers), "accuracy", summary)
 
 
@@ -178,9 +183,13 @@ def main() -> None:
     parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md", metavar="FILE")
     parser.add_argument("--deploy", type=Path, default=ROOT / "docs" / "deploy.md", metavar="FILE")
     parser.add_argument("--accuracy", type=Path, default=ROOT / "docs" / "accuracy.json", metavar="FILE")
+    of_photographs = ROOT / "experiments" / "photographs" / "results.json"
+    parser.add_argument("--photographs", type=Path, default=of_photographs, metavar="FILE")
     arguments = parser.parse_args()
     readme, page = (path.read_text(encoding="utf-8") for path in (arguments.readme, arguments.performance))
-    arguments.readme.write_text(updated(readme, arguments.results, arguments.accuracy), encoding="utf-8")
+    arguments.readme.write_text(
+        updated(readme, arguments.results, arguments.accuracy, arguments.photographs), encoding="utf-8"
+    )
     arguments.performance.write_text(updated_performance(page, arguments.results), encoding="utf-8")
     deploy = updated_deploy(arguments.deploy.read_text(encoding="utf-8"), arguments.results)
     arguments.deploy.write_text(deploy, encoding="utf-8")

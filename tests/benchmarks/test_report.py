@@ -197,7 +197,7 @@ PAGE = "".join(marked(name, "") for name in SECTIONS)
 
 def test_command(tmp_path: Path) -> None:
     readme, page, results = tmp_path / "README.md", tmp_path / "performance.md", tmp_path / "results"
-    readme.write_text(marked("results", "") + marked("end-to-end", "") + marked("accuracy", ""))
+    readme.write_text("".join(marked(name, "") for name in ("results", "end-to-end", "accuracy", "photographs")))
     deploy = tmp_path / "deploy.md"
     page.write_text(PAGE)
     deploy.write_text(marked("exports", ""))
@@ -206,11 +206,13 @@ def test_command(tmp_path: Path) -> None:
     script = [sys.executable, "-m", "report", "--results", results, "--readme", readme]
     path = os.pathsep.join(str(ROOT / folder) for folder in ("benchmarks", "experiments"))
     words = [*script, "--performance", page, "--deploy", deploy, "--accuracy", tmp_path / "nothing.json"]
+    words += ["--photographs", tmp_path / "nothing.json"]
     subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": path})
     blocks = {
         "results": report.sections([document()], report.markdown),
         "end-to-end": report.sections([], report.markdown),
         "accuracy": report.NOTHING_YET,
+        "photographs": report.NOTHING_YET,
     }
     assert readme.read_text() == "".join(marked(name, block) for name, block in blocks.items())
     assert deploy.read_text() == marked("exports", report.NO_EXPORTS_YET)
@@ -220,9 +222,9 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_the_documents_have_the_newest_results() -> None:
-    results = ROOT / "benchmarks" / "results"
+    results, photographs = ROOT / "benchmarks" / "results", ROOT / "experiments" / "photographs" / "results.json"
     readme, page = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "docs/performance.md"))
-    assert readme == report.updated(readme, results, ROOT / "docs" / "accuracy.json"), "run `make report`"
+    assert readme == report.updated(readme, results, ROOT / "docs" / "accuracy.json", photographs), "run `make report`"
     assert page == report.updated_performance(page, results), "run `make report`"
     for picture in re.findall(r"\((performance-[^)]+)\)", page):
         assert (ROOT / "docs" / picture).exists(), "run `make report`"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from photographs import __main__ as command
-from photographs import adaptive, finetune, intervals, report, results
+from photographs import adaptive, finetune, headline, intervals, report, results
 from photographs.results import Run
 from photographs.settings import FULL, QUICK
 from sait.data import Stamps
@@ -70,6 +70,12 @@ def test_from_runs_to_tables(folders: list[str], tmp_path: Path, capsys: pytest.
     for row in report.of(document["rows"], "untrained"):
         assert 0.3 < row["cosine"] <= 1.001
 
+    table = headline.summary(document)
+    speeds = {row["density"]: row["images_per_s"] for row in report.of(document["rows"], "speed")}
+    (pruned,) = (row for row in tuned if (row["variant"], row["density"]) == ("sait", "keep 0.45"))
+    assert f"| keep 0.45 | {pruned['tokens']:.1f} | {pruned['gmac']:.2f} | {speeds['keep 0.45']:.0f} | " in table
+    assert "fewer multiply-adds" in table
+
     before = path.read_bytes()
     capsys.readouterr()
     command.main(folders)  # all is done
@@ -77,6 +83,10 @@ def test_from_runs_to_tables(folders: list[str], tmp_path: Path, capsys: pytest.
     assert path.read_bytes() == before
     command.main([*folders, "--list", "--only", "finetune/sait"])
     assert capsys.readouterr().out == "done  finetune/sait/0\n"
+
+
+def test_a_readme_without_runs_says_so() -> None:
+    assert headline.summary({"rows": []}) == "Not run yet: `make photographs report`."
 
 
 def test_runs_are_chosen_by_name() -> None:
