@@ -18,5 +18,5 @@ def table(document: Document) -> str:
         speeds = [f"{number(row['images_per_s'], 1)} ({row['ratio']:.2f}×)" for row in of_case]
         lines.append([case, f"{max(row['max_error'] for row in of_case):.1e}", *speeds])
     first = rows[0]
-    said = f"{first['model']}, {first['plan']}, {first['dtype']}{weights(rows)}; {provenance(document)}."
+    said = f"{first['model']}, {first['plan']}, {first['dtype']}{weights(rows)}; {provenance(document)}"
     return f"{said}\n\n{render(header, lines, text=1)}"
