@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import paper_report
-from photographs import headline
 
 from report import exports, performance, serving
 from report.tables import Document, Row, number, on_gpu, provenance, render, unique, weights
@@ -148,9 +147,11 @@ def updated(readme: str, results: Path, accuracy: Path, photographs: Path) -> st
     )
     peers = sections(headlined(newest(results, performance.KIND)), performance.headline)
     readme = insert(readme, "results", sections(newest(results), markdown))
-    tuned = (
-        headline.summary(json.loads(photographs.read_text(encoding="utf-8"))) if photographs.exists() else NOTHING_YET
-    )
+    tuned = NOTHING_YET
+    if photographs.exists():
+        from photographs import headline  # and with it torch, timm and sait
+
+        tuned = headline.summary(json.loads(photographs.read_text(encoding="utf-8")))
     readme = insert(readme, "photographs", tuned)
     return insert(insert(readme, "end-to-end", peers), "accuracy", summary)
 
