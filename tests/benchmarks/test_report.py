@@ -207,7 +207,8 @@ def test_command(tmp_path: Path) -> None:
     path = os.pathsep.join(str(ROOT / folder) for folder in ("benchmarks", "experiments"))
     words = [*script, "--performance", page, "--deploy", deploy, "--accuracy", tmp_path / "nothing.json"]
     words += ["--photographs", tmp_path / "nothing.json"]
-    subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     blocks = {
         "results": report.sections([document()], report.markdown),
         "end-to-end": report.sections([], report.markdown),
