@@ -578,6 +578,13 @@ PYTHON = (
         "tests/models/test_export.py -k not_left",
     ),
     Fault(
+        "export: each engine takes the signal stack of the process for its own",
+        "python/sait/exports/formats.py",
+        "@functools.cache\n",
+        "",
+        "tests/models/test_export.py -k outlives",
+    ),
+    Fault(
         "embed: the values of a part lie in its first rows, wherever an image failed",
         "python/sait/embed/parts.py",
         "        spread[~failed] = values\n",

@@ -18,6 +18,7 @@ import torch
 from sait import cost
 from sait.bench.peers import Made, Peer, Setting
 from sait.bench.plain import PlainPruning
+from sait.exports import formats
 from torch import Tensor, nn
 
 
@@ -73,7 +74,7 @@ class OpenVino(Engine):
         images, *others = self.inputs(example)
         shapes = [[-1, *example.shape[1:]], *(list(other.shape) for other in others)]
         traced = openvino.convert_model(module, example_input=(images, *others), input=shapes)
-        self.compiled, self.of_thread = openvino.Core().compile_model(traced, "CPU", options), threading.local()
+        self.compiled, self.of_thread = formats.openvino_core().compile_model(traced, "CPU", options), threading.local()
 
     def inputs(self, example: Tensor) -> tuple[Tensor, ...]:
         """What the module takes, images first."""

@@ -200,7 +200,7 @@ def test_machine_code(kernels: bool, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_names_that_people_expect(tmp_path: Path) -> None:
-    onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("openvino")
     need(".onnx")
     model, x = sait.sparsify(zoo.build("vit"), block=1, keep=0.5), zoo.images("vit", 2)
     sait.export(model, tmp_path / "model.onnx", x)
@@ -219,10 +219,40 @@ def test_names_that_people_expect(tmp_path: Path) -> None:
     assert not ops & {"ScatterND", "ScatterElements", "Loop", "If", "NonZero"}, "TensorRT has no sure way for these"
 
     sait.export(model, tmp_path / "model.xml", x)
-    read = openvino.Core().read_model(tmp_path / "model.xml")
+    read = formats.openvino_core().read_model(tmp_path / "model.xml")
     assert [port.get_any_name() for port in (*read.inputs, *read.outputs)] == ["images", "logits"]
     assert str(read.inputs[0].get_partial_shape()) == "[?,3,80,80]"
     assert json.loads(read.get_rt_info("sait").astype(str))["model"] == type(model).__name__
+
+
+def test_a_process_outlives_its_engines(tmp_path: Path) -> None:
+    """Signals find their stack after engines that ended in the order in which they began; see formats.openvino_core."""
+    need(".xml")
+    model, x = sait.sparsify(zoo.build("vit"), block=1, keep=0.5), zoo.images("vit", 2)
+    sait.export(model, tmp_path / "model.xml", x)
+    program = f"""
+import faulthandler, signal, subprocess, sys
+from pathlib import Path
+from sait.exports import formats
+faulthandler.enable()  # it has a signal stack of its own, as that of a test
+signal.signal(signal.SIGCHLD, lambda number, frame: print("handled"))
+engines = [formats.FORMATS[".xml"].read(Path({str(tmp_path / "model.xml")!r})) for _ in range(2)]
+while engines:
+    del engines[0]
+subprocess.run([sys.executable, "-c", ""], check=True)
+print("alive")
+"""
+    done = run_python("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert "handled" in done.stdout
+    assert done.stdout.endswith("alive\n")
+
+
+def test_no_engine_has_a_core_of_its_own() -> None:
+    root, call = Path(__file__).parents[2], "openvino." + "Core("
+    folders = ("python", "benchmarks", "tests", "tools", "experiments")
+    sources = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    assert [path.name for path in sources if call in path.read_text(encoding="utf-8")] == ["formats.py"]
 
 
 @torch.no_grad()

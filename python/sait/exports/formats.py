@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -92,12 +93,24 @@ def _write_openvino(content: Content, path: Path) -> None:
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def _read_openvino(path: Path) -> Run:
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's Core, one for the life of a process.
+
+    Each Core that compiles for the CPU takes the main thread's signal stack for its own, and gives the one before it
+    back when it ends. Where two end in the order in which they began, the stack that is left is memory that is gone,
+    and the next signal with a handler ends the process: seen with OpenVINO 2026.4 and a DataLoader,
+    which handles the signal of a child that ended.
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def _read_openvino(path: Path) -> Run:
     # In the model's own precision: by default a CPU with bfloat16 products runs float32 models in bfloat16.
     options = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(path, "CPU", options)
+    compiled = openvino_core().compile_model(path, "CPU", options)
     return lambda images: [torch.from_numpy(y.copy()) for y in compiled(images.numpy()).values()]
 
 
