@@ -34,6 +34,7 @@ ENCODER = f"{OPS}packed_encoder.py"
 PRUNE = f"{OPS}prune_attention.py"
 TAIL = f"{OPS}tail.py"
 PUBLISHED = "tests/models/test_published_plans.py"
+DYNAMIC = "tests/models/test_dynamicvit.py"
 OPTIMIZE = "tests/models/test_optimize.py tests/models/test_optimize_changes.py"
 
 # Python, Triton's kernels included: nothing is built.
@@ -327,6 +328,55 @@ PYTHON = (
         "nearest = torch.searchsorted((sums[:, 1:] + sums[:, :-1]) / 2, points)",
         "nearest = torch.searchsorted((sums[:, 1:] + sums[:, :-1]) / 2, points, right=True)",
         PUBLISHED,
+    ),
+    Fault(
+        "DynamicViT: a share of patches is rounded",
+        "python/sait/methods/selectors.py",
+        "count = max(1, int((tokens.entered - tokens.num_prefix) * self.of_first))",
+        "count = max(1, round((tokens.entered - tokens.num_prefix) * self.of_first))",
+        DYNAMIC,
+    ),
+    Fault(
+        "DynamicViT: a share is of the patches that are left",
+        "python/sait/methods/selectors.py",
+        "count = max(1, int((tokens.entered - tokens.num_prefix) * self.of_first))",
+        "count = max(1, int((tokens.max_seqlen - tokens.num_prefix) * self.of_first))",
+        DYNAMIC,
+    ),
+    Fault(
+        "DynamicViT: the mean of an image counts those who have gone",
+        "python/sait/methods/policy.py",
+        "if tokens.policy is None else tokens.policy.to(kind)",
+        "if True else tokens.policy",
+        DYNAMIC,
+    ),
+    Fault(
+        "DynamicViT: in masked attention a row that has gone does not see itself",
+        "python/sait/methods/policy.py",
+        "policy.masked_fill(itself, 1.0)",
+        "policy",
+        DYNAMIC,
+    ),
+    Fault(
+        "DynamicViT: of prefix tokens only the first is not masked",
+        "python/sait/methods/policy.py",
+        "policy.index_fill(0, prefix_rows(seen.tokens).flatten().long(), 1.0)",
+        "policy.index_fill(0, seen.tokens.cu_seqlens[:-1].long(), 1.0)",
+        DYNAMIC,
+    ),
+    Fault(
+        "DynamicViT: who has gone may come back",
+        "python/sait/methods/dynamicvit.py",
+        "return drawn if seen.tokens.policy is None else seen.tokens.policy * drawn",
+        "return drawn",
+        DYNAMIC,
+    ),
+    Fault(
+        "DynamicViT: features of patches that have gone are compared, too",
+        "python/sait/methods/dynamicvit.py",
+        "kept = policy.detach()",
+        "kept = torch.ones_like(policy)",
+        DYNAMIC,
     ),
     Fault(
         "an optimized block behind a mass, with a share of its own: taken for equal lengths",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from sait.environment import environment
 from sait.families import build as build_model
 from sait.methods.plan import Plan
-from sait.sparsify import sparsify
+from sait.sparsify import LEARNED, sparsify
 from sait.state import State, sparse_family, state_of
 
 FORMAT = 1
@@ -61,6 +62,7 @@ def save(
         "model": recipe[0],
         "model_kwargs": dict(recipe[1]),
         "plan": state.plan.to_dict(),
+        "label": state.plan.label,
         "active": None if state.active is None else state.active.to_dict(),
         **environment(),
         **more,
@@ -160,8 +162,11 @@ def _made(metadata: Mapping[str, Any], path: str | os.PathLike[str]) -> Any:
     """The sparse model that a checkpoint's metadata name, with weights of no meaning."""
     try:
         model = build_model(metadata["model"], metadata["model_kwargs"])
-        plan = Plan.from_dict(metadata["plan"])
-        active = None if metadata["active"] is None else Plan.from_dict(metadata["active"]).sharing(plan)
+        plan, label = Plan.from_dict(metadata["plan"]), metadata.get("label")
+        plan = replace(plan, label=label if isinstance(label, str) else None)
+        active: Plan | None = plan
+        if metadata["active"] != metadata["plan"]:
+            active = None if metadata["active"] is None else Plan.from_dict(metadata["active"]).sharing(plan)
         if isinstance(getattr(model, "_sait", None), State):  # a SaitViT drops tokens from the start
             model._sait = State(plan, active=plan)
         else:
@@ -174,9 +179,21 @@ def _made(metadata: Mapping[str, Any], path: str | os.PathLike[str]) -> Any:
 
 
 def load_weights(model: Any, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """ValueError, with the first difference, if the tensors are not those of the model."""
-    _check_shapes(model, tensors, f"{path} is a checkpoint of another model:")
-    model.load_state_dict(tensors)
+    """The model with these tensors; what its method learns stays new where the file has nothing that was learned.
+
+    Raises:
+        ValueError: the tensors are not those of the model, with the first difference; or another method's.
+    """
+    ours, theirs = ({key for key in t if key.startswith(f"{LEARNED}.")} for t in (model.state_dict(), tensors))
+    if theirs and ours != theirs:
+        places, own = (sorted({key.split(".")[1] for key in keys}) for keys in (theirs, ours))
+        raise ValueError(
+            f"{path} has learned {', '.join(places)} of a method, and here {', '.join(own) or 'nothing'} is learned: "
+            "expected a checkpoint of the same method and blocks, or a dense one. Name those that it was trained with."
+        )
+    new = {} if theirs else {key: tensor for key, tensor in model.state_dict().items() if key in ours}
+    _check_shapes(model, {**new, **tensors}, f"{path} is a checkpoint of another model:")
+    model.load_state_dict({**new, **tensors})
 
 
 def _check_shapes(model: Any, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -134,8 +134,8 @@ def plan_rows(
         stage = stages.get(i)
         left, room_left, choosing, entering = n, room, 0.0, n
         if stage is not None:
-            left = _left(stage, n, prefix) if given is None else next(given)
-            room_left = _left(stage, room, prefix) if keeps_room else left
+            left = _left(stage, n, prefix, tokens) if given is None else next(given)
+            room_left = _left(stage, room, prefix, tokens) if keeps_room else left
             if not stage.keeps_all:
                 choosing = _choosing_macs(stage, n, prefix, family.view(block))
             if stage.before:
@@ -149,19 +149,20 @@ def plan_rows(
     return found
 
 
-def _left(stage: Stage, tokens: float, prefix: int) -> float:
-    """The most that an image of so many tokens has behind the stage."""
+def _left(stage: Stage, tokens: float, prefix: int, entered: int) -> float:
+    """The most that an image of so many tokens, and of ``entered`` at first, has behind the stage."""
     if tokens <= prefix:
         return tokens
-    patches = int(tokens) - prefix
-    kept = stage.selector.bound(patches)
+    patches, selector = int(tokens) - prefix, cast(Any, stage.selector)
+    kept = selector.bound(patches, entered - prefix) if hasattr(selector, "of_first") else selector.bound(patches)
     return prefix + kept + (getattr(stage.after, "adds", 0) if kept < patches else 0)
 
 
-def _widest(plan: Any, tokens: float, prefix: int) -> float:
+def _widest(plan: Any, entered: int, prefix: int) -> float:
     """Rows of an image where images of different lengths are padded."""
+    tokens: float = entered
     for stage in plan.stages:
-        tokens = _left(stage, tokens, prefix)
+        tokens = _left(stage, tokens, prefix, entered)
     return tokens
 
 
@@ -169,12 +170,8 @@ def _choosing_macs(stage: Stage, tokens: float, prefix: int, view: Any) -> float
     """What says nothing of its cost has none: reading a norm, drawing a number, sorting."""
     scorer: Any = stage.scorer
     selector: Any = stage.selector
-    found = scorer.macs(tokens, view.width, _channels(view)) if hasattr(scorer, "macs") else 0.0
+    found = scorer.macs(tokens, view.width, view.channels) if hasattr(scorer, "macs") else 0.0
     return found + (selector.macs(tokens, prefix, view.head_dim) if hasattr(selector, "macs") else 0.0)
-
-
-def _channels(view: Any) -> int:
-    return view.norm2.weight.shape[0] if getattr(view.norm2, "weight", None) is not None else view.width
 
 
 def rows_for_head(model: Any, rows: Sequence[Rows], plan: Plan | None = None) -> list[Rows]:
@@ -203,7 +200,7 @@ def block_parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:
     found: list[Cost] = []
     for i, (block, r) in enumerate(zip(family.blocks(model), rows, strict=True)):
         view = family.view(block)
-        A, C = view.width, _channels(view)
+        A, C = view.width, view.channels
         qkv, gate, room = (
             sum(map(weights, projections(view))),
             weights(view.gate),

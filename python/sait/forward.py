@@ -16,6 +16,7 @@ from sait.families.base import Family
 from sait.methods.base import Seen
 from sait.methods.fusion import Attended, attend, score, select
 from sait.methods.plan import Plan, Stage
+from sait.methods.policy import check_alone, mask, masks
 from sait.state import Record, check_blocks, sparse_family
 from sait.tokens import Homes, Tokens, prefix_selection
 from sait_kernels import Selection
@@ -42,6 +43,11 @@ def forward(
     one_op = state.recorded is None and homes is None and not family.checkpoints(model)
     encoded = encode(together, plan, tokens, enough) if one_op else None
     tokens, kept = encoded or run(model, family, plan, tokens, state.recorded, enough, homes)
+    if tokens.policy is not None and for_head and not family.prefix_is_enough(model):
+        raise ValueError(
+            "sait: model: its head pools over patches, also those that a policy hides in training. Build it with "
+            'global_pool="token", whose head reads the class token.'
+        )
     grid = family.grid(model, (images.shape[-2], images.shape[-1]))
     state.publish(Record(kept, tokens.entered, tokens.num_prefix, grid) if kept else None)
     return tokens
@@ -107,7 +113,8 @@ def step(
     after = None if stage is None else stage.after
     block = block_for(module, family, way, tokens.x)
     q, k, v, normed = block.qkv(tokens, table)
-    if prefix_is_enough and block.is_fused and (stage is None or (stage.keeps_all and not wants_scores)):
+    shows_all = tokens.policy is None
+    if prefix_is_enough and block.is_fused and shows_all and (stage is None or (stage.keeps_all and not wants_scores)):
         attended = attend_prefix(q, k, v, tokens, block.scale)  # the others are keys and values, and no more
         left = left if stage is None else tokens.selection
         return block.finish(attended, normed, tokens, None), left, scores
@@ -124,6 +131,10 @@ def drop(tokens: Tokens, stage: Stage, wants_scores: bool) -> tuple[Tokens, Tens
     if stage.keeps_all and not wants_scores:
         return tokens, None
     seen = Seen(tokens.packed, tokens)
+    if masks(stage):
+        tokens = mask(stage, seen)
+        return tokens, tokens.policy
+    check_alone(stage, tokens)
     scores = score(stage, seen)
     if stage.keeps_all:
         return tokens, scores

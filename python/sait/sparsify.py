@@ -94,7 +94,7 @@ def sparsify(
         family.check(model)
         for i, module in enumerate(family.blocks(model)):
             family.check_block(path_of(model, module, i), module)
-    plan = plan.for_depth(len(family.blocks(model)))
+    plan = fitted(model, plan, family)
     check_plan(model, plan, family)
     state = State(plan, active=plan)
     for part in family.parts(model):
@@ -115,11 +115,31 @@ def _reason_against(model: Any) -> str:
     return f"it wraps the model; call sparsify on its .{found[0]}, a {type(found[1]).__name__}{order}"
 
 
+def fitted(model: Any, plan: Plan, family: Family) -> Plan:
+    """The plan for this model: of its depth, with what it has learned already, or what is new at its width."""
+    blocks = family.blocks(model)
+    plan, learned = plan.for_depth(len(blocks)), learned_by(model)
+    if not plan.unlearned({}):
+        return plan
+    plan = plan.for_channels(family.view(blocks[0]).channels, learned)
+    like = next(model.parameters())
+    for part in plan.learned().values():
+        if not any(part is known for known in learned.values()):
+            part.to(like.device, like.dtype if like.is_floating_point() else None)
+    return plan
+
+
+def learned_by(model: Any) -> dict[str, nn.Module]:
+    """What the methods of a model's plan have learned, by role and block; nothing of a model that is not sparse."""
+    state = getattr(model, "_sait", None)
+    return state.plan.learned() if isinstance(state, State) else {}
+
+
 def _adopt(model: Any, plan: Plan) -> None:
-    """What methods learn is the model's: in its parameters, its state_dict, on its device."""
+    """What methods learn is the model's: in its parameters, its state_dict, on its device, in its mode."""
     vars(model)["_modules"].pop(LEARNED, None)
     if parts := plan.learned():
-        model.add_module(LEARNED, nn.ModuleDict(parts))
+        model.add_module(LEARNED, nn.ModuleDict(parts).train(model.training))
 
 
 def run_as(model: Any, how: Density | Plan, own: Plan) -> Any:

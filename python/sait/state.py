@@ -181,6 +181,12 @@ def _checked_plan(plan: Any, own: Plan, depth: int) -> Plan:
             f"set_density: plan: expected stages at blocks {owned}, got {blocks}. Call sait.sparsify(model, plan) for "
             "other blocks."
         )
+    if new := plan.unlearned(own.learned()):
+        raise ValueError(
+            f"set_density: plan: expected what learns to be the model's already, got new parts at blocks {new}. Call "
+            "sait.sparsify(model, plan), which makes their parameters the model's."
+        )
+    plan = plan.for_channels(0, own.learned())
     owned_parts = list(own.learned().values())
     for part in plan.learned().values():
         if not any(part is other for other in owned_parts):
@@ -278,7 +284,8 @@ def record_scores(model: nn.Module) -> Iterator[list[Tensor]]:
 
     Returns:
         A list that grows by one tensor a stage and forward: (T,) float32, a score for each row that the stage's block
-        saw, prefix rows included, and 0 for rows of no image; differentiable.
+        saw, prefix rows included, and 0 for rows of no image; differentiable. Of a stage that masks tokens in training
+        in place of dropping them, what is left of each row: 1 or 0, and 1 for prefix rows.
 
     Raises:
         TypeError: the model is not sparse.

@@ -32,6 +32,7 @@ class Tokens(NamedTuple):
     at: Tensor | None = None  # positions, where a rotary table is read at them
     state: Any = None  # what a method carries from one stage to the next
     sizes: Tensor | None = None  # (T,) float32, patches that each row stands for; None: one each
+    policy: Tensor | None = None  # (T,) float32, in training: 0 for a row that others do not see; None: all are seen
 
     @property
     def images(self) -> int:

@@ -33,7 +33,7 @@ def test_bench_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     rows = {row["case"]: row for row in document["rows"]}
     assert list(rows) == [
         *("dense mode", "keep 1.0", "SaiT, cls, keep 0.45", "EViT, keep 0.7", "ATS, keep 1.0", "LTP, threshold 0.006"),
-        *("ToMe, r 8", "ToMe, r 16", "random, keep 0.45"),
+        *("ToMe, r 8", "ToMe, r 16", "random, keep 0.45", "DynamicViT, keep 0.7"),
     ]
     assert rows["ToMe, r 16"]["plan"] == "ToMe, r 16"
     assert rows["ToMe, r 16"]["gmac"] < rows["ToMe, r 8"]["gmac"] < rows["dense mode"]["gmac"]
@@ -112,11 +112,13 @@ BAD = {
     "tune test_vit nowhere.png --agreement 1.0 --weights random": "(0, 1)",
     "tune test_vit nowhere.png": "--agreement",
     "tune": "--agreement",
-    "bench --model test_vit --weights random --method ltp --keep 0.5": "goes with sait, evit, ats or random",
+    "bench --model test_vit --weights random --method ltp --keep 0.5": "sait, evit, ats, random or dynamicvit",
     "bench --model test_vit --weights random --method evit --pairs 5": "goes with --method tome",
     "bench --model test_vit --weights random --pairs 5": "goes with --method tome",
     "bench --model test_vit --weights random --method sait --mass 0.5": "leave it out",
     "show --model test_vit --weights random --method sait --block 2": "leave it out",
+    "eval checkpoints/sait-canvas.safetensors --method dynamicvit": "something to learn at blocks 2, 4, 6",
+    "show --model test_vit --weights random --method dynamicvit": "train it by sait train --method",
     "eval checkpoints/sait-canvas.safetensors --method tome --pairs 100": "half of the 64 patches",
 }
 

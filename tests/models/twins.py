@@ -37,6 +37,46 @@ def forward(vit: Any, images: Tensor, at: dict[int, Reduce]) -> tuple[Tensor, li
     return torch.stack(logits), counts
 
 
+def dynamicvit(
+    vit: Any, learned: dict[int, dict[str, Tensor]], images: Tensor, keep: float
+) -> tuple[Tensor, list[list[int]]]:
+    """(logits, [image][stage] -> tokens that stay): predictors of these weights, by block, choose ahead of it."""
+    logits, counts = [], []
+    prefix = vit.num_prefix_tokens
+    for image in images:
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))[0]
+        first, left = len(x) - prefix, []
+        for number, block in enumerate(vit.blocks):
+            if number in learned:
+                chances = predicted(learned[number], x[prefix:])[:, 0].tolist()
+                count = int(first * keep ** (len(left) + 1))
+                best = sorted(range(len(chances)), key=chances.__getitem__)[len(chances) - count :]
+                x = x[[*range(prefix), *(prefix + j for j in sorted(best))]]
+                left.append(len(x))
+            x = block(x[None])[0]
+        logits.append(vit.forward_head(vit.norm(x[None]))[0])
+        counts.append(left)
+    return torch.stack(logits), counts
+
+
+def predicted(weights: dict[str, Tensor], patches: Tensor) -> Tensor:
+    """(n, 2), the logarithms of the probabilities that each of an image's patches stays and goes."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def gelu(x: Tensor) -> Tensor:
+        return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+    centred = patches - patches.mean(1, keepdim=True)
+    normed = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    hidden = gelu(linear("hidden", normed * weights["norm.weight"] + weights["norm.bias"]))
+    half = hidden.shape[1] // 2
+    shared = hidden[:, half:].sum(0) / len(hidden)
+    both = torch.cat([hidden[:, :half], shared.repeat(len(hidden), 1)], 1)
+    return torch.log_softmax(linear("out", gelu(linear("second", gelu(linear("first", both))))), 1)
+
+
 def evit(prefix: int, keep: float) -> Reduce:
     def reduce(x: Tensor, matrix: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         scores = matrix[:, 0, prefix:].mean(0)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sait.cli import options
+from sait.cli import options, published
 from sait.cli.options import DType
 
 if TYPE_CHECKING:
@@ -85,10 +85,10 @@ def bench(
     model = options.model_name(model, weights)
     loaded, described = options.load_model(model, weights)
     images, pictured = options.load_images(loaded, batch)
-    plans = options.of_methods(context, method or [], keep, pairs, threshold)
+    plans = published.of_methods(context, method or [], keep, pairs, threshold)
     densities = [Density(), *([Density(keep=1.0)] if plans else options.densities(keep, mass, max_keep, static))]
     options.check_prunable(loaded, block, score, densities)
-    options.check_plans(loaded, plans)
+    published.check_plans(loaded, plans)
     console = Console(highlight=False)
     place_of = "" if plans else f", block {block}, score {score}"
     console.print(f"{model}, {described}; {pictured}; batch {batch}{place_of}")

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sait.cli import options
+from sait.cli import options, published
 from sait.cli.options import DType
 from sait.cli.train import training
 
@@ -61,14 +61,16 @@ def evaluate(
     from sait.train.evaluate import evaluate
 
     options.check_device(device, None)
-    plans = options.of_methods(context, method or [], keep, pairs, threshold)
-    densities = [Density(), *([] if plans else options.densities(keep, mass, max_keep, static))]
+    plans = published.of_methods(context, method or [], keep, pairs, threshold)
+    densities = [] if plans else options.densities(keep, mass, max_keep, static)
     with training(device) as processes:
         assert processes is not None
         if json is not None and processes.first:
             options.check_writable(json, "--json")
         subject, described = load(model, block, score, densities)
-        options.check_plans(subject, plans)
+        plans = published.of_trained(context, subject, plans)
+        densities = [Density(), *([] if plans else densities)]
+        published.check_plans(subject, plans)
         wanted = Config(data=data, canvas_eval_images=images, stamps_eval_images=images, batch=batch, workers=workers)
         check_classes(subject, data)
         source = open_data(wanted, expected_by(subject), processes, for_training=False, held_out="test")
@@ -102,8 +104,9 @@ def load(name: str, block: int, score: str, densities: Sequence[Any]) -> tuple[A
     if Path(name).is_file() or name.endswith(".safetensors"):
         model = load_checkpoint(name, "MODEL")
         plan = state_of(model, "eval").plan
-        places = " and ".join(str(stage.block) for stage in plan.stages)
-        return model, f"block {places}, score {plan.score}"
+        if len(plan.stages) > 1 or plan.stages[0].scorer_given:
+            return model, plan.name
+        return model, f"block {plan.stages[0].block}, score {plan.score}"
     model, described = options.load_model(name, "auto")
     options.check_prunable(model, block, score, densities)
     return sait.sparsify(model, block=block, keep=1.0, score=score), f"{described}, block {block}, score {score}"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sait.data.photos import Preprocessing
-    from sait.methods import Plan
     from sait.state import Density
 
 HUB_SECONDS = 5.0
@@ -88,8 +87,8 @@ ScoreKind = Annotated[
 Method = Annotated[
     list[str] | None,
     typer.Option(
-        help="A published method, with its own blocks, in place of densities: sait, evit, ats, random (--keep), ltp "
-        "(--threshold) or tome (--pairs); repeatable."
+        help="A published method, with its own blocks, in place of densities: sait, evit, ats, random, dynamicvit "
+        "(--keep), ltp (--threshold) or tome (--pairs); repeatable."
     ),
 ]
 Pairs = Annotated[list[int], typer.Option(help="Of --method tome: pairs to merge in a block; repeatable.", min=1)]
@@ -120,61 +119,6 @@ def densities(keep: list[float], mass: list[float], max_keep: int | None, static
         *(Density(keep=share) for share in keep),
         *(Density(mass=share, max_keep=max_keep, static=static) for share in mass),
     ]
-
-
-def of_methods(
-    context: typer.Context, method: list[str], keep: list[float], pairs: list[int], threshold: list[float]
-) -> list[Plan]:
-    """The plans of published methods, one for each of their settings; of a setting that is not given, their own."""
-    from sait.methods import PUBLISHED
-
-    settings: dict[str, dict[str, list[Any]]] = {"tome": {"r": pairs}, "ltp": {"threshold": threshold}}
-    _check_no_idle_option(context, method)
-    found = []
-    for name in method:
-        if name not in PUBLISHED:
-            bad("--method", f"expected one of {', '.join(PUBLISHED)}, got {name!r}.")
-        ((argument, values),) = settings.get(name, {"keep": keep}).items()
-        option = {"r": "pairs"}.get(argument, argument)
-        try:
-            some = [{argument: value} for value in values] if _is_given(context, option) else [{}]
-            found += [PUBLISHED[name](**setting) for setting in some]
-        except (ValueError, TypeError) as error:
-            bad(f"--{option}", one_line(error))
-    return found
-
-
-def _is_given(context: typer.Context, option: str) -> bool:
-    source = context.get_parameter_source(option)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _check_no_idle_option(context: typer.Context, method: list[str]) -> None:
-    """Ends the command where an option is given that none of the methods takes."""
-    takes = {{"tome": "pairs", "ltp": "threshold"}.get(name, "keep") for name in method}
-    idle = ("keep", "pairs", "threshold", "mass", "max_keep", "static", "block", "score") if method else ()
-    for option in idle or ("pairs", "threshold"):
-        if option not in takes and option in context.params and _is_given(context, option):
-            needs = {"pairs": "--method tome", "threshold": "--method ltp", "keep": "sait, evit, ats or random"}
-            cure = f"it goes with {needs[option]}" if option in needs else "methods have their own; leave it out"
-            bad(f"--{option.replace('_', '-')}", f"no method here takes it: {cure}.")
-
-
-def check_plans(model: Any, plans: Sequence[Plan]) -> None:
-    """Ends the command with the model layer's own words where it refuses a method."""
-    import sait
-    from sait.sparsify import SparseModel
-
-    own = model._sait.plan if isinstance(model, SparseModel) else None
-    try:
-        for plan in plans:
-            sait.sparsify(model, plan)
-    except (ValueError, TypeError) as error:
-        bad("--method", one_line(error))
-    if own is not None:
-        sait.sparsify(model, own)
-    elif isinstance(model, SparseModel):
-        sait.restore(model)
 
 
 def check_device(name: str, backend: Backend | None) -> torch.device:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from sait.cli import options
+from sait.cli import options, published
 from sait.cli.options import DType
 
 if TYPE_CHECKING:
@@ -83,10 +83,13 @@ def show(
         expected = expected._replace(size=loaded.patch_embed.img_size)
         photos = photos if images else canvas_examples(expected.size[0])
     batch = torch.stack([to_tensor(photo, expected) for photo in photos.values()]).to(place, dtype.as_torch())
-    plans = options.of_methods(context, method or [], keep, pairs, threshold)
+    plans = published.of_methods(context, method or [], keep, pairs, threshold)
+    plans = published.of_trained(context, loaded, plans)
+    for part in (part for plan in plans for part in plan.learned().values()):
+        part.to(place, dtype.as_torch())
     densities = [] if plans else options.densities(keep, mass, max_keep)
     options.check_prunable(loaded, block, ranks, densities)
-    options.check_plans(loaded, plans)
+    published.check_plans(loaded, plans)
     decoder = options.load_decoder(weights)
     kept, maps = {}, []
     with options.progress() as bar, options.running_on(backend), torch.inference_mode():

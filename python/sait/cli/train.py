@@ -24,6 +24,7 @@ Examples:
 * sait train --config configs/canvas.yaml --out runs/sait --teacher runs/plain/model.safetensors
 * sait train --config configs/canvas.yaml --out runs/sait --teacher runs/plain/model.safetensors --resume
 * sait train --config configs/canvas.yaml --out runs/column --set score=column --set "keep=[0.2, 0.8]" --seed 1
+* sait train --config configs/canvas.yaml --out runs/dyn --method dynamicvit --set keep=0.7 --init plain.safetensors
 * torchrun --nproc-per-node 8 -m sait.cli train --config configs/deit_small_imagenet.yaml --data imagenet
 """
 
@@ -32,6 +33,10 @@ def train(
     config: Annotated[Path | None, typer.Option(help="A YAML file; see configs/ for two.")] = None,
     data: Annotated[str | None, typer.Option(help="A folder with train/ and val/, or canvas or stamps.")] = None,
     model: Annotated[str | None, typer.Option(help="Any timm Vision Transformer.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="A published method to train in place of SaiT's epochs: dynamicvit, evit, ats ..."),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="A checkpoint of ours, or a pretrained timm model; none: no distillation.")
     ] = None,
@@ -45,7 +50,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the folder's last.pt ends.")] = False,
 ) -> None:
-    """Trains one model for every density: odd epochs dense, even ones sparse (SaiT, arXiv 2210.05832).
+    """Trains one model for every density: odd epochs dense, even ones sparse (SaiT, arXiv 2210.05832); or by --method.
 
     Options win over --set, which wins over the config file. Under torchrun the processes share every batch.
     """
@@ -55,6 +60,7 @@ def train(
     named = {
         "data": data,
         "model": model,
+        "method": method,
         "teacher": teacher,
         "init": init,
         "out": out,

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sait.cli import eval, options
+from sait.cli import eval, options, published
 from sait.cli.agreement import are_images
 from sait.cli.options import DType
 from sait.cli.train import training
@@ -95,11 +95,12 @@ def tune(
     if json is not None:
         options.check_writable(json, "--json")
     densities = options.densities(keep, mass, max_keep, static)
-    plans = options.of_methods(context, method or [], keep, pairs, threshold)
+    plans = published.of_methods(context, method or [], keep, pairs, threshold)
     if agreement is not None:
         given = [Path(model)] if model is not None and are_images(model) else []
         name = None if given else model
         return _by_agreement(
+            context,
             name,
             [*given, *(pictures or [])],
             weights=weights,
@@ -155,6 +156,7 @@ def tune(
 
 
 def _by_agreement(
+    context: typer.Context,
     name: str | None,
     paths: list[Path],
     *,
@@ -192,7 +194,10 @@ def _by_agreement(
             for block in sorted(set(blocks or [depth // 4]))
             for one in densities
         ]
-    options.check_plans(subject, plans)
+    plans = published.of_trained(context, subject, plans)
+    for part in (part for plan in plans for part in plan.learned().values()):
+        part.to(measuring["place"], measuring["dtype"].as_torch())
+    published.check_plans(subject, plans)
     by_agreement.calibrate(*(subject.eval(), f"{name}, {described}", files, plans), agreement=agreement, **measuring)
 
 

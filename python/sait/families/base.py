@@ -69,6 +69,11 @@ class BlockView(NamedTuple):
         """Channels of q, of k and of v."""
         return self.heads * self.head_dim
 
+    @property
+    def channels(self) -> int:
+        """Of the rows that enter the block."""
+        return self.norm2.weight.shape[0] if getattr(self.norm2, "weight", None) is not None else self.width
+
 
 class FeedForward(NamedTuple):
     """An MLP: fc2(norm(act(fc1(x)))); with a gate fc2(norm(act(gate(x)) * fc1(x)))."""

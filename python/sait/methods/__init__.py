@@ -2,14 +2,15 @@
 published methods, each a call that gives a Plan."""
 
 from sait.methods.after import FuseDropped, Merge
-from sait.methods.base import After, Merging, Scorer, Seen, Selector, names, register
+from sait.methods.base import After, Losses, Merging, Scorer, Seen, Selector, Trained, names, register
+from sait.methods.dynamicvit import DynamicLosses, NewPredictor, Predictor
 from sait.methods.pairs import Pairs
 from sait.methods.plan import Plan, Stage
-from sait.methods.published import PUBLISHED, ats, evit, ltp, tome
+from sait.methods.published import PUBLISHED, ats, dynamicvit, evit, ltp, tome
 from sait.methods.published import random as random  # not in __all__: with * it would hide Python's
 from sait.methods.published import sait as sait
 from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, RandomScore, Unscored
-from sait.methods.selectors import Sampling, Threshold, TopK, TopP
+from sait.methods.selectors import Sampling, ShareOfFirst, Threshold, TopK, TopP
 
 __all__ = [
     "PUBLISHED",
@@ -17,22 +18,29 @@ __all__ = [
     "ClassAttention",
     "ClassValue",
     "ColumnAttention",
+    "DynamicLosses",
     "FuseDropped",
+    "Losses",
     "Merge",
     "Merging",
+    "NewPredictor",
     "Pairs",
     "Plan",
+    "Predictor",
     "RandomScore",
     "Sampling",
     "Scorer",
     "Seen",
     "Selector",
+    "ShareOfFirst",
     "Stage",
     "Threshold",
     "TopK",
     "TopP",
+    "Trained",
     "Unscored",
     "ats",
+    "dynamicvit",
     "evit",
     "ltp",
     "names",

@@ -7,7 +7,7 @@ options find it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
@@ -40,12 +40,46 @@ class Merging(NamedTuple):
         return Selection(self.indices, self.cu_seqlens, self.max_seqlen)
 
 
+class Trained(NamedTuple):
+    """What a step of training gives to the losses of a method."""
+
+    plan: Any  # that ran
+    logits: Tensor  # (B, classes) float32
+    features: Tensor  # (B, N, C), the tokens after the final norm
+    scores: Sequence[Tensor]  # of each stage, as sait.record_scores has them
+    num_prefix: int
+    teacher_logits: Tensor | None = None  # (B, classes)
+    teacher_features: Tensor | None = None  # (B, N', C), of a dense model of as many patches
+    teacher_prefix: int = 0
+
+
+class Losses(Protocol):
+    """What a method adds to the loss of the labels where it is trained (Plan.losses)."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Names of the losses, and what each counts."""
+        ...
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the step has to have what a dense teacher makes of the images."""
+        ...
+
+    def __call__(self, step: Trained) -> dict[str, Tensor]:
+        """Each of these losses, a scalar."""
+        ...
+
+
 class Scorer(Protocol):
     """Ranks tokens. An nn.Module's parameters become the sparse model's.
 
     What else is read where it has it: ``needs_prefix = True`` asks for a model with a class token; ``reads`` names the
     fields of Seen that it needs, where one of q, k and v forbids a stage before its block; ``macs(tokens, width,
-    channels)`` are its multiply-accumulates for an image whose q and x have so many channels.
+    channels)`` are its multiply-accumulates for an image whose q and x have so many channels; ``mask(seen)`` (T,), of a
+    module in training mode, says in place of the scores what stays of each row, 1 or 0, differentiably: nothing is
+    dropped then, and attention follows it (sait.methods.policy); ``for_channels(channels)``, of what stands for a
+    module until the model is known, makes it, of the class ``makes``. A selector and an After may have that, too.
     """
 
     def __call__(self, seen: Seen) -> Tensor:
@@ -60,7 +94,8 @@ class Selector(Protocol):
     What else is read where it has it: ``reads``, as of a Scorer; ``macs(tokens, num_prefix, head_dim)``, its
     multiply-accumulates for an image; ``merges``, whether it returns a Merging; ``keeps_all``, whether it drops nothing
     whatever the scores; ``scaled(factor)``, the same with a share times as large; ``check(patches)`` raises where an
-    image has too few for it.
+    image has too few for it; ``of_first``, the share of the patches that entered the first block, where it is one of
+    those: ``bound`` takes their number, too.
     """
 
     @property

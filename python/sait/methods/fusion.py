@@ -18,8 +18,10 @@ import sait_kernels as sk
 from sait.methods.base import Merging, Seen
 from sait.methods.pairs import Pairs
 from sait.methods.plan import Stage
+from sait.methods.policy import attention as masked_attention
+from sait.methods.policy import check_alone
 from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention
-from sait.methods.selectors import Sampling, Threshold, TopK, TopP
+from sait.methods.selectors import Sampling, ShareOfFirst, Threshold, TopK, TopP
 from sait.tokens import Tokens
 from sait_kernels import Selection
 
@@ -47,7 +49,7 @@ FUSED: dict[tuple[type, type], Fused] = {
     (ClassValue, TopK): _prune,
     (ClassValue, TopP): _prune,
 }
-TRUSTED = (TopK, TopP, Threshold, Sampling, Pairs)  # their selections need no check
+TRUSTED = (TopK, TopP, ShareOfFirst, Threshold, Sampling, Pairs)  # their selections need no check
 
 
 def prunes_in_one_op(stage: Stage) -> bool:
@@ -78,6 +80,10 @@ def attend(
 
     All that follows the softmax is row-wise, so the dropped rows are dropped before their attention is computed.
     """
+    if stage is not None:
+        check_alone(stage, tokens)
+    if tokens.policy is not None:
+        return Attended(masked_attention(q, k, v, tokens, scale), None, False)
     bias = tokens.key_bias
 
     def attention(selection: Selection | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from sait.methods.base import After, Scorer, Selector, build, describe
+from sait.methods.base import After, Losses, Scorer, Selector, build, describe
 from sait.methods.scorers import ClassAttention
 from sait.methods.selectors import TopK, TopP, selector_of
 
@@ -202,7 +202,8 @@ class Plan:
             "column" (attention received), "cls_value", "random", another registered name, or a Scorer.
         of_depth: the plan for a model of so many blocks, where it is this one's number of blocks that decides: methods
             whose blocks are left out have it. ``stages`` are then those for 12 blocks. Not written down.
-        label: what tables call it; None: its stages. Not written down.
+        label: what tables call it; None: its stages. Not written down but by sait.save.
+        losses: what trains it beside the labels, where it learns. Not written down.
 
     Raises:
         ValueError, TypeError: no stage, blocks that do not ascend, something that is no Stage, an unknown score.
@@ -212,6 +213,7 @@ class Plan:
     score: str | Scorer = field(default="cls", compare=False)
     of_depth: Callable[[int], Plan] | None = field(default=None, compare=False, repr=False)
     label: str | None = field(default=None, compare=False, repr=False)
+    losses: Losses | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.stages, Stage) or not isinstance(self.stages, Iterable):
@@ -270,6 +272,31 @@ class Plan:
     def for_depth(self, depth: int) -> Plan:
         """The plan for a model of so many blocks: this one, unless it was made without blocks."""
         return self if self.of_depth is None else self.of_depth(depth)
+
+    def unlearned(self, learned: Mapping[str, nn.Module]) -> list[int]:
+        """Blocks of stages with something yet to learn by a model that has ``learned`` this, by role and block."""
+        return [
+            stage.block
+            for stage in self.stages
+            if any(
+                hasattr(method := getattr(stage, role), "for_channels")
+                and not isinstance(learned.get(f"{role}{stage.block}"), method.makes)
+                for role in ROLES
+            )
+        ]
+
+    def for_channels(self, channels: int, learned: Mapping[str, nn.Module]) -> Plan:
+        """The plan for a model of this width: what stands for a module becomes that of ``learned``, or a new one."""
+        stages = []
+        for stage in self.stages:
+            found = {}
+            for role in ROLES:
+                method = getattr(stage, role)
+                if hasattr(method, "for_channels"):
+                    known = learned.get(f"{role}{stage.block}")
+                    found[role] = known if isinstance(known, method.makes) else method.for_channels(channels)
+            stages.append(stage._with(**found) if found else stage)
+        return replace(self, stages=tuple(stages))
 
     def learned(self) -> dict[str, nn.Module]:
         """Those of its objects that are modules, by role and block: their parameters become a sparse model's."""

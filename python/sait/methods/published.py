@@ -1,4 +1,4 @@
-"""Published methods that need no training of their own: each call gives a Plan.
+"""Published methods: each call gives a Plan.
 
 Without ``blocks`` a plan has the method's own, which sparsify finds from the model's depth.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 from sait.methods.after import FuseDropped, Merge
+from sait.methods.dynamicvit import DynamicLosses, NewPredictor
 from sait.methods.pairs import Pairs
 from sait.methods.plan import Plan, Stage
 from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, RandomScore, Unscored
-from sait.methods.selectors import Sampling, Threshold, TopK
+from sait.methods.selectors import Sampling, ShareOfFirst, Threshold, TopK
 
 DEPTH = 12  # of the plan that is shown before a model is known: that of DeiT and ViT, T to B
 
@@ -84,6 +86,23 @@ def tome(r: int = 13, blocks: Blocks = None) -> Plan:
     return _of_any_depth(partial(_tome, r, blocks))
 
 
+def dynamicvit(keep: float = 0.7, blocks: Blocks = None) -> Plan:
+    """DynamicViT (2106.02034): ahead of several blocks, by default the quarters of the depth, predictors that the model
+    learns say who stays; behind the s-th stage int(patches at the start * keep^s). See sait.methods.Predictor.
+
+    A model that has predictors at these blocks keeps them. One that has none gets new ones, which know nothing before
+    they are trained: ``sait train --method dynamicvit``.
+
+    Args:
+        keep: a float in (0, 1], the share of the patches that each stage keeps.
+        blocks: ahead of which; 0-based.
+
+    Raises:
+        ValueError, TypeError: keep outside its range; blocks that do not ascend.
+    """
+    return _of_any_depth(partial(_dynamicvit, keep, blocks))
+
+
 def random(keep: float | int = 0.45, blocks: Blocks = None) -> Plan:
     """Patches that chance keeps, drawn anew by each forward, by default ahead of the first block: what a score is worth
     shows against it, and training drops patches so (MAE 2111.06377, PatchDropout 2208.07220).
@@ -102,6 +121,7 @@ PUBLISHED: dict[str, Callable[..., Plan]] = {
     "ltp": ltp,
     "tome": tome,
     "random": random,
+    "dynamicvit": dynamicvit,
 }
 
 
@@ -115,9 +135,11 @@ def _sait(keep: float | int | None, mass: float | None, blocks: Blocks, score: s
 
 
 def _evit(keep: float | int, blocks: Blocks, depth: int) -> Plan:
-    quarters = sorted({depth // 4, depth // 2, 3 * depth // 4})
     return _plan(
-        f"EViT, keep {keep}", blocks, quarters, lambda block: Stage(block, ClassAttention(), TopK(keep), FuseDropped())
+        f"EViT, keep {keep}",
+        blocks,
+        _quarters(depth),
+        lambda block: Stage(block, ClassAttention(), TopK(keep), FuseDropped()),
     )
 
 
@@ -135,6 +157,19 @@ def _ltp(threshold: float, blocks: Blocks, depth: int) -> Plan:
 
 def _tome(r: int, blocks: Blocks, depth: int) -> Plan:
     return _plan(f"ToMe, r {r}", blocks, range(depth), lambda block: Stage(block, Unscored(), Pairs(r), Merge()))
+
+
+def _dynamicvit(keep: float, blocks: Blocks, depth: int) -> Plan:
+    number = count(1)
+
+    def stage(block: int) -> Stage:
+        return Stage(block, NewPredictor(), ShareOfFirst(keep, next(number)), before=True)
+
+    return replace(_plan(f"DynamicViT, keep {keep}", blocks, _quarters(depth), stage), losses=DynamicLosses())
+
+
+def _quarters(depth: int) -> list[int]:
+    return sorted({depth // 4, depth // 2, 3 * depth // 4})
 
 
 def _random(keep: float | int, blocks: Blocks, depth: int) -> Plan:

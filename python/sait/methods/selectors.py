@@ -64,6 +64,58 @@ class TopK:
         )
 
 
+@register("share_of_first")
+@dataclass(frozen=True)
+class ShareOfFirst:
+    """The best patches of each image, int(N * keep^stage) of the N that entered the first block (DynamicViT
+    2106.02034); at least one, and no more than are left.
+
+    Attributes:
+        keep: a float in (0, 1], the share of those before it that each stage keeps. 1.0 keeps all.
+        stage: which one it is, from 1.
+
+    Raises:
+        ValueError, TypeError: keep or stage outside its range.
+    """
+
+    keep: float
+    stage: int = 1
+    ragged = False
+    static = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keep, float):
+            raise TypeError(
+                f"ShareOfFirst: keep: expected a float in (0, 1], got {self.keep!r}. Pass a share like 0.7."
+            )
+        split_keep("ShareOfFirst", self.keep)
+        if isinstance(self.stage, bool) or not isinstance(self.stage, int):
+            raise TypeError(f"ShareOfFirst: stage: expected an int, got {self.stage!r}. Stages count from 1.")
+        if self.stage < 1:
+            raise ValueError(f"ShareOfFirst: stage: expected 1 or more, got {self.stage}. Stages count from 1.")
+
+    @property
+    def of_first(self) -> float:
+        """The share of the patches that entered the first block."""
+        return self.keep**self.stage
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.keep == 1.0
+
+    def bound(self, patches: int, first: int | None = None) -> int:
+        """``first``: patches that entered the first block; None: as many as there are now."""
+        return min(patches, max(1, int((patches if first is None else first) * self.of_first)))
+
+    def scaled(self, factor: float) -> ShareOfFirst:
+        return ShareOfFirst(min(1.0, self.keep * factor), self.stage)
+
+    def __call__(self, scores: Tensor, seen: Seen) -> Selection:
+        tokens = seen.tokens
+        count = max(1, int((tokens.entered - tokens.num_prefix) * self.of_first))
+        return sk.select_topk(*(scores, tokens.cu_seqlens, tokens.max_seqlen), keep=count, num_prefix=tokens.num_prefix)
+
+
 @register("top_p")
 @dataclass(frozen=True)
 class TopP:

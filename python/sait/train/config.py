@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from sait.methods import PUBLISHED
 from sait.methods.plan import Plan, Stage
 
 MODES = ("alternate", "dense", "sparse")
@@ -52,6 +53,10 @@ class Config:
         keep: share of the patches in sparse epochs, or a pair to draw from uniformly for each batch.
         mass: the same for a share of the score. One of the two is given.
         max_keep, static: as in sait.Stage, with mass: of sparse epochs, of the saved model, and of eval_mass.
+
+        method: a published method of sait.methods in place of SaiT's epochs: each step trains its plan, with its own
+            losses. Of the lines above keep alone counts, one share, or none for the method's own; nor does alpha.
+        blocks: where the method drops tokens; none: its own.
 
         teacher: a checkpoint of ours, or the name of a timm model with pretrained weights; none: no distillation.
         alpha: weight of the distillation of attention; 0 turns it off.
@@ -93,6 +98,8 @@ class Config:
     mass: Range = None
     max_keep: int | None = None
     static: bool = False
+    method: str | None = None
+    blocks: list[int] | None = None
 
     teacher: str | None = None
     alpha: float = 1.0
@@ -138,7 +145,11 @@ class Config:
             object.__setattr__(self, "model_kwargs", CANVAS_MODEL | self.model_kwargs)
         _one_of("mode", self.mode, MODES)
         _one_of("amp", self.amp, AMP)
-        if self.mass is None and self.keep is None:
+        if self.method is not None:
+            self._check_method(self.method)
+        elif self.blocks is not None:
+            raise TrainingError("config: blocks: there is no method that takes them; name one, or set block.")
+        elif self.mass is None and self.keep is None:
             object.__setattr__(self, "keep", 0.45)
         object.__setattr__(self, "keep", _as_shares("keep", self.keep))
         object.__setattr__(self, "eval_keep", _as_shares("eval_keep", self.eval_keep))
@@ -171,6 +182,28 @@ class Config:
         if self.manifold_alpha and self.mass is not None:
             raise TrainingError("config: manifold_alpha: expected keep, for with mass images keep different numbers.")
 
+    def _check_method(self, method: str) -> None:
+        _one_of("method", method, tuple(PUBLISHED))
+        if self.mode == "dense":
+            raise TrainingError(
+                "config: mode: expected alternate or sparse with a method, got dense; leave method out."
+            )
+        if self.mass is not None or isinstance(self.keep, list):
+            found = f"mass={self.mass}" if self.mass is not None else f"keep={self.keep}"
+            raise TrainingError(f"config: keep: expected one share with a method, such as keep=0.7, got {found}.")
+        if self.manifold_alpha:
+            raise TrainingError("config: manifold_alpha: expected 0 with a method, which has losses of its own.")
+        try:
+            PUBLISHED[method](**self.of_method)
+        except (TypeError, ValueError) as error:
+            raise TrainingError(f"config: method: {method}: {error}") from error
+
+    @property
+    def of_method(self) -> dict[str, Any]:
+        """What the method's call takes."""
+        given = {"keep": _as_shares("keep", self.keep), "blocks": self.blocks}
+        return {name: value for name, value in given.items() if value is not None}
+
     @property
     def density(self) -> tuple[str, list[float]]:
         """("keep" or "mass", [least, greatest])."""
@@ -183,7 +216,7 @@ class Config:
 
     @property
     def learns_attention(self) -> bool:
-        return self.teacher is not None and self.alpha > 0
+        return self.teacher is not None and self.alpha > 0 and self.method is None
 
     @property
     def learns_from_dense_tokens(self) -> bool:
@@ -192,8 +225,14 @@ class Config:
         return self.learns_attention or self.manifold_alpha > 0
 
     @property
+    def method_learns_from_teacher(self) -> bool:
+        losses = None if self.method is None else PUBLISHED[self.method](**self.of_method).losses
+        return losses is not None and losses.needs_teacher
+
+    @property
     def needs_teacher(self) -> bool:
-        return self.learns_attention or self.logit_alpha > 0 or self.manifold_alpha > 0
+        of_config = self.learns_attention or self.logit_alpha > 0 or self.manifold_alpha > 0
+        return of_config or self.method_learns_from_teacher
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

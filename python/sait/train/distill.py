@@ -84,25 +84,38 @@ class Teacher:
 
 def load_teacher(config: Config, student: Any, device: torch.device) -> Teacher | None:
     """The teacher of a config, or None; TrainingError if it cannot teach this student."""
-    if config.teacher is None or not config.needs_teacher:
+    name, by_method = config.teacher, config.method_learns_from_teacher
+    if name is None and by_method:
+        name = config.init  # what the student was, dense
+        if name is None:
+            raise TrainingError(
+                f"--teacher: {config.method} learns from a dense model, and there is none; name one, or give --init a "
+                "checkpoint, which then is both the teacher and what the student starts from."
+            )
+    if name is None or not config.needs_teacher:
         return None
     model: Any
-    if timm.is_model(config.teacher):
+    if timm.is_model(name):
         try:
-            model = timm.create_model(config.teacher, pretrained=True)
+            model = timm.create_model(name, pretrained=True)
         except Exception as error:  # whatever the network and the hub make of it
-            raise TrainingError(f"--teacher: no pretrained {config.teacher}: {' '.join(str(error).split())}") from error
+            raise TrainingError(f"--teacher: no pretrained {name}: {' '.join(str(error).split())}") from error
     else:
-        model = load_checkpoint(config.teacher, "--teacher")
+        model = load_checkpoint(name, "--teacher")
     if not hasattr(model, "patch_embed") or not hasattr(model, "blocks"):
         raise TrainingError(f"--teacher: expected a Vision Transformer, got {type(model).__name__}.")
     theirs, ours = model.patch_embed.grid_size, student.patch_embed.grid_size
     if theirs != ours:
         raise TrainingError(f"--teacher: it has {theirs} patches, and the student {ours}; expected as many.")
-    if config.logit_alpha and model.num_classes != student.num_classes:
+    if (config.logit_alpha or by_method) and model.num_classes != student.num_classes:
+        cure = f"{config.method} needs as many" if by_method else "set logit_alpha to 0"
         raise TrainingError(
-            f"--teacher: it tells {model.num_classes} classes apart, and the data has {student.num_classes}; "
-            "set logit_alpha to 0."
+            f"--teacher: it tells {model.num_classes} classes apart, and the data has {student.num_classes}; {cure}."
+        )
+    if by_method and model.embed_dim != student.embed_dim:
+        raise TrainingError(
+            f"--teacher: it has {model.embed_dim} channels, and the student {student.embed_dim}; {config.method} "
+            "compares their features, so name one of as many."
         )
     return Teacher(model.to(device), config.teacher_blocks, torch.bfloat16 if config.amp == "bf16" else torch.float32)
 

@@ -7,12 +7,11 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -23,16 +22,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sait import checkpoint
-from sait.families import build as build_model
-from sait.methods.plan import Plan, Stage
+from sait.methods.base import Trained
+from sait.methods.plan import Plan
 from sait.sparsify import sparsify
 from sait.state import Density, record_scores, selections, set_density
 from sait.train.config import Config, StoppedError, TrainingError
-from sait.train.data import Data, class_names, expected_by, open_data
-from sait.train.distill import Teacher, attention_loss, load_teacher, logit_loss, patch_shares
+from sait.train.data import Data, expected_by, open_data
+from sait.train.distill import Lesson, Teacher, attention_loss, load_teacher, logit_loss, patch_shares
 from sait.train.evaluate import evaluate
 from sait.train.manifold import last_features, manifold_loss, same_tokens
 from sait.train.processes import Processes
+from sait.train.student import create_student, student_plan, trained_density
 
 MODEL, STATE, METRICS = "model.safetensors", "last.pt", "metrics.csv"
 # Of a resumed run these may differ from the first part's: they change where and how long it runs, not what it computes.
@@ -91,6 +91,8 @@ class Trainer:
         self._random_for(0)
         self.kwargs, self.model = create_student(config)
         self.model.to(processes.device)
+        self.losses = self.model._sait.plan.losses
+        self.weights |= {} if self.losses is None else self.losses.weights
         self.expected = expected_by(self.model)
         self.data: Data = open_data(config, self.expected, processes)
         self.teacher: Teacher | None = load_teacher(config, self.model, processes.device)
@@ -145,6 +147,8 @@ class Trainer:
 
     def mode(self, epoch: int) -> str:
         """ "dense" or "sparse"; epochs count from 1."""
+        if self.config.method is not None:
+            return "sparse"
         if self.config.mode != "alternate":
             return self.config.mode
         return "dense" if epoch % 2 else "sparse"
@@ -154,18 +158,13 @@ class Trainer:
         self._random_for(epoch)
         # The same draws in every process: images that keep few tokens would wait for those that keep many.
         densities = np.random.default_rng([config.seed, epoch])
-        option, ends = config.density
         mode = self.mode(epoch)
         shown = f"{mode} (keep=1.0)" if mode == "dense" and config.learns_from_dense_tokens else mode
         sums = dict.fromkeys(("loss", *self.weights), 0.0)
         self.parallel.train()
         start = time.perf_counter()
         for step, (images, labels) in enumerate(self.data.train_batches(epoch)):
-            share = densities.uniform(ends[0], ends[1])
-            density: dict[str, Any] = {option: share, **config.limits}
-            if mode == "dense":
-                density = {"keep": 1.0} if config.learns_from_dense_tokens else {}
-            set_density(self.model, **density)
+            set_density(self.model, **trained_density(config, self.model, mode, densities.random()))
             where = f"epoch {epoch}, step {step + 1} of {steps} ({mode})"
             losses = self._step(images.to(self.processes.device), labels.to(self.processes.device), where)
             for name, value in losses.items():
@@ -188,19 +187,22 @@ class Trainer:
         }
 
     def _step(self, images: Tensor, labels: Tensor, where: str) -> dict[str, float]:
-        config = self.config
+        config, losses = self.config, self.losses
         if self.mixup is not None:
             images, labels = self.mixup(images, labels)
         with contextlib.ExitStack() as stack:
-            scores = stack.enter_context(record_scores(self.model)) if config.learns_attention else []
-            features = stack.enter_context(last_features(self.model)) if config.manifold_alpha else []
+            wants_scores, wants_features = config.learns_attention or losses, config.manifold_alpha or losses
+            scores = stack.enter_context(record_scores(self.model)) if wants_scores else []
+            features = stack.enter_context(last_features(self.model)) if wants_features else []
             stack.enter_context(torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp == "bf16"))
             logits = self.parallel(images)
         logits = logits.float()
         smoothing = 0.0 if self.mixup is not None else config.smoothing  # mixup has smoothed the labels already
         parts = {"label_loss": F.cross_entropy(logits, labels, label_smoothing=smoothing)}
+        lesson: Lesson | None = None
+        prefix = self.model.num_prefix_tokens
         if self.teacher is not None:
-            lesson, prefix = self.teacher(images), self.model.num_prefix_tokens
+            lesson = self.teacher(images)
             if config.learns_attention:
                 parts["attention_loss"] = attention_loss(lesson.attention, patch_shares(scores[0], len(images), prefix))
             if config.logit_alpha:
@@ -209,8 +211,16 @@ class Trainer:
                 (kept,), theirs = selections(self.model), self.teacher.model.num_prefix_tokens
                 wanted = same_tokens(lesson.features, theirs, kept, prefix)
                 parts["manifold_loss"] = manifold_loss(wanted, features[0][:, prefix:])
+        if losses is not None:
+            step = Trained(self.model._sait.active, logits, features[0], scores, prefix)
+            if self.teacher is not None and lesson is not None:
+                theirs = self.teacher.model.num_prefix_tokens
+                step = step._replace(
+                    teacher_logits=lesson.logits, teacher_features=lesson.features, teacher_prefix=theirs
+                )
+            parts |= losses(step)
         loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
-        self._check_finite("the loss", loss, where)
+        self._check_finite("the loss", loss, where, parts)
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
@@ -218,9 +228,12 @@ class Trainer:
         self.optimizer.step()
         return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
 
-    def _check_finite(self, what: str, value: Tensor, where: str) -> None:
+    def _check_finite(self, what: str, value: Tensor, where: str, parts: Mapping[str, Tensor] | None = None) -> None:
+        """StoppedError unless it is; it names the first of its parts that is not."""
         if math.isfinite(value.item()):
             return
+        wrong = next((name for name, part in (parts or {}).items() if not math.isfinite(part.item())), None)
+        where += f", by its {wrong}" if wrong else ""
         kept = "there is no checkpoint yet"
         if self.epoch:
             kept = f"{self.out / MODEL} holds epoch {self.epoch}, to go on from with --init and another --out"
@@ -230,7 +243,9 @@ class Trainer:
         config = self.config
         model = self.model if self.ema is None else self.ema.module
         adaptive = (Density(mass=mass, **config.limits) for mass in config.eval_mass)
-        densities = [Density(), *map(Density, config.eval_keep), *adaptive]
+        densities: list[Density | Plan] = [Density(), *map(Density, config.eval_keep), *adaptive]
+        if config.method is not None:
+            densities = [Density(), model._sait.plan]
         batches = math.ceil(self.data.held_out_images / config.batch)
         counter = iter(range(1, batches + 2))
         results = evaluate(
@@ -245,7 +260,10 @@ class Trainer:
 
     def _save(self) -> None:
         model = self.model if self.ema is None else self.ema.module
-        set_density(model) if self.config.mode == "dense" else sparsify(model, student_plan(self.config))
+        if self.config.method is not None:
+            set_density(model, model._sait.plan)
+        else:
+            set_density(model) if self.config.mode == "dense" else sparsify(model, student_plan(self.config))
         try:
             checkpoint.save(
                 model,
@@ -336,40 +354,6 @@ class Trainer:
                         writer.add_scalar(name, value, row["epoch"])
 
             yield write
-
-
-def create_student(config: Config) -> tuple[dict[str, Any], Any]:
-    """(the arguments of timm.create_model beside the name, the model, sparsified by the config's plan)."""
-    classes = len(class_names(config.data))
-    wanted = config.model_kwargs.get("num_classes", classes)
-    if wanted != classes:
-        raise TrainingError(
-            f"config: model_kwargs: num_classes is {wanted}, but {config.data} has {classes} classes; leave it out."
-        )
-    if not timm.is_model(config.model):
-        raise TrainingError(f"--model: timm knows no {config.model!r}; see timm.list_models('vit*').")
-    kwargs = {**config.model_kwargs, "num_classes": classes}
-    training_only: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
-    try:
-        model = build_model(config.model, {**kwargs, **training_only})
-        sparsify(model, student_plan(config))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TrainingError(f"--model: {config.model}: {' '.join(str(error).split())}") from error
-    if config.init is not None:
-        try:
-            checkpoint.load_weights(model, checkpoint.read(config.init).tensors, config.init)
-        except OSError as error:
-            raise TrainingError(f"--init: cannot read {config.init}: {error.strerror}.") from error
-        except ValueError as error:
-            raise TrainingError(f"--init: {error}") from error
-    return kwargs, model
-
-
-def student_plan(config: Config) -> Plan:
-    """The plan of the saved model: the middle of the range that was trained."""
-    option, ends = config.density
-    density: dict[str, Any] = {option: round(sum(ends) / 2, 6), **config.limits}
-    return Plan((Stage(config.block, **density),), config.score)
 
 
 def to_csv(rows: list[Row]) -> str:

@@ -1,0 +1,106 @@
+"""--method: the plans of published methods, with what a model has learned of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from sait.cli import options
+
+if TYPE_CHECKING:
+    from sait.methods import Plan
+
+
+def of_methods(
+    context: typer.Context, method: list[str], keep: list[float], pairs: list[int], threshold: list[float]
+) -> list[Plan]:
+    """The plans of published methods, one for each of their settings; of a setting that is not given, their own."""
+    from sait.methods import PUBLISHED
+
+    settings: dict[str, dict[str, list[Any]]] = {"tome": {"r": pairs}, "ltp": {"threshold": threshold}}
+    _check_no_idle_option(context, method)
+    found = []
+    for name in method:
+        if name not in PUBLISHED:
+            options.bad("--method", f"expected one of {', '.join(PUBLISHED)}, got {name!r}.")
+        ((argument, values),) = settings.get(name, {"keep": keep}).items()
+        option = {"r": "pairs"}.get(argument, argument)
+        try:
+            some = [{argument: value} for value in values] if _is_given(context, option) else [{}]
+            found += [PUBLISHED[name](**setting) for setting in some]
+        except (ValueError, TypeError) as error:
+            options.bad(f"--{option}", options.one_line(error))
+    return found
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_no_idle_option(context: typer.Context, method: list[str]) -> None:
+    """Ends the command where an option is given that none of the methods takes."""
+    takes = {{"tome": "pairs", "ltp": "threshold"}.get(name, "keep") for name in method}
+    idle = ("keep", "pairs", "threshold", "mass", "max_keep", "static", "block", "score") if method else ()
+    for option in idle or ("pairs", "threshold"):
+        if option not in takes and option in context.params and _is_given(context, option):
+            needs = {
+                "pairs": "--method tome",
+                "threshold": "--method ltp",
+                "keep": "sait, evit, ats, random or dynamicvit",
+            }
+            cure = f"it goes with {needs[option]}" if option in needs else "methods have their own; leave it out"
+            options.bad(f"--{option.replace('_', '-')}", f"no method here takes it: {cure}.")
+
+
+def of_trained(context: typer.Context, model: Any, plans: Sequence[Plan]) -> list[Plan]:
+    """The plans with what the model has learned; without any, its own where that is a method's.
+
+    A method with something to learn that the model was not trained with ends the command.
+    """
+    from sait.families import family_of
+    from sait.sparsify import SparseModel, learned_by
+
+    if not plans and isinstance(model, SparseModel):
+        own = model._sait.plan
+        if len(own.stages) == 1 and not own.learned():
+            return []
+        for option in ("keep", "mass", "max_keep", "static"):
+            if option in context.params and _is_given(context, option):
+                cure = f"expected --method with it, for {own.name} is no plan of one share; or leave it out."
+                options.bad(f"--{option.replace('_', '-')}", cure)
+        return [own]
+    family, learned, found = family_of(type(model)), learned_by(model), []
+    for plan in plans:
+        if family is None or not plan.unlearned({}):
+            found.append(plan)
+            continue
+        placed = plan.for_depth(len(family.blocks(model)))
+        if missing := placed.unlearned(learned):
+            blocks = ", ".join(map(str, missing))
+            options.bad(
+                "--method",
+                f"{placed.name} has something to learn at blocks {blocks}, and this model has learned nothing there; "
+                "train it by sait train --method, and name that checkpoint.",
+            )
+        found.append(placed.for_channels(0, learned))
+    return found
+
+
+def check_plans(model: Any, plans: Sequence[Plan]) -> None:
+    """Ends the command with the model layer's own words where it refuses a method."""
+    import sait
+    from sait.sparsify import SparseModel
+
+    own = model._sait.plan if isinstance(model, SparseModel) else None
+    try:
+        for plan in plans:
+            sait.sparsify(model, plan)
+    except (ValueError, TypeError) as error:
+        options.bad("--method", options.one_line(error))
+    if own is not None:
+        sait.sparsify(model, own)
+    elif isinstance(model, SparseModel):
+        sait.restore(model)
