@@ -134,7 +134,7 @@ def drop(tokens: Tokens, stage: Stage, wants_scores: bool) -> tuple[Tokens, Tens
     if masks(stage):
         tokens = mask(stage, seen)
         return tokens, tokens.policy
-    check_alone(stage, tokens)
+    check_alone(stage, tokens, wants_scores)
     scores = score(stage, seen)
     if stage.keeps_all:
         return tokens, scores

@@ -99,6 +99,26 @@ def test_it_starts_from_a_dense_checkpoint_which_teaches_it(dense: Path, tmp_pat
     torch.testing.assert_close(trainer.teacher(x).logits, want, rtol=1e-4, atol=1e-5)
 
 
+def test_predictors_and_the_rest_have_rates_and_clipping_of_their_own(dense: Path, tmp_path: Path) -> None:
+    config = short.config(tmp_path, **METHOD, init=str(dense), lr=0.02, warmup_epochs=0, clip=0.5, layer_decay=0.9)
+    trainer = Trainer(config, short.alone(), resume=False, command="")
+    learned = set(map(id, trainer.model.sait_methods.parameters()))
+    every = [id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(every) == sorted(map(id, trainer.model.parameters()))
+    for group in trainer.optimizer.param_groups:
+        (own,) = {id(parameter) in learned for parameter in group["params"]}
+        depth = group["lr_scale"] / (1.0 if own else 0.01)
+        assert 0.9**5 <= depth <= 1.0 + 1e-9
+        assert group["lr"] == pytest.approx(0.02 * group["lr_scale"]), "before the first step"
+    trainer._train_epoch(1, lambda *_: None)
+    rest = [parameter for parameter in trainer.model.parameters() if id(parameter) not in learned]
+    norms = [
+        torch.stack([p.grad.norm() for p in some]).norm() for some in (trainer.model.sait_methods.parameters(), rest)
+    ]
+    assert all(norm <= 0.5 + 1e-5 for norm in norms)
+    assert norms[1] > 0.4, "not scaled by the norm of the others"
+
+
 def test_predictors_learn_the_share() -> None:
     model = small.build()
     sait.sparsify(model, methods.dynamicvit(0.7, blocks=1)).train()
@@ -167,6 +187,11 @@ BAD: list[tuple[Callable[[Path, str, str], Any], str]] = [
     (lambda out, _, __: short.config(out, method="dynamicvit", keep=1.5), "keep: expected a float in (0, 1]"),
     (lambda out, _, __: short.config(out, method="tome", keep=0.5), "method: tome: "),
     (lambda out, _, __: short.config(out, **METHOD, mode="dense"), "mode: expected alternate or sparse with a method"),
+    (lambda out, _, __: short.config(out, **{**METHOD, "keep": 1.0}), "keep: expected less than 1.0 with a method"),
+    (
+        lambda out, _, __: short.config(out, **METHOD, backbone_scale=2.0),
+        "backbone_scale: expected a number from 0 to 1",
+    ),
     (lambda out, _, __: short.config(out, blocks=[1]), "blocks: there is no method that takes them"),
     (lambda out, t, _: short.config(out, **METHOD, teacher=t, manifold_alpha=1.0), "manifold_alpha: expected 0"),
     (lambda out, t, _: short.run(out, **{**METHOD, "blocks": [2, 7]}, init=t), "block: expected at most 2"),

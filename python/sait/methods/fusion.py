@@ -81,7 +81,7 @@ def attend(
     All that follows the softmax is row-wise, so the dropped rows are dropped before their attention is computed.
     """
     if stage is not None:
-        check_alone(stage, tokens)
+        check_alone(stage, tokens, wants_scores)
     if tokens.policy is not None:
         return Attended(masked_attention(q, k, v, tokens, scale), None, False)
     bias = tokens.key_bias

@@ -16,10 +16,9 @@ from sait.tokens import Tokens, image_of_rows, prefix_rows
 EPSILON = 1e-6  # of the masked softmax
 
 
-def masks(stage: Stage | None) -> bool:
+def masks(stage: Stage) -> bool:
     """Whether a stage masks, now, instead of dropping: its scorer has a ``mask``, and is in training mode."""
-    scorer = None if stage is None else stage.scorer
-    return hasattr(scorer, "mask") and bool(getattr(scorer, "training", False))
+    return hasattr(stage.scorer, "mask") and bool(getattr(stage.scorer, "training", False)) and not stage.keeps_all
 
 
 def mask(stage: Stage, seen: Seen) -> Tokens:
@@ -38,9 +37,9 @@ def mask(stage: Stage, seen: Seen) -> Tokens:
     return seen.tokens._replace(policy=policy.index_fill(0, prefix_rows(seen.tokens).flatten().long(), 1.0))
 
 
-def check_alone(stage: Stage, tokens: Tokens) -> None:
-    """ValueError if a stage would drop tokens of which others have masked some."""
-    if masks(stage) or (tokens.policy is not None and not stage.keeps_all):
+def check_alone(stage: Stage, tokens: Tokens, wants_scores: bool = False) -> None:
+    """ValueError if a stage would drop, or score, tokens of which others have masked some."""
+    if masks(stage) or (tokens.policy is not None and (wants_scores or not stage.keeps_all)):
         raise ValueError(
             f"sait: plan: the stage at block {stage.block} drops tokens in training, and stages that learn mask them "
             "ahead of their blocks. Give all stages a scorer that masks, and before=True; or train without it."

@@ -57,6 +57,7 @@ class Config:
         method: a published method of sait.methods in place of SaiT's epochs: each step trains its plan, with its own
             losses. Of the lines above keep alone counts, one share, or none for the method's own; nor does alpha.
         blocks: where the method drops tokens; none: its own.
+        backbone_scale: with a method that learns parts of its own: the learning rate of all else times this.
 
         teacher: a checkpoint of ours, or the name of a timm model with pretrained weights; none: no distillation.
         alpha: weight of the distillation of attention; 0 turns it off.
@@ -100,6 +101,7 @@ class Config:
     static: bool = False
     method: str | None = None
     blocks: list[int] | None = None
+    backbone_scale: float = 0.01
 
     teacher: str | None = None
     alpha: float = 1.0
@@ -191,12 +193,16 @@ class Config:
         if self.mass is not None or isinstance(self.keep, list):
             found = f"mass={self.mass}" if self.mass is not None else f"keep={self.keep}"
             raise TrainingError(f"config: keep: expected one share with a method, such as keep=0.7, got {found}.")
+        if not 0 <= self.backbone_scale <= 1:
+            raise TrainingError(f"config: backbone_scale: expected a number from 0 to 1, got {self.backbone_scale}.")
         if self.manifold_alpha:
             raise TrainingError("config: manifold_alpha: expected 0 with a method, which has losses of its own.")
         try:
-            PUBLISHED[method](**self.of_method)
+            plan = PUBLISHED[method](**self.of_method)
         except (TypeError, ValueError) as error:
             raise TrainingError(f"config: method: {method}: {error}") from error
+        if plan.keeps_all:
+            raise TrainingError("config: keep: expected less than 1.0 with a method, for that drops nothing.")
 
     @property
     def of_method(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from sait.train.config import Config, StoppedError, TrainingError
 from sait.train.data import Data, expected_by, open_data
 from sait.train.distill import Lesson, Teacher, attention_loss, load_teacher, logit_loss, patch_shares
 from sait.train.evaluate import evaluate
+from sait.train.groups import learned_and_rest, slow_down
 from sait.train.manifold import last_features, manifold_loss, same_tokens
 from sait.train.processes import Processes
 from sait.train.student import create_student, student_plan, trained_density
@@ -104,6 +105,9 @@ class Trainer:
             weight_decay=config.weight_decay,
             layer_decay=config.layer_decay,
         )
+        self.clipped = learned_and_rest(self.model)
+        if len(self.clipped) > 1:
+            slow_down(self.optimizer, self.clipped[0], config.backbone_scale)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched=config.sched,
@@ -114,6 +118,8 @@ class Trainer:
             step_on_epochs=False,
             updates_per_epoch=self.data.steps,
         )
+        if len(self.clipped) > 1:
+            self.scheduler.step_update(0)  # timm sets the scaled rates not before
         self.ema = None if config.ema is None else ModelEmaV3(self.model, decay=config.ema, use_warmup=True)
         self.mixup: Mixup | None = None
         if config.mixup or config.cutmix:
@@ -223,8 +229,9 @@ class Trainer:
         self._check_finite("the loss", loss, where, parts)
         self.optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
-        self._check_finite("the gradient", norm, where)
+        for parameters in self.clipped:
+            norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+            self._check_finite("the gradient", norm, where)
         self.optimizer.step()
         return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
 
