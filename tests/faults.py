@@ -379,6 +379,13 @@ PYTHON = (
         DYNAMIC,
     ),
     Fault(
+        "what a method learns is clipped together with the rest",
+        "python/sait/train/groups.py",
+        'found[not name.startswith(f"{LEARNED}.")].append(parameter)',
+        "found[1].append(parameter)",
+        "tests/train/test_dynamicvit_training.py",
+    ),
+    Fault(
         "an optimized block behind a mass, with a share of its own: taken for equal lengths",
         "python/sait/methods/fusion.py",
         "ragged = tokens.ragged or stage.selector.ragged",
