@@ -76,6 +76,7 @@ def runs(settings: Settings) -> Iterator[Run]:
             yield Run("segmentation", variant, seed)
     yield Run("speed", "sait", 0)
     yield Run("cost", "training", 0)
+    yield Run("cost", "epochs", 0)
 
 
 def matches(run: Run, only: str) -> bool:
@@ -120,7 +121,7 @@ def rows(run: Run, settings: Settings, folder: Path) -> Iterator[Row]:
     if run.experiment == "untrained":
         return untrained.rows(run.variant, settings)
     if run.experiment == "cost":
-        return cost.rows(settings)
+        return cost.rows(settings) if run.variant == "training" else cost.epochs(settings, folder)
     if run.experiment == "segmentation":
         return segmentation.rows(run.variant, run.seed, settings)
     if run.experiment == "speed":

@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sait, no distillation": {"mode": "alternate", "alpha": 0.0},
     "sait, by mass": {"mode": "alternate", "keep": None, "mass": [0.6, 0.95]},
     "sparse only": {"mode": "sparse", "keep": 0.45, "alpha": 0.0},
+    "plain, 3 epochs": {"mode": "dense", "epochs": 3},  # about as long as SaiT's four: see cost.epochs
 }
 
 

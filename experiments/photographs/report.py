@@ -49,7 +49,7 @@ def markdown(document: dict[str, Any]) -> str:
     if speed:
         parts += ["## Speed\n", speed_table(speed)]
     if costs := of(rows, "cost"):
-        parts += ["## A training step\n", cost_table(costs)]
+        parts += cost_tables(costs, tuned)
     if segmented:
         parts += segmentation(segmented)
     if untrained:
@@ -60,15 +60,15 @@ def markdown(document: dict[str, Any]) -> str:
 
 def fine_tuning(tuned: Sequence[Row], speed: Sequence[Row]) -> list[str]:
     first = tuned[0]
-    variants = list(dict.fromkeys(row["variant"] for row in tuned))
+    variants = unique(tuned, "variant")
     seeds = {variant: len({row["seed"] for row in tuned if row["variant"] == variant}) for variant in variants}
     tested = sum({row["fold"]: row["objects"] for row in tuned}.values())
     told = ", ".join(f"{variant} {count}" for variant, count in seeds.items())
     return [
         "## Fine-tuned\n",
-        f"{first['epochs']} epochs. Each seed has another fifth of the objects for its test, which its trainings never "
-        f"saw: {tested} objects in all, {first['views']} images of each, the same for every model and density; seeds: "
-        f"{told}. Accuracy in %, mean of the seeds.\n",
+        f"{first['epochs']} epochs, where the name says nothing else. Each seed has another fifth of the objects for "
+        f"its test, which its trainings never saw: {tested} objects in all, {first['views']} images of each, the same "
+        f"for every model and density; seeds: {told}. Accuracy in %, mean of the seeds.\n",
         accuracy_table(tuned, variants),
         "\n![accuracy against multiply-adds](photographs-accuracy.png)\n",
         "## What was claimed\n",
@@ -264,24 +264,68 @@ def speed_table(speed: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cost_table(costs: Sequence[Row]) -> str:
-    dense = costs[0]
-    lines = [
-        f"Forward, backward and AdamW, batch {dense['batch']}, {dense['dtype']}, {dense['device']}, {dense['threads']} "
-        "threads; memory is the peak of a process that does nothing else.\n",
-        header(["density", "img/s", "× dense", "peak, MiB"]),
-    ]
-    for row in costs:
-        ratio = row["images_per_s"] / dense["images_per_s"]
-        cells = [row["density"], f"{row['images_per_s']:.1f}", f"{ratio:.2f}", f"{row['peak_mib']}"]
+def cost_tables(costs: Sequence[Row], tuned: Sequence[Row]) -> list[str]:
+    """What steps and epochs take, and what plain training of as long comes to."""
+    bare, epochs = ([row for row in costs if row["variant"] == variant] for variant in ("training", "epochs"))
+    parts = []
+    if bare:
+        about = (
+            f"Forward, backward and AdamW, {machine(bare[0])}; memory is the peak of a process that does nothing else."
+        )
+        parts += ["## A training step\n", f"{about}\n", cost_table(bare, "density", [row["density"] for row in bare])]
+    if epochs:
+        names = [f"{row['of']}, {row['mode']} epoch" for row in epochs]
+        parts += [
+            "## What SaiT's training costs\n",
+            f"A step of the fine-tunings above, {machine(epochs[0])}: SaiT's has a teacher's forward, and in dense "
+            "epochs attention that is scored; sparse is the middle of what they draw from.\n",
+            cost_table(epochs, "epoch", names),
+            *equal_time(epochs, tuned),
+        ]
+    return parts
+
+
+def machine(row: Row) -> str:
+    return f"batch {row['batch']}, {row['dtype']}, {row['device']}, {row['threads']} threads"
+
+
+def cost_table(costs: Sequence[Row], first: str, names: Sequence[str]) -> str:
+    dense = costs[0]["images_per_s"]
+    lines = [header([first, "img/s", "× dense", "peak, MiB"])]
+    for name, row in zip(names, costs, strict=True):
+        cells = [name, f"{row['images_per_s']:.1f}", f"{row['images_per_s'] / dense:.2f}", f"{row['peak_mib']}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def equal_time(epochs: Sequence[Row], tuned: Sequence[Row]) -> list[str]:
+    """How many epochs of plain training take as long as each other one, and how a shorter plain training compares."""
+    per_image = {
+        name: [1 / row["images_per_s"] for row in epochs if row["of"] == name] for name in unique(epochs, "of")
+    }
+    plain = statistics.mean(per_image.pop("plain"))
+    lines = []
+    for variant, seconds in per_image.items():
+        count = next((row["epochs"] for row in tuned if row["variant"] == variant), None)
+        if count is not None:
+            as_long = count * statistics.mean(seconds) / plain
+            lines.append(f"- {count} epochs of {variant} take as long as {as_long:.1f} of plain.")
+    for short in [name for name in unique(tuned, "variant") if name.startswith("plain,")]:
+        for variant in per_image:
+            for case in ("dense", HEADLINE):
+                ahead = difference(tuned, (variant, case), (short, case))
+                if ahead is not None:
+                    lines.append(f"- At {case}, {variant} against {short}: {ahead} points.")
+    return ["\n".join(lines) + "\n"] if lines else []
+
+
+def unique(rows: Sequence[Row], key: str) -> list[str]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
 def segmentation(segmented: Sequence[Row]) -> list[str]:
     """Overlap of the masks, and what pruning takes of it."""
-    variants = list(dict.fromkeys(row["variant"] for row in segmented))
-    cases = list(dict.fromkeys(row["density"] for row in segmented))
+    variants, cases = unique(segmented, "variant"), unique(segmented, "density")
     lines = [header(["density", *(name for variant in variants for name in (variant, "GMAC"))])]
     for case in cases:
         cells = [case]

@@ -54,6 +54,8 @@ def test_from_runs_to_tables(folders: list[str], tmp_path: Path, capsys: pytest.
         "Adaptive against fixed",
         "mass, block 6",
         "tokens of small",
+        "sait, no distillation, sparse epoch",
+        "take as long as",
     ):
         assert words in text
     path = tmp_path / "runs" / "results.json"
@@ -91,7 +93,7 @@ def test_a_readme_without_runs_says_so() -> None:
 
 def test_runs_are_chosen_by_name() -> None:
     runs = list(command.runs(FULL))
-    assert len(runs) == len(set(runs)) == 15 + 15 + 3 + 9 + 2
+    assert len(runs) == len(set(runs)) == 15 + 18 + 3 + 9 + 3
     assert [run.name for run in runs if command.matches(run, "finetune/sait")] == [
         f"finetune/sait/{seed}" for seed in range(3)
     ]
@@ -143,6 +145,24 @@ def test_differences_are_paired_and_judged() -> None:
     assert verdicts == ["shown", "not resolved", "refuted"]
 
 
+def test_equal_time() -> None:
+    """SaiT's two kinds of epochs at 10 and 20 images a second are 0.75 of plain ones at 10."""
+    machine = {"batch": 16, "dtype": "bf16", "device": "a CPU", "threads": 2, "peak_mib": 1, "variant": "epochs"}
+    kinds = [("plain", "dense", 10.0), ("sait", "dense", 10.0), ("sait", "sparse", 20.0)]
+    costs = [{**machine, "of": name, "mode": mode, "images_per_s": rate} for name, mode, rate in kinds]
+    packed = {"images": 4, "objects": 2, "fold": 0, "seed": 0, "epochs": 4}
+    right = {"sait": [True] * 4, "plain, 3 epochs": [True, False] * 2}
+    tuned = [
+        {**packed, "variant": name, "density": "dense", "right": intervals.pack(np.array(answers))}
+        for name, answers in right.items()
+    ]
+    text = "\n".join(report.cost_tables(costs, tuned))
+    assert "| sait, sparse epoch | 20.0 | 2.00 | 1 |" in text
+    assert "- 4 epochs of sait take as long as 3.0 of plain.\n" in text
+    assert "- At dense, sait against plain, 3 epochs: +50.00 [+0.00, +100.00] points." in text
+    assert report.cost_tables([], tuned) == []
+
+
 def test_every_variant_is_a_config(tmp_path: Path) -> None:
     configs = {name: finetune.config_of(name, 0, FULL, tmp_path) for name in finetune.VARIANTS}
     assert configs["plain"].mode == "dense"
@@ -150,6 +170,7 @@ def test_every_variant_is_a_config(tmp_path: Path) -> None:
     assert not configs["sait, no distillation"].needs_teacher
     assert configs["sait, by mass"].density == ("mass", [0.6, 0.95])
     assert [finetune.config_of("plain", seed, FULL, tmp_path).fold for seed in range(6)] == [0, 1, 2, 3, 4, 0]
+    assert (configs["plain, 3 epochs"].epochs, configs["plain"].epochs) == (3, 4)
     assert configs["sparse only"].density == ("keep", [0.45, 0.45])
     with pytest.raises(TrainingError, match="stamps_images"):
         from_dict({"stamps_images": 0}, "test")

@@ -172,7 +172,7 @@ class Trainer:
         for step, (images, labels) in enumerate(self.data.train_batches(epoch)):
             set_density(self.model, **trained_density(config, self.model, mode, densities.random()))
             where = f"epoch {epoch}, step {step + 1} of {steps} ({mode})"
-            losses = self._step(images.to(self.processes.device), labels.to(self.processes.device), where)
+            losses = self.step(images.to(self.processes.device), labels.to(self.processes.device), where)
             for name, value in losses.items():
                 sums[name] += value
             done = (epoch - 1) * steps + step + 1
@@ -192,7 +192,9 @@ class Trainer:
             "images_per_s": round(steps * config.batch / seconds, 1),
         }
 
-    def _step(self, images: Tensor, labels: Tensor, where: str) -> dict[str, float]:
+    def step(self, images: Tensor, labels: Tensor, where: str) -> dict[str, float]:
+        """One step at the density that is set: each loss by its name. StoppedError, with ``where``, if one is not
+        finite, or a gradient is not."""
         config, losses = self.config, self.losses
         if self.mixup is not None:
             images, labels = self.mixup(images, labels)
