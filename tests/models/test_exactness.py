@@ -180,6 +180,9 @@ def test_an_empty_batch_gives_an_empty_result(name):
     model, x = zoo.build(name), zoo.images(name)[:0]
     for plan in zoo.plans(name):
         assert sait.sparsify(model, plan)(x).shape == (0, 24)
+        with torch.inference_mode():
+            assert sait.optimize(model)(x).shape == (0, 24)
+        sait.deoptimize(model)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -66,7 +67,9 @@ class PackedEmbedding:
         rows = sk.packed_embed(
             *(images, *self._layer, self._bias), patch=self._patch, prefix=self._prefix, positions=self._positions
         )
-        return rows.view(len(images), -1, rows.shape[1])
+        of_grid = (side // patch for side, patch in zip(images.shape[2:], self._patch, strict=True))
+        prefix = 0 if self._prefix is None else len(self._prefix)
+        return rows.view(len(images), prefix + math.prod(of_grid), rows.shape[1])
 
 
 def why_not_packed(view: PatchEmbedding | None, x: Tensor) -> str | None:
