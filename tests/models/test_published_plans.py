@@ -334,6 +334,7 @@ def test_what_pairs_cost_is_what_torch_counts() -> None:
 
 @torch.no_grad()
 def test_compiled_as_eager() -> None:
+    torch._dynamo.reset()
     for name in ("evit", "tome"):
         plan = methods.evit() if name == "evit" else methods.tome(3)
         model, x = sait.sparsify(zoo.build("vit"), plan), zoo.images("vit")
