@@ -25,6 +25,7 @@
 #               images, killed in the middle and gone on, and by Ray: the same rows
 # make families   models of every family: errors, and speed beside their own library's forward; docs/families.md
 # make exports    pruned models as ONNX, OpenVINO, torch.export, TorchScript, AOTInductor: errors, and speed beside ours
+# make docs     the documentation as a site: build/site, to open in a browser
 # make clean    remove what was built (not .venv)
 #
 # PYTHON and VENV may be set: `make demo PYTHON=python3.12 VENV=/somewhere/venv`.
@@ -41,7 +42,7 @@ RESULTS := benchmarks/results
 .PHONY: wheel wheel-test demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-start gpu-ops \
 	gpu-end-to-end gpu-test-triton gpu-costs gpu-batches gpu-sanitizer gpu-summary gpu-library gpu-end-to-end-models \
 	gpu-end-to-end-autotuned bench end-to-end end-to-end-models end-to-end-large end-to-end-adaptive \
-	end-to-end-serving stages families exports embed embed-killed report paper methods photographs clean
+	end-to-end-serving stages families exports embed embed-killed report paper methods photographs docs clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -225,6 +226,14 @@ methods: install
 
 photographs: install
 	PYTHONPATH=experiments $(BIN)/python -m photographs $(PHOTOGRAPHS)
+
+$(VENV)/.requirements-docs: requirements-docs.txt $(VENV)/.requirements
+	$(PIP) install -r requirements-docs.txt
+	touch $@
+
+# Its warnings are errors: a link or a name that leads nowhere.
+docs: $(VENV)/.requirements-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf build dist demo *.egg-info python/*.egg-info sait_kernels/*.so sait_kernels/_build_info.py $(VENV)/.build
