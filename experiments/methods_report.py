@@ -128,7 +128,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    figure, every = pyplot.subplots(1, len(subjects), figsize=(6 * len(subjects), 4.5), dpi=150, squeeze=False)
+    with pyplot.style.context("tableau-colorblind10"):
+        figure, every = pyplot.subplots(1, len(subjects), figsize=(6 * len(subjects), 4.5), dpi=150, squeeze=False)
     for axes, subject in zip(every[0], subjects, strict=True):
         ran = [row for row in rows if row["subject"] == subject and "error" not in row]
         dense, quality = ran[0], quality_of(ran[0])

@@ -125,7 +125,8 @@ def plot(document: dict[str, Any], out: Path) -> None:
     from matplotlib import pyplot
 
     accuracy = of(document["rows"], "accuracy")
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=150)
+    with pyplot.style.context("tableau-colorblind10"):
+        figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=150)
     for model in models_of(accuracy):
         cases = [
             case

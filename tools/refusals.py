@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "wrong.md"
 BEGIN = """import timm, torch, sait
 import sait_kernels as sk
+
 model = timm.create_model("vit_tiny_patch16_224").eval()"""
 HEAD = """# What can go wrong
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ CONTENDERS = (
 )  # the best of them is held against the best dense peer
 BY_MASS = ("ours-mass", "ours-optimized-mass")  # the best of them is held against the best adaptive peer
 HEADLINE_COLUMNS = ("img/s", "× best pruned", "× timm eager", "× best dense")
+STYLE = "tableau-colorblind10"  # whose colours everybody can tell apart
+MARKERS = "osD^v"
 PEERS_SHOWN = ("timm", "openvino", "ours-dense", "ours")  # of the peers: whose floor is shown by stages
 
 
@@ -181,19 +184,35 @@ def density_rows(document: Document) -> list[Row]:
     return [row for row in rows if row["case"].startswith("keep") and "compiled" not in row["case"]]
 
 
+def density_lines(document: Document) -> dict[tuple[str, int, str, str], list[Row]]:
+    """Rows by model, batch, dtype and how it runs ("" or "optimized"), each from the fewest tokens to the most."""
+    lines: dict[tuple[str, int, str, str], list[Row]] = {}
+    for row in sorted(density_rows(document), key=lambda row: row["tokens"]):
+        how = row["case"].partition(", ")[2]
+        lines.setdefault((row["model"], row["batch"], row["dtype"], how), []).append(row)
+    return dict(sorted(lines.items()))
+
+
 def plot_density(document: Document, out: Path) -> None:
-    """Throughput against the share of tokens that are kept, a line for each dtype and batch."""
-    rows = density_rows(document)
+    """Throughput against the share of tokens that are kept, a line for each dtype, batch, and way to run."""
     figure, axes = new_figure()
-    for model, batch, dtype in unique((row["model"], row["batch"], row["dtype"]) for row in rows):
-        line = [row for row in rows if (row["model"], row["batch"], row["dtype"]) == (model, batch, dtype)]
-        most = max(row["tokens"] for row in line)
-        shares = [row["tokens"] / most for row in line]
-        drawn = axes.plot(
-            shares, [row["images_per_s"] for row in line], marker="o", label=f"{model}, {dtype}, batch {batch}"
+    lines, colours = density_lines(document), {}
+    for marker, ((model, batch, dtype, how), line) in zip(cycle(MARKERS), lines.items()):
+        most = max(row["tokens"] for (*of, _), rows in lines.items() if of == [model, batch, dtype] for row in rows)
+        label = ", ".join([model, dtype, f"batch {batch}", *([how] if how else [])])
+        colour = colours.get((model, batch, dtype))
+        (drawn,) = axes.plot(
+            [row["tokens"] / most for row in line],
+            [row["images_per_s"] for row in line],
+            color=colour,
+            marker=marker,
+            markersize=9 if how else 6,
+            label=label,
         )
-        dense = batch / line[0]["baseline_us"] * 1e6
-        axes.axhline(dense, color=drawn[0].get_color(), linestyle=":", label=f"timm eager, {dtype}")
+        if colour is None:
+            colours[model, batch, dtype] = drawn.get_color()
+            dense = batch / line[0]["baseline_us"] * 1e6
+            axes.axhline(dense, color=drawn.get_color(), linestyle=":", label=f"timm eager, {dtype}")
     axes.set_xlabel("share of the tokens that are kept")
     axes.set_ylabel("images per second")
     axes.set_ylim(bottom=0)
@@ -223,7 +242,8 @@ def new_figure() -> tuple[Any, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(7, 4.5), dpi=150)
+    with pyplot.style.context(STYLE):
+        return pyplot.subplots(figsize=(7, 4.5), dpi=150)
 
 
 def save(figure: Any, axes: Any, path: Path, columns: int) -> None:

@@ -453,7 +453,8 @@ def plot(rows: Sequence[Row], out: Path) -> None:
 def figure(draw: Callable[[Any], None], path: Path) -> None:
     from matplotlib import pyplot
 
-    made, axes = pyplot.subplots(figsize=(7, 4.5), dpi=150)
+    with pyplot.style.context("tableau-colorblind10"):
+        made, axes = pyplot.subplots(figsize=(7, 4.5), dpi=150)
     draw(axes)
     axes.grid(alpha=0.3)
     axes.legend()

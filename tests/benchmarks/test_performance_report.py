@@ -153,6 +153,30 @@ def test_plot_of_the_floor(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     assert Image.open(tmp_path / "performance-floor-some-cpu-avx2.png").width > 1000
 
 
+def test_a_line_for_each_way_to_run(tmp_path: Path) -> None:
+    """None of them goes back: what is optimized is a line of its own."""
+
+    def row(case: str, tokens: float) -> dict[str, Any]:
+        fixed = {
+            "name": "model",
+            "model": "vit",
+            "batch": 16,
+            "dtype": "bf16",
+            "baseline_us": 1e6,
+            "images_per_s": 10.0,
+        }
+        return {**fixed, "case": case, "tokens": tokens}
+
+    rows = [row("keep 1.0", 197), row("keep 0.45", 90), row("keep 0.45, optimized", 90), row("keep 0.3", 60)]
+    found = performance.density_lines(document(*rows))
+    assert {key[3]: [row["tokens"] for row in line] for key, line in found.items()} == {
+        "": [60, 90, 197],
+        "optimized": [90],
+    }
+    performance.plot_density(document(*rows), tmp_path)
+    assert (tmp_path / performance.picture(document(*rows))).stat().st_size > 0
+
+
 def test_the_page_has_the_tables(tmp_path: Path) -> None:
     names = ("density", "end-to-end", "losses", "floor")
     served = ("alone", "streams", "busy")
