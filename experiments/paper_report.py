@@ -40,21 +40,6 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def summary(document: dict[str, Any]) -> str:
-    """What the README shows: the model of every density beside its plain twin."""
-    accuracy = of(document["rows"], "accuracy")
-    speed = {row["case"]: row["images_per_s"] for row in of(document["rows"], "speed")}
-    cases = [case for case in ("dense", "keep 0.7", HEADLINE, "keep 0.3", "keep 0.15", "mass 0.9") if case in speed]
-    lines = [header(["density", "tokens", "GMAC", "img/s", "× dense", "SaiT, %", "plain training, then pruned, %"])]
-    for case in cases:
-        mine, plain = pick(accuracy, "SaiT", case), pick(accuracy, "plain", case)
-        cells = [case, f"{mean(mine, 'tokens'):.1f}", f"{mean(mine, 'gmac'):.4f}"]
-        cells += [f"{speed[case]:.0f}", f"{speed[case] / speed['dense']:.2f}"]
-        cells += [spread([100 * row["accuracy"] for row in rows]) for rows in (mine, plain)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([f"{about(document)}\n", *lines])
-
-
 def about(document: dict[str, Any]) -> str:
     accuracy, config = of(document["rows"], "accuracy"), document["config"]
     counts = {model: len({row["seed"] for row in accuracy if row["model"] == model}) for model in models_of(accuracy)}

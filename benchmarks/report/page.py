@@ -1,7 +1,7 @@
 """Writes the tables of the README, docs/performance.md and docs/deploy.md from what was measured, and the plots.
 
-``make report``. Speed comes from the newest results file of each device, those of
-ops and those of whole models against their peers; accuracy comes from docs/accuracy.json.
+``make report``. Speed comes from the newest results file of each device, those of ops and those of whole models against
+their peers; accuracy from what ``make photographs`` found.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import paper_report
 
 from report import exports, performance, serving
 from report.tables import Document, Row, number, on_gpu, provenance, render, unique, weights
@@ -136,29 +134,29 @@ def insert(readme: str, name: str, block: str) -> str:
     before, begin, rest = readme.partition(first)
     _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the README lacks the markers {first} and {last}")
+        raise ValueError(f"the page lacks the markers {first} and {last}")
     return f"{before}{first}\n{block}\n{last}{after}"
 
 
-def updated(readme: str, results: Path, accuracy: Path, photographs: Path) -> str:
-    """The README with the newest results of a folder, and what ``make paper`` and ``make photographs`` wrote."""
-    summary = (
-        paper_report.summary(json.loads(accuracy.read_text(encoding="utf-8"))) if accuracy.exists() else NOTHING_YET
-    )
-    peers = sections(headlined(newest(results, performance.KIND)), performance.headline)
-    readme = insert(readme, "results", sections(newest(results), markdown))
-    tuned = NOTHING_YET
+def updated(readme: str, results: Path, photographs: Path) -> str:
+    """The README with the newest results of a folder, and what ``make photographs`` found."""
+    documents = newest(results, performance.KIND)
+    first = headlined(documents)
+    of_devices = [[document, *(d for d in documents if d["device"] == document["device"])] for document in first]
+    cpus = [performance.front(found) for found in of_devices if not on_gpu(found[0])]
+    gpus = [performance.front(found) for found in of_devices if on_gpu(found[0])]
+    parts = [*(cpus or [NOTHING_YET]), *(gpus or [NO_GPU_YET])]
     if photographs.exists():
         from photographs import headline  # and with it torch, timm and sait
 
-        tuned = headline.summary(json.loads(photographs.read_text(encoding="utf-8")))
-    readme = insert(readme, "photographs", tuned)
-    return insert(insert(readme, "end-to-end", peers), "accuracy", summary)
+        parts.append(headline.summary(json.loads(photographs.read_text(encoding="utf-8"))))
+    return insert(readme, "front", "\n\n".join(parts))
 
 
 def updated_performance(page: str, results: Path) -> str:
     """docs/performance.md with the newest results of a folder."""
     peers = newest(results, performance.KIND)
+    page = insert(page, "results", sections(newest(results), markdown))
     page = insert(page, "density", sections(with_models(newest(results)), performance.density))
     page = insert(page, "end-to-end", sections(peers, performance.everything))
     page = insert(page, "losses", sections(peers, performance.losses))
@@ -183,14 +181,11 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md", metavar="FILE")
     parser.add_argument("--deploy", type=Path, default=ROOT / "docs" / "deploy.md", metavar="FILE")
-    parser.add_argument("--accuracy", type=Path, default=ROOT / "docs" / "accuracy.json", metavar="FILE")
     of_photographs = ROOT / "experiments" / "photographs" / "results.json"
     parser.add_argument("--photographs", type=Path, default=of_photographs, metavar="FILE")
     arguments = parser.parse_args()
     readme, page = (path.read_text(encoding="utf-8") for path in (arguments.readme, arguments.performance))
-    arguments.readme.write_text(
-        updated(readme, arguments.results, arguments.accuracy, arguments.photographs), encoding="utf-8"
-    )
+    arguments.readme.write_text(updated(readme, arguments.results, arguments.photographs), encoding="utf-8")
     arguments.performance.write_text(updated_performance(page, arguments.results), encoding="utf-8")
     deploy = updated_deploy(arguments.deploy.read_text(encoding="utf-8"), arguments.results)
     arguments.deploy.write_text(deploy, encoding="utf-8")

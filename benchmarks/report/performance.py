@@ -35,19 +35,43 @@ CONTENDERS = (
 )  # the best of them is held against the best dense peer
 BY_MASS = ("ours-mass", "ours-optimized-mass")  # the best of them is held against the best adaptive peer
 HEADLINE_COLUMNS = ("img/s", "× best pruned", "× timm eager", "× best dense")
+# What the README shows: label, model, dtype, and which of its batches.
+FRONT: tuple[tuple[str, str, str, Callable[..., int]], ...] = (
+    ("DeiT-S", MODEL, "bf16", max),
+    ("DeiT-S", MODEL, "fp32", max),
+    ("DeiT-S", MODEL, "bf16", min),
+    ("DINOv2-S", "vit_small_patch14_dinov2@224", "bf16", max),
+    ("DINOv3-S", "vit_small_patch16_dinov3", "bf16", max),
+)
 STYLE = "tableau-colorblind10"  # whose colours everybody can tell apart
 MARKERS = "osD^v"
 PEERS_SHOWN = ("timm", "openvino", "ours-dense", "ours")  # of the peers: whose floor is shown by stages
 
 
-def headline(document: Document) -> str:
-    """What the README shows: one model, its largest batch."""
-    rows = [row for row in document["rows"] if row["model"] == MODEL]
-    if not rows:
-        return f"{provenance(document)}\n\n{MODEL}: not among the models measured."
-    batch = max(row["batch"] for row in rows)
-    rows = [row for row in rows if row["batch"] == batch]
-    return "\n\n".join([provenance(document), title(rows), *peer_table(rows, HEADLINE_COLUMNS), *failures(rows)])
+def front(documents: Sequence[Document]) -> str:
+    """The table of the README: the fastest of CONTENDERS in each setting of FRONT, beside timm, the best dense peer and
+    the best that prunes alike. Of several documents of a device the first that has a setting is shown."""
+    lines, machines = [], []
+    for label, model, dtype, which in FRONT:
+        found = ((document, of_setting(document, model, dtype, which)) for document in documents)
+        document, rows = next(((document, rows) for document, rows in found if rows), (None, []))
+        if document is not None:
+            machines.append(f"{document['device']}, {document['threads']} threads, {document['date'][:10]}")
+            (ours,) = rows
+            name = f"{label}, batch {ours['batch']}, {dtype}"
+            lines.append([name, *(COLUMNS[column](ours) for column in HEADLINE_COLUMNS)])
+    if not lines:
+        return f"{provenance(documents[0])}\n\n{MODEL}: not among the models measured."
+    about = "Keep 0.45; medians of interleaved runs, random weights; " + "; ".join(unique(machines)) + "."
+    header = ["", "img/s", "× the same pruning in the best other engine", "× timm", "× the best dense engine"]
+    return "\n\n".join([render(header, lines), about])
+
+
+def of_setting(document: Document, model: str, dtype: str, which: Callable[..., int]) -> list[Row]:
+    """The fastest of CONTENDERS at the largest batch, or the smallest, of a model in a dtype; none where none ran."""
+    rows = [row for row in document["rows"] if (row["model"], row["dtype"]) == (model, dtype)]
+    batch = which((row["batch"] for row in rows), default=0)
+    return best_of_ours([row for row in rows if row["batch"] == batch])
 
 
 def everything(document: Document) -> str:

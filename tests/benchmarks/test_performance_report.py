@@ -55,20 +55,27 @@ ROWS = [
 OURS = "| ours | 2.74 | 20.0 | 1.00 | 1.80 | 88% | 40% |"
 
 
-def test_the_headline_is_the_largest_batch_of_one_model() -> None:
-    written = performance.headline(document(*ROWS, row("timm", "timm eager", model="other")))
-    lines = written.split("\n")
-    assert lines[0].startswith("Some CPU avx2")
-    assert f"**{MODEL}, batch 16**, random weights:" in lines
-    assert "| timm eager | 4.60 | 20.0 | 1.00 | 0.50 |  |  |  |" in lines  # measured in one dtype only
-    assert "| ours | 2.74 | 20.0 | 1.00 | 1.80 | 20.0 | 1.00 | 1.90 |" in lines
-    assert "OpenVINO, bf16: no figures: RuntimeError: not installed" in lines
-    assert "batch 1**" not in written
-    assert "other" not in written
+def test_the_front_has_the_fastest_of_ours_in_each_setting() -> None:
+    """Of several documents the first that has it; what nobody measured has no line."""
+    pruned = {"vs_best_pruned": 1.21, "vs_best_dense": 1.97, "ratio": 2.5, "ours_us": 500.0}
+    faster = row("ours-optimized", "ours optimized", images_per_s=79.4, **pruned)
+    one = row("ours", "ours", batch=1, images_per_s=42.0, vs_best_pruned=1.5)
+    other = row("ours", "ours", model="vit_small_patch16_dinov3", images_per_s=30.0, vs_best_pruned=1.3)
+    part = document(row("ours", "ours", images_per_s=1.0, **pruned), other, part="models", date="2026-05-01T")
+    lines = performance.front([document(*ROWS, faster, one), part]).split("\n")
+    assert lines[2:] == [
+        "| DeiT-S, batch 16, bf16 | 79.4 | 1.21 | 2.50 | 1.97 |",
+        "| DeiT-S, batch 16, fp32 | 20.0 |  | 1.00 | 1.90 |",
+        "| DeiT-S, batch 1, bf16 | 42.0 | 1.50 | 1.00 | 0.50 |",
+        "| DINOv3-S, batch 16, bf16 | 30.0 | 1.30 | 1.00 | 0.50 |",
+        "",
+        "Keep 0.45; medians of interleaved runs, random weights; Some CPU avx2, 2 threads, 2026-01-02; "
+        "Some CPU avx2, 2 threads, 2026-05-01.",
+    ]
 
 
 def test_a_file_without_the_headline_model_says_so() -> None:
-    assert "not among" in performance.headline(document(row("timm", "timm eager", model="other")))
+    assert "not among" in performance.front([document(row("timm", "timm eager", model="other"))])
 
 
 def test_everything_has_each_model_batch_and_dtype() -> None:
@@ -178,7 +185,7 @@ def test_a_line_for_each_way_to_run(tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_tables(tmp_path: Path) -> None:
-    names = ("density", "end-to-end", "losses", "floor")
+    names = ("results", "density", "end-to-end", "losses", "floor")
     served = ("alone", "streams", "busy")
     page = "".join(marker.format(name) for name in (*names, "adaptive", *served) for marker in report.MARKERS)
     written = report.updated_performance(page, tmp_path)

@@ -191,13 +191,13 @@ def test_a_readme_without_markers_is_refused(readme: str) -> None:
         report.insert(readme, "results", "new")
 
 
-SECTIONS = ("density", "end-to-end", "losses", "adaptive", "alone", "streams", "busy", "floor")
+SECTIONS = ("results", "density", "end-to-end", "losses", "adaptive", "alone", "streams", "busy", "floor")
 PAGE = "".join(marked(name, "") for name in SECTIONS)
 
 
 def test_command(tmp_path: Path) -> None:
     readme, page, results = tmp_path / "README.md", tmp_path / "performance.md", tmp_path / "results"
-    readme.write_text("".join(marked(name, "") for name in ("results", "end-to-end", "accuracy", "photographs")))
+    readme.write_text(marked("front", ""))
     deploy = tmp_path / "deploy.md"
     page.write_text(PAGE)
     deploy.write_text(marked("exports", ""))
@@ -205,17 +205,11 @@ def test_command(tmp_path: Path) -> None:
     write(results, "figures")
     script = [sys.executable, "-m", "report", "--results", results, "--readme", readme]
     path = os.pathsep.join(str(ROOT / folder) for folder in ("benchmarks", "experiments"))
-    words = [*script, "--performance", page, "--deploy", deploy, "--accuracy", tmp_path / "nothing.json"]
-    words += ["--photographs", tmp_path / "nothing.json"]
+    words = [*script, "--performance", page, "--deploy", deploy, "--photographs", tmp_path / "nothing.json"]
     done = subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    blocks = {
-        "results": report.sections([document()], report.markdown),
-        "end-to-end": report.sections([], report.markdown),
-        "accuracy": report.NOTHING_YET,
-        "photographs": report.NOTHING_YET,
-    }
-    assert readme.read_text() == "".join(marked(name, block) for name, block in blocks.items())
+    assert readme.read_text() == marked("front", f"{report.NOTHING_YET}\n\n{report.NO_GPU_YET}")
+    assert report.sections([document()], report.markdown) in page.read_text()
     assert deploy.read_text() == marked("exports", report.NO_EXPORTS_YET)
     picture = "performance-density-some-cpu-avx2.png"
     assert picture in page.read_text()
@@ -225,7 +219,7 @@ def test_command(tmp_path: Path) -> None:
 def test_the_documents_have_the_newest_results() -> None:
     results, photographs = ROOT / "benchmarks" / "results", ROOT / "experiments" / "photographs" / "results.json"
     readme, page = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "docs/performance.md"))
-    assert readme == report.updated(readme, results, ROOT / "docs" / "accuracy.json", photographs), "run `make report`"
+    assert readme == report.updated(readme, results, photographs), "run `make report`"
     assert page == report.updated_performance(page, results), "run `make report`"
     for picture in re.findall(r"\((performance-[^)]+)\)", page):
         assert (ROOT / "docs" / picture).exists(), "run `make report`"
