@@ -17,6 +17,7 @@ from sait.methods.base import Seen
 from sait.methods.fusion import Attended, attend, score, select
 from sait.methods.plan import Plan, Stage
 from sait.methods.policy import check_alone, mask, masks
+from sait.methods.soft import weighs, weights
 from sait.state import Record, check_blocks, sparse_family
 from sait.tokens import Homes, Tokens, prefix_selection
 from sait_kernels import Selection
@@ -37,6 +38,8 @@ def forward(
         check_apart(model, family, state)
     together = all_packed(model, family, images)
     tokens = embed(model, family, images, together is not None) if tokens is None else tokens
+    grid = family.grid(model, (images.shape[-2], images.shape[-1]))
+    tokens = tokens._replace(grid=grid)
     if tokens.x.dtype != images.dtype:
         together = all_packed(model, family, tokens.x)
     enough = for_head and family.prefix_is_enough(model)
@@ -48,7 +51,6 @@ def forward(
             "sait: model: its head pools over patches, also those that a policy hides in training. Build it with "
             'global_pool="token", whose head reads the class token.'
         )
-    grid = family.grid(model, (images.shape[-2], images.shape[-1]))
     state.publish(Record(kept, tokens.entered, tokens.num_prefix, grid) if kept else None)
     return tokens
 
@@ -120,6 +122,8 @@ def step(
         return block.finish(attended, normed, tokens, None), left, scores
     attended = attend(q, k, v, tokens, stage, scale=block.scale, wants_scores=wants_scores)
     after_block = block.finish(attended, normed, tokens, after)
+    if attended.weights is not None:
+        after_block = after_block.weighted(attended.weights)
     if stage is not None:
         left = (tokens if attended.selection is None else after_block).selection
         scores = attended.scores
@@ -138,6 +142,9 @@ def drop(tokens: Tokens, stage: Stage, wants_scores: bool) -> tuple[Tokens, Tens
     scores = score(stage, seen)
     if stage.keeps_all:
         return tokens, scores
+    if weighs(stage):
+        of_rows = weights(stage, scores, seen)
+        return tokens.weighted(of_rows), of_rows
     selection = select(stage, scores, seen)
     ragged = tokens.ragged or stage.selector.ragged
     if stage.after is not None and stage.after.needs_dropped:

@@ -285,7 +285,8 @@ def record_scores(model: nn.Module) -> Iterator[list[Tensor]]:
     Returns:
         A list that grows by one tensor a stage and forward: (T,) float32, a score for each row that the stage's block
         saw, prefix rows included, and 0 for rows of no image; differentiable. Of a stage that masks tokens in training
-        in place of dropping them, what is left of each row: 1 or 0, and 1 for prefix rows.
+        in place of dropping them, what is left of each row: 1 or 0, and 1 for prefix rows; of one that weighs them
+        there, the weights.
 
     Raises:
         TypeError: the model is not sparse.

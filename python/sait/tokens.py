@@ -33,6 +33,7 @@ class Tokens(NamedTuple):
     state: Any = None  # what a method carries from one stage to the next
     sizes: Tensor | None = None  # (T,) float32, patches that each row stands for; None: one each
     policy: Tensor | None = None  # (T,) float32, in training: 0 for a row that others do not see; None: all are seen
+    grid: tuple[int, int] | None = None  # (rows, columns) of the patches that entered; None: nobody has said
 
     @property
     def images(self) -> int:
@@ -94,7 +95,12 @@ class Tokens(NamedTuple):
             x.view(*shape, x.shape[1]),
             *(selection.cu_seqlens, selection.max_seqlen, ragged, self.num_prefix, self.entered),
             *(rows, self.rope, at, self.state, sizes),
+            grid=self.grid,
         )
+
+    def weighted(self, weights: Tensor) -> Tokens:
+        """The same tokens, each row times its weight (T,)."""
+        return self.with_x(self.x * weights.view(*self.x.shape[:2], 1).to(self.x.dtype))
 
     def with_rope(self, rope: Tensor | tuple[Tensor, ...]) -> Tokens:
         """The same tokens, which carry their positions from here on."""

@@ -33,7 +33,7 @@ def test_bench_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     rows = {row["case"]: row for row in document["rows"]}
     assert list(rows) == [
         *("dense mode", "keep 1.0", "SaiT, cls, keep 0.45", "EViT, keep 0.7", "ATS, keep 1.0", "LTP, threshold 0.006"),
-        *("ToMe, r 8", "ToMe, r 16", "random, keep 0.45", "DynamicViT, keep 0.7"),
+        *("LTP, learned thresholds", "ToMe, r 8", "ToMe, r 16", "random, keep 0.45", "DynamicViT, keep 0.7"),
     ]
     assert rows["ToMe, r 16"]["plan"] == "ToMe, r 16"
     assert rows["ToMe, r 16"]["gmac"] < rows["ToMe, r 8"]["gmac"] < rows["dense mode"]["gmac"]

@@ -153,6 +153,7 @@ def test_blocks_that_are_left_out_follow_the_depth(name: str) -> None:
         "evit": [[1, 2, 3], [3, 6, 9], [6, 12, 18]],
         "ats": [[1, 2, 3], [*range(3, 12)], [*range(6, 24)]],
         "ltp": [[*range(4)], [*range(12)], [*range(24)]],
+        "ltp_learned": [[*range(4)], [*range(12)], [*range(24)]],
         "tome": [[*range(4)], [*range(12)], [*range(24)]],
         "random": [[0], [0], [0]],
         "dynamicvit": [[1, 2, 3], [3, 6, 9], [6, 12, 18]],

@@ -37,6 +37,26 @@ def forward(vit: Any, images: Tensor, at: dict[int, Reduce]) -> tuple[Tensor, li
     return torch.stack(logits), counts
 
 
+def ltp_soft(vit: Any, thresholds: list[Tensor], temperature: float, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """(logits, [block] -> (B, patches) soft masks): what each block gives of a patch is multiplied by its mask."""
+    logits, masks = [], []
+    prefix = vit.num_prefix_tokens
+    for image in images:
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))[0]
+        for block, threshold in zip(vit.blocks, thresholds, strict=True):
+            attn, n = block.attn, len(x)
+            q, k, v = attn.qkv(block.norm1(x)).view(n, 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
+            matrix = (attn.q_norm(q) @ attn.k_norm(k).mT * attn.head_dim**-0.5).softmax(-1)
+            soft = 1 / (1 + torch.exp(-(matrix.mean((0, 1))[prefix:] - threshold) / temperature))
+            x = x + block.ls1(attn.proj(attn.norm((matrix @ v).transpose(0, 1).reshape(n, -1))))
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+            x = torch.cat([x[:prefix], x[prefix:] * soft[:, None]])
+            masks.append(soft)
+        logits.append(vit.forward_head(vit.norm(x[None]))[0])
+    depth = len(thresholds)
+    return torch.stack(logits), [torch.stack(masks[block::depth]) for block in range(depth)]
+
+
 def dynamicvit(
     vit: Any, learned: dict[int, dict[str, Tensor]], images: Tensor, keep: float
 ) -> tuple[Tensor, list[list[int]]]:

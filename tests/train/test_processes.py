@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sait
@@ -33,8 +34,9 @@ def torchrun(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(words, run.returncode, out, err)
 
 
-def train(out: Path, dies_in: int = 0, resume: bool = False) -> subprocess.CompletedProcess[str]:
-    return torchrun(HERE / "two_processes.py", out, str(dies_in), "resume" if resume else "anew")
+def train(out: Path, dies_in: int = 0, resume: bool = False, **changes: Any) -> subprocess.CompletedProcess[str]:
+    words = (str(dies_in), "resume" if resume else "anew", json.dumps(changes))
+    return torchrun(HERE / "two_processes.py", out, *words)
 
 
 def metrics(out: Path) -> list[dict[str, str]]:
@@ -98,6 +100,15 @@ def test_a_killed_process_ends_the_run_and_it_can_go_on(together, tmp_path):
     weights, whole = (torch.load(out / "rank1.pt", weights_only=True) for out in (tmp_path, together))
     for key in whole:
         torch.testing.assert_close(weights[key], whole[key], rtol=1e-4, atol=1e-5)
+
+
+def test_thresholds_that_are_fixed_midway_hold_up_nobody(tmp_path):
+    options = {"threshold": 0.18, "temperature": 0.01, "hard_from": 0.3}
+    done = train(tmp_path, method="ltp_learned", keep=None, blocks=[0, 1], lr=0.01, method_kwargs=options)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert [float(row["mask_loss"]) > 0 for row in metrics(tmp_path)] == [True, False, False]
 
 
 def test_what_is_left_of_a_run_says_in_one_line_that_another_process_is_gone(monkeypatch):

@@ -13,22 +13,25 @@ if TYPE_CHECKING:
     from sait.methods import Plan
 
 
+OPTION = {"tome": "pairs", "ltp": "threshold", "ltp_learned": None}  # that sets a method; of all others keep
+
+
 def of_methods(
     context: typer.Context, method: list[str], keep: list[float], pairs: list[int], threshold: list[float]
 ) -> list[Plan]:
     """The plans of published methods, one for each of their settings; of a setting that is not given, their own."""
     from sait.methods import PUBLISHED
 
-    settings: dict[str, dict[str, list[Any]]] = {"tome": {"r": pairs}, "ltp": {"threshold": threshold}}
+    given: dict[str, list[Any]] = {"keep": keep, "pairs": pairs, "threshold": threshold}
     _check_no_idle_option(context, method)
     found = []
     for name in method:
         if name not in PUBLISHED:
             options.bad("--method", f"expected one of {', '.join(PUBLISHED)}, got {name!r}.")
-        ((argument, values),) = settings.get(name, {"keep": keep}).items()
-        option = {"r": "pairs"}.get(argument, argument)
+        option, some = OPTION.get(name, "keep"), [{}]  # type: str | None, list[dict[str, Any]]
+        if option is not None and _is_given(context, option):
+            some = [{{"pairs": "r"}.get(option, option): value} for value in given[option]]
         try:
-            some = [{argument: value} for value in values] if _is_given(context, option) else [{}]
             found += [PUBLISHED[name](**setting) for setting in some]
         except (ValueError, TypeError) as error:
             options.bad(f"--{option}", options.one_line(error))
@@ -42,7 +45,7 @@ def _is_given(context: typer.Context, option: str) -> bool:
 
 def _check_no_idle_option(context: typer.Context, method: list[str]) -> None:
     """Ends the command where an option is given that none of the methods takes."""
-    takes = {{"tome": "pairs", "ltp": "threshold"}.get(name, "keep") for name in method}
+    takes = {OPTION.get(name, "keep") for name in method}
     idle = ("keep", "pairs", "threshold", "mass", "max_keep", "static", "block", "score") if method else ()
     for option in idle or ("pairs", "threshold"):
         if option not in takes and option in context.params and _is_given(context, option):

@@ -6,11 +6,12 @@ from sait.methods.base import After, Losses, Merging, Scorer, Seen, Selector, Tr
 from sait.methods.dynamicvit import DynamicLosses, NewPredictor, Predictor
 from sait.methods.pairs import Pairs
 from sait.methods.plan import Plan, Stage
-from sait.methods.published import PUBLISHED, ats, dynamicvit, evit, ltp, tome
+from sait.methods.published import PUBLISHED, ats, dynamicvit, evit, ltp, ltp_learned, tome
 from sait.methods.published import random as random  # not in __all__: with * it would hide Python's
 from sait.methods.published import sait as sait
 from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, RandomScore, Unscored
 from sait.methods.selectors import Sampling, ShareOfFirst, Threshold, TopK, TopP
+from sait.methods.thresholds import LearnedThreshold, NewThreshold, ThresholdLosses
 
 __all__ = [
     "PUBLISHED",
@@ -20,10 +21,12 @@ __all__ = [
     "ColumnAttention",
     "DynamicLosses",
     "FuseDropped",
+    "LearnedThreshold",
     "Losses",
     "Merge",
     "Merging",
     "NewPredictor",
+    "NewThreshold",
     "Pairs",
     "Plan",
     "Predictor",
@@ -35,6 +38,7 @@ __all__ = [
     "ShareOfFirst",
     "Stage",
     "Threshold",
+    "ThresholdLosses",
     "TopK",
     "TopP",
     "Trained",
@@ -43,6 +47,7 @@ __all__ = [
     "dynamicvit",
     "evit",
     "ltp",
+    "ltp_learned",
     "names",
     "register",
     "tome",

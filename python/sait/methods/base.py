@@ -95,7 +95,10 @@ class Selector(Protocol):
     multiply-accumulates for an image; ``merges``, whether it returns a Merging; ``keeps_all``, whether it drops nothing
     whatever the scores; ``scaled(factor)``, the same with a share times as large; ``check(patches)`` raises where an
     image has too few for it; ``of_first``, the share of the patches that entered the first block, where it is one of
-    those: ``bound`` takes their number, too.
+    those: ``bound`` takes their number, too. One that learns softly is a module: ``soft`` says whether it is to weigh
+    rows in training mode in place of choosing, and ``weights(scores)`` (T,), differentiable, what the block's result is
+    multiplied by (sait.methods.soft). Of any module of a plan ``begin_epoch(epoch, epochs)`` is called by ``sait
+    train``, epochs counted from 1; it may change which of its parameters learn.
     """
 
     @property

@@ -22,6 +22,8 @@ from sait.methods.policy import attention as masked_attention
 from sait.methods.policy import check_alone
 from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention
 from sait.methods.selectors import Sampling, ShareOfFirst, Threshold, TopK, TopP
+from sait.methods.soft import weighs, weights
+from sait.methods.thresholds import LearnedThreshold
 from sait.tokens import Tokens
 from sait_kernels import Selection
 
@@ -49,7 +51,7 @@ FUSED: dict[tuple[type, type], Fused] = {
     (ClassValue, TopK): _prune,
     (ClassValue, TopP): _prune,
 }
-TRUSTED = (TopK, TopP, ShareOfFirst, Threshold, Sampling, Pairs)  # their selections need no check
+TRUSTED = (TopK, TopP, ShareOfFirst, Threshold, LearnedThreshold, Sampling, Pairs)  # their selections need no check
 
 
 def prunes_in_one_op(stage: Stage) -> bool:
@@ -64,6 +66,7 @@ class Attended(NamedTuple):
     selection: Selection | Merging | None  # None: nothing was dropped
     ragged: bool  # whether images may have different numbers of tokens from here on
     scores: Tensor | None = None  # (T,) float32, where they were computed
+    weights: Tensor | None = None  # (T,), what the block's result is multiplied by; None: nothing is
 
 
 def attend(
@@ -101,6 +104,9 @@ def attend(
     scores = score(stage, seen)
     if stage.keeps_all:
         return Attended(attention(), None, tokens.ragged, scores)
+    if weighs(stage):
+        of_rows = weights(stage, scores, seen)
+        return Attended(attention(), None, tokens.ragged, of_rows, of_rows)
     selection = select(stage, scores, seen)
     if stage.after is not None and stage.after.needs_dropped:
         return Attended(attention(), selection, ragged, scores)

@@ -308,8 +308,9 @@ class Plan:
         theirs = other.learned()
         stages = []
         for stage in self.stages:
-            found = {role: theirs.get(f"{role}{stage.block}", getattr(stage, role)) for role in ROLES}
-            stages.append(stage._with(**found) if theirs else stage)
+            own = {role: getattr(stage, role) for role in ROLES if isinstance(getattr(stage, role), nn.Module)}
+            found = {role: theirs.get(f"{role}{stage.block}", method) for role, method in own.items()}
+            stages.append(stage._with(**found))
         return replace(self, stages=tuple(stages))
 
     def stage_at(self, block: int) -> Stage | None:

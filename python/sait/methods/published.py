@@ -16,6 +16,7 @@ from sait.methods.pairs import Pairs
 from sait.methods.plan import Plan, Stage
 from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, RandomScore, Unscored
 from sait.methods.selectors import Sampling, ShareOfFirst, Threshold, TopK
+from sait.methods.thresholds import NewThreshold, ThresholdLosses
 
 DEPTH = 12  # of the plan that is shown before a model is known: that of DeiT and ViT, T to B
 
@@ -75,6 +76,32 @@ def ltp(threshold: float = 0.006, blocks: Blocks = None) -> Plan:
     return _of_any_depth(partial(_ltp, threshold, blocks))
 
 
+def ltp_learned(
+    threshold: float = 0.006,
+    blocks: Blocks = None,
+    *,
+    temperature: float = 1e-3,
+    weight: float = 0.1,
+    hard_from: float = 0.5,
+) -> Plan:
+    """LTP (2107.00910) with thresholds that the model learns, one for each block; see sait.methods.LearnedThreshold.
+
+    A model that has thresholds at these blocks keeps them, and none of the arguments counts then. One that has none
+    gets those of ``ltp``, which are no better before they are trained: ``sait train --method ltp_learned``.
+
+    Args:
+        threshold: of the last block, to begin with; of the others the part of it that is the part of the depth.
+        blocks: where, by default every block; 0-based.
+        temperature: of the sigmoid in the soft stage of training.
+        weight: what the mean of the soft masks counts in the loss: the higher, the more is dropped.
+        hard_from: the share of the epochs after which thresholds are fixed, and tokens below them dropped in training.
+
+    Raises:
+        ValueError, TypeError: a number outside its range; blocks that do not ascend.
+    """
+    return _of_any_depth(partial(_ltp_learned, threshold, blocks, temperature, weight, hard_from))
+
+
 def tome(r: int = 13, blocks: Blocks = None) -> Plan:
     """Token merging (ToMe 2210.09461): in each block the r most alike pairs of tokens become one; see
     sait.methods.Pairs and Merge.
@@ -119,6 +146,7 @@ PUBLISHED: dict[str, Callable[..., Plan]] = {
     "evit": evit,
     "ats": ats,
     "ltp": ltp,
+    "ltp_learned": ltp_learned,
     "tome": tome,
     "random": random,
     "dynamicvit": dynamicvit,
@@ -153,6 +181,17 @@ def _ltp(threshold: float, blocks: Blocks, depth: int) -> Plan:
         return Stage(block, ColumnAttention(), Threshold(threshold * (block + 1) / depth))
 
     return _plan(f"LTP, threshold {threshold}", blocks, range(depth), stage)
+
+
+def _ltp_learned(
+    threshold: float, blocks: Blocks, temperature: float, weight: float, hard_from: float, depth: int
+) -> Plan:
+    def stage(block: int) -> Stage:
+        start = threshold * (block + 1) / depth
+        return Stage(block, ColumnAttention(), NewThreshold(start, temperature, hard_from))
+
+    plan = _plan("LTP, learned thresholds", blocks, range(depth), stage)
+    return replace(plan, losses=ThresholdLosses(weight))
 
 
 def _tome(r: int, blocks: Blocks, depth: int) -> Plan:

@@ -189,13 +189,17 @@ class Threshold:
         return patches
 
     def __call__(self, scores: Tensor, seen: Seen) -> Selection:
-        tokens = seen.tokens
-        best = sk.select_topk(scores, tokens.cu_seqlens, tokens.max_seqlen, keep=LEAST, num_prefix=tokens.num_prefix)
-        stays = F.pad(scores >= self.value, (0, 1))  # one more is no row
-        return _those(stays.index_fill(0, best.indices.long(), True), tokens)  # and so the prefix rows
+        return at_least(self.value, scores, seen.tokens)
 
 
 LEAST = 1e-9  # of any number of patches this share is one
+
+
+def at_least(value: float | Tensor, scores: Tensor, tokens: Tokens) -> Selection:
+    """The patches whose score is at least a value, and the best one of an image where none is."""
+    best = sk.select_topk(scores, tokens.cu_seqlens, tokens.max_seqlen, keep=LEAST, num_prefix=tokens.num_prefix)
+    stays = F.pad(scores >= value, (0, 1))  # one more is no row
+    return _those(stays.index_fill(0, best.indices.long(), True), tokens)  # and so the prefix rows
 
 
 @register("sampling")

@@ -57,6 +57,7 @@ class Config:
         method: a published method of sait.methods in place of SaiT's epochs: each step trains its plan, with its own
             losses. Of the lines above keep alone counts, one share, or none for the method's own; nor does alpha.
         blocks: where the method drops tokens; none: its own.
+        method_kwargs: what the method's call takes beside keep and blocks.
         backbone_scale: with a method that learns parts of its own: the learning rate of all else times this.
 
         teacher: a checkpoint of ours, or the name of a timm model with pretrained weights; none: no distillation.
@@ -101,6 +102,7 @@ class Config:
     static: bool = False
     method: str | None = None
     blocks: list[int] | None = None
+    method_kwargs: dict[str, Any] = field(default_factory=dict)
     backbone_scale: float = 0.01
 
     teacher: str | None = None
@@ -151,6 +153,8 @@ class Config:
             self._check_method(self.method)
         elif self.blocks is not None:
             raise TrainingError("config: blocks: there is no method that takes them; name one, or set block.")
+        elif self.method_kwargs:
+            raise TrainingError("config: method_kwargs: there is no method that takes them; name one.")
         elif self.mass is None and self.keep is None:
             object.__setattr__(self, "keep", 0.45)
         object.__setattr__(self, "keep", _as_shares("keep", self.keep))
@@ -208,7 +212,7 @@ class Config:
     def of_method(self) -> dict[str, Any]:
         """What the method's call takes."""
         given = {"keep": _as_shares("keep", self.keep), "blocks": self.blocks}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in given.items() if value is not None} | self.method_kwargs
 
     @property
     def density(self) -> tuple[str, list[float]]:

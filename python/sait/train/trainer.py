@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sait import checkpoint
 from sait.methods.base import Trained
 from sait.methods.plan import Plan
-from sait.sparsify import sparsify
+from sait.sparsify import learned_by, sparsify
 from sait.state import Density, record_scores, selections, set_density
 from sait.train.config import Config, StoppedError, TrainingError
 from sait.train.data import Data, expected_by, open_data
@@ -131,10 +131,7 @@ class Trainer:
             )
         if state is not None:
             self._restore(state)
-        self.parallel: nn.Module = self.model
-        if processes.world_size > 1:
-            devices = [processes.device] if processes.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(self.model, device_ids=devices)
+        self.parallel: nn.Module = self._shared_out()
 
     def run(self, advance: Advance, on_epoch: Callable[[Row], object]) -> Path:
         with self._event_files() as events:
@@ -151,6 +148,23 @@ class Trainer:
                 self.processes.wait()
         return self.out / MODEL
 
+    def _shared_out(self) -> nn.Module:
+        """The model whose gradients are those of all processes."""
+        if self.processes.world_size == 1:
+            return self.model
+        devices = [self.processes.device] if self.processes.device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=devices)
+
+    def _begin_epoch(self, epoch: int) -> None:
+        """Tells what the method learns, and follows where other parameters learn from here on."""
+        before = [parameter.requires_grad for parameter in self.model.parameters()]
+        for part in learned_by(self.model).values():
+            begin: Any = getattr(part, "begin_epoch", None)
+            if begin is not None:
+                begin(epoch, self.config.epochs)
+        if before != [parameter.requires_grad for parameter in self.model.parameters()]:
+            self.parallel = self._shared_out()
+
     def mode(self, epoch: int) -> str:
         """ "dense" or "sparse"; epochs count from 1."""
         if self.config.method is not None:
@@ -162,6 +176,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, advance: Advance) -> Row:
         config, steps = self.config, self.data.steps
         self._random_for(epoch)
+        self._begin_epoch(epoch)
         # The same draws in every process: images that keep few tokens would wait for those that keep many.
         densities = np.random.default_rng([config.seed, epoch])
         mode = self.mode(epoch)
