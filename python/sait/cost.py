@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import nn
 
 from sait.execution.modules import projections
@@ -123,8 +124,7 @@ def plan_rows(
     family = _family(model)
     prefix = family.num_prefix(model)
     tokens = tokens_of(model) if tokens is None else tokens
-    depth = len(family.blocks(model))
-    stages = {} if plan is None else {stage.block: stage for stage in plan.for_depth(depth).stages}
+    stages = {} if plan is None else {stage.block: stage for stage in _of_model(plan, model, family).stages}
     given = iter(kept) if kept is not None else None
     keeps_room = plan is not None and plan.ragged and plan.static
     found = []
@@ -149,6 +149,16 @@ def plan_rows(
     return found
 
 
+def _of_model(plan: Plan, model: Any, family: Family) -> Plan:
+    """The plan at the depth of a model, and what it learns at the model's sizes; without memory."""
+    blocks = family.blocks(model)
+    plan = plan.for_depth(len(blocks))
+    if not plan.unlearned({}):
+        return plan
+    with torch.device("meta"):
+        return plan.for_channels(family.view(blocks[0]).channels, {}, family.classes(model))
+
+
 def _left(stage: Stage, tokens: float, prefix: int, entered: int) -> float:
     """The most that an image of so many tokens, and of ``entered`` at first, has behind the stage."""
     if tokens <= prefix:
@@ -170,8 +180,11 @@ def _choosing_macs(stage: Stage, tokens: float, prefix: int, view: Any) -> float
     """What says nothing of its cost has none: reading a norm, drawing a number, sorting."""
     scorer: Any = stage.scorer
     selector: Any = stage.selector
-    found = scorer.macs(tokens, view.width, view.channels) if hasattr(scorer, "macs") else 0.0
-    return found + (selector.macs(tokens, prefix, view.head_dim) if hasattr(selector, "macs") else 0.0)
+    after: Any = stage.after
+    scored = tokens - prefix if getattr(scorer, "of_patches", False) else tokens
+    found = scorer.macs(scored, view.width, view.channels) if hasattr(scorer, "macs") else 0.0
+    found += selector.macs(tokens, prefix, view.head_dim) if hasattr(selector, "macs") else 0.0
+    return found + (after.macs(tokens, view.channels) if hasattr(after, "macs") else 0.0)
 
 
 def rows_for_head(model: Any, rows: Sequence[Rows], plan: Plan | None = None) -> list[Rows]:

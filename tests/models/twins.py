@@ -79,6 +79,46 @@ def dynamicvit(
     return torch.stack(logits), counts
 
 
+def cagevit(
+    vit: Any, learned: dict[str, dict[str, Tensor]], images: Tensor, keep: int, top: int
+) -> tuple[Tensor, list[list[int]], Tensor]:
+    """(logits, [image] -> patches that stay, (B, classes) answers of the CNN): Grad-CAM by gradients, as defined."""
+    logits, stays, answers = [], [], []
+    cnn, (queries,) = learned["scorer0"], learned["after0"].values()
+    prefix = vit.num_prefix_tokens
+    for image in images:
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))[0]
+        rows, columns = (side // patch for side, patch in zip(image.shape[1:], vit.patch_embed.patch_size, strict=True))
+        with torch.enable_grad():
+            normed = normalised(x[prefix:].detach()) * cnn["norm.weight"] + cnn["norm.bias"]
+            maps = normed.T.reshape(1, -1, rows, columns)
+            for layer in ("first", "second"):
+                maps = torch.conv2d(maps, cnn[f"{layer}.weight"], cnn[f"{layer}.bias"], padding=1).clamp_min(0)
+            answer = cnn["answer.weight"] @ maps[0].mean((1, 2)) + cnn["answer.bias"]
+            chances = answer.softmax(0).tolist()
+            best = sorted(range(len(chances)), key=chances.__getitem__)[-top:]
+            scores = torch.zeros(rows, columns)
+            for c in best:
+                (slopes,) = torch.autograd.grad(answer[c], maps, retain_graph=True)
+                importance = slopes.mean((2, 3), keepdim=True)
+                scores = scores + chances[c] * (importance * maps).sum(1)[0].clamp_min(0).detach()
+        order = sorted(range(rows * columns), key=lambda j: (-float(scores.flatten()[j]), j))
+        major, minor = sorted(order[:keep]), sorted(order[keep:])
+        gone = x[[prefix + j for j in minor]]
+        fused = [(normalised(gone) @ query).softmax(0) @ gone for query in queries]
+        x = torch.cat([x[[*range(prefix), *(prefix + j for j in major)]], torch.stack(fused)])
+        logits.append(vit.forward_head(vit.norm(vit.blocks(x[None])))[0])
+        stays.append(major)
+        answers.append(answer)
+    return torch.stack(logits), stays, torch.stack(answers)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """LayerNorm of each row, without its weights."""
+    centred = x - x.mean(1, keepdim=True)
+    return centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+
+
 def predicted(weights: dict[str, Tensor], patches: Tensor) -> Tensor:
     """(n, 2), the logarithms of the probabilities that each of an image's patches stays and goes."""
 
@@ -88,9 +128,7 @@ def predicted(weights: dict[str, Tensor], patches: Tensor) -> Tensor:
     def gelu(x: Tensor) -> Tensor:
         return x * 0.5 * (1 + torch.erf(x / 2**0.5))
 
-    centred = patches - patches.mean(1, keepdim=True)
-    normed = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
-    hidden = gelu(linear("hidden", normed * weights["norm.weight"] + weights["norm.bias"]))
+    hidden = gelu(linear("hidden", normalised(patches) * weights["norm.weight"] + weights["norm.bias"]))
     half = hidden.shape[1] // 2
     shared = hidden[:, half:].sum(0) / len(hidden)
     both = torch.cat([hidden[:, :half], shared.repeat(len(hidden), 1)], 1)

@@ -224,6 +224,10 @@ class Family(ABC):
         """(B, classes), in the result of a model; None: it tells no classes apart."""
         return result if getattr(model, "num_classes", 0) else None
 
+    def classes(self, model: Any) -> int:
+        """How many its head tells apart; 0: it has none."""
+        return getattr(model, "num_classes", 0) or 0
+
     def norm(self, model: Any) -> Module:
         """The norm behind the last block, row by row."""
         return nn.Identity()

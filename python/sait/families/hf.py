@@ -231,6 +231,9 @@ class Hf(Family):
     def logits_of(self, model: Any, result: Any) -> Tensor | None:
         return getattr(result, "logits", None)
 
+    def classes(self, model: Any) -> int:
+        return getattr(model, "num_labels", 0)
+
     def reads(self, model: Any) -> str:
         head = self._head(model)
         return "all" if head is None else head.reads

@@ -3,10 +3,11 @@ published methods, each a call that gives a Plan."""
 
 from sait.methods.after import FuseDropped, Merge
 from sait.methods.base import After, Losses, Merging, Scorer, Seen, Selector, Trained, names, register
+from sait.methods.cagevit import ActivationMap, CageLosses, FuseLearned, NewActivationMap, NewFuseLearned
 from sait.methods.dynamicvit import DynamicLosses, NewPredictor, Predictor
 from sait.methods.pairs import Pairs
 from sait.methods.plan import Plan, Stage
-from sait.methods.published import PUBLISHED, ats, dynamicvit, evit, ltp, ltp_learned, tome
+from sait.methods.published import PUBLISHED, ats, cagevit, dynamicvit, evit, ltp, ltp_learned, tome
 from sait.methods.published import random as random  # not in __all__: with * it would hide Python's
 from sait.methods.published import sait as sait
 from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, RandomScore, Unscored
@@ -15,16 +16,21 @@ from sait.methods.thresholds import LearnedThreshold, NewThreshold, ThresholdLos
 
 __all__ = [
     "PUBLISHED",
+    "ActivationMap",
     "After",
+    "CageLosses",
     "ClassAttention",
     "ClassValue",
     "ColumnAttention",
     "DynamicLosses",
     "FuseDropped",
+    "FuseLearned",
     "LearnedThreshold",
     "Losses",
     "Merge",
     "Merging",
+    "NewActivationMap",
+    "NewFuseLearned",
     "NewPredictor",
     "NewThreshold",
     "Pairs",
@@ -44,6 +50,7 @@ __all__ = [
     "Trained",
     "Unscored",
     "ats",
+    "cagevit",
     "dynamicvit",
     "evit",
     "ltp",

@@ -51,6 +51,8 @@ class Trained(NamedTuple):
     teacher_logits: Tensor | None = None  # (B, classes)
     teacher_features: Tensor | None = None  # (B, N', C), of a dense model of as many patches
     teacher_prefix: int = 0
+    labels: Tensor | None = None  # (B,) int64, or (B, classes) shares of each
+    answers: Mapping[str, Tensor] = {}  # of parts with a module ``answer``, what that gave: by role and block
 
 
 class Losses(Protocol):
@@ -79,7 +81,10 @@ class Scorer(Protocol):
     channels)`` are its multiply-accumulates for an image whose q and x have so many channels; ``mask(seen)`` (T,), of a
     module in training mode, says in place of the scores what stays of each row, 1 or 0, differentiably: nothing is
     dropped then, and attention follows it (sait.methods.policy); ``for_channels(channels)``, of what stands for a
-    module until the model is known, makes it, of the class ``makes``. A selector and an After may have that, too.
+    module until the model is known, makes it, of the class ``makes``. A selector and an After may have that, too. With
+    ``needs_classes`` it is called with the number of the model's classes, too, 0 where it has no head. ``of_patches``
+    says that ``macs`` counts patches alone, without the prefix rows. What a module ``answer`` inside of one gives
+    is in Trained.answers.
     """
 
     def __call__(self, seen: Seen) -> Tensor:
@@ -130,7 +135,7 @@ class After(Protocol):
     where the stage is.
 
     What else is read where it has it: ``adds``, rows that an image has more than its selection says; ``merges``,
-    whether it needs a Merging.
+    whether it needs a Merging; ``macs(tokens, channels)``, its multiply-accumulates for an image of so many rows.
     """
 
     needs_dropped: bool  # whether x has the dropped rows, too, with their attention

@@ -285,8 +285,11 @@ class Plan:
             )
         ]
 
-    def for_channels(self, channels: int, learned: Mapping[str, nn.Module]) -> Plan:
-        """The plan for a model of this width: what stands for a module becomes that of ``learned``, or a new one."""
+    def for_channels(self, channels: int, learned: Mapping[str, nn.Module], classes: int = 0) -> Plan:
+        """The plan for a model of this width: what stands for a module becomes that of ``learned``, or a new one.
+
+        ``classes``: that the model tells apart; 0: it has no head.
+        """
         stages = []
         for stage in self.stages:
             found = {}
@@ -294,7 +297,8 @@ class Plan:
                 method = getattr(stage, role)
                 if hasattr(method, "for_channels"):
                     known = learned.get(f"{role}{stage.block}")
-                    found[role] = known if isinstance(known, method.makes) else method.for_channels(channels)
+                    sizes = (channels, classes) if getattr(method, "needs_classes", False) else (channels,)
+                    found[role] = known if isinstance(known, method.makes) else method.for_channels(*sizes)
             stages.append(stage._with(**found) if found else stage)
         return replace(self, stages=tuple(stages))
 

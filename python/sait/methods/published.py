@@ -11,6 +11,7 @@ from functools import partial
 from itertools import count
 
 from sait.methods.after import FuseDropped, Merge
+from sait.methods.cagevit import CageLosses, NewActivationMap, NewFuseLearned
 from sait.methods.dynamicvit import DynamicLosses, NewPredictor
 from sait.methods.pairs import Pairs
 from sait.methods.plan import Plan, Stage
@@ -130,6 +131,36 @@ def dynamicvit(keep: float = 0.7, blocks: Blocks = None) -> Plan:
     return _of_any_depth(partial(_dynamicvit, keep, blocks))
 
 
+def cagevit(
+    keep: float | int = 0.5,
+    blocks: Blocks = None,
+    *,
+    fused: int = 4,
+    top: int = 5,
+    hidden: int = 64,
+    weight: float = 1.0,
+) -> Plan:
+    """CageViT (2305.09924): ahead of the first block a small CNN that the model learns says by its activation map which
+    patches are major and stay; the minor ones become a few rows. See sait.methods.ActivationMap and FuseLearned, which
+    say what of it is ours.
+
+    A model that has such a CNN and fused rows at these blocks keeps them. One that has none gets new ones, which know
+    nothing before they are trained: ``sait train --method cagevit``.
+
+    Args:
+        keep: a float in (0, 1], a share of the patches, or an int, their number.
+        blocks: ahead of which; 0-based. No patch may have gone by then.
+        fused: rows that an image's minor patches become.
+        top: how many of the classes that the CNN thinks most probable make up the map.
+        hidden: channels of the CNN.
+        weight: what the loss of the CNN's own answer counts.
+
+    Raises:
+        ValueError, TypeError: a number outside its range; blocks that do not ascend.
+    """
+    return _of_any_depth(partial(_cagevit, keep, blocks, fused, top, hidden, weight))
+
+
 def random(keep: float | int = 0.45, blocks: Blocks = None) -> Plan:
     """Patches that chance keeps, drawn anew by each forward, by default ahead of the first block: what a score is worth
     shows against it, and training drops patches so (MAE 2111.06377, PatchDropout 2208.07220).
@@ -150,6 +181,7 @@ PUBLISHED: dict[str, Callable[..., Plan]] = {
     "tome": tome,
     "random": random,
     "dynamicvit": dynamicvit,
+    "cagevit": cagevit,
 }
 
 
@@ -205,6 +237,14 @@ def _dynamicvit(keep: float, blocks: Blocks, depth: int) -> Plan:
         return Stage(block, NewPredictor(), ShareOfFirst(keep, next(number)), before=True)
 
     return replace(_plan(f"DynamicViT, keep {keep}", blocks, _quarters(depth), stage), losses=DynamicLosses())
+
+
+def _cagevit(keep: float | int, blocks: Blocks, fused: int, top: int, hidden: int, weight: float, depth: int) -> Plan:
+    def stage(block: int) -> Stage:
+        return Stage(block, NewActivationMap(hidden, top), TopK(keep), NewFuseLearned(fused), before=True)
+
+    plan = _plan(f"CageViT, keep {keep}", blocks, [0], stage)
+    return replace(plan, losses=CageLosses(weight))
 
 
 def _quarters(depth: int) -> list[int]:
