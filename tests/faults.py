@@ -35,6 +35,8 @@ PRUNE = f"{OPS}prune_attention.py"
 TAIL = f"{OPS}tail.py"
 PUBLISHED = "tests/models/test_published_plans.py"
 DYNAMIC = "tests/models/test_dynamicvit.py"
+THRESHOLDS = "tests/models/test_ltp_learned.py"
+CAGE = "tests/models/test_cagevit.py"
 OPTIMIZE = "tests/models/test_optimize.py tests/models/test_optimize_changes.py"
 
 # Python, Triton's kernels included: nothing is built.
@@ -377,6 +379,48 @@ PYTHON = (
         "kept = policy.detach()",
         "kept = torch.ones_like(policy)",
         DYNAMIC,
+    ),
+    Fault(
+        "LTP: of prefix tokens only the first is not weighed",
+        "python/sait/methods/soft.py",
+        "found.index_fill(0, prefix_rows(seen.tokens).flatten().long(), 1.0)",
+        "found.index_fill(0, seen.tokens.cu_seqlens[:-1].long(), 1.0)",
+        THRESHOLDS,
+    ),
+    Fault(
+        "LTP: thresholds have no gradient",
+        "python/sait/methods/thresholds.py",
+        "return ((scores - self.value) / self.temperature).sigmoid()",
+        "return ((scores - self.value.detach()) / self.temperature).sigmoid()",
+        THRESHOLDS,
+    ),
+    Fault(
+        "LTP: the soft stage ends an epoch early",
+        "python/sait/methods/thresholds.py",
+        "self.soft = epoch - 1 < self.hard_from * epochs",
+        "self.soft = epoch < self.hard_from * epochs",
+        THRESHOLDS,
+    ),
+    Fault(
+        "CageViT: maps of several classes count alike",
+        "python/sait/methods/cagevit.py",
+        "scores = (chances[:, :, None] * maps).sum(1)",
+        "scores = maps.sum(1)",
+        CAGE,
+    ),
+    Fault(
+        "CageViT: the major rows are fused, too",
+        "python/sait/methods/cagevit.py",
+        "logits.masked_fill(stays.view(B, 1, N), -math.inf).softmax(2)",
+        "logits.softmax(2)",
+        CAGE,
+    ),
+    Fault(
+        "CageViT: the loss of the CNN changes the patch embedding",
+        "python/sait/methods/cagevit.py",
+        "normed = self.norm(seen.x.detach())",
+        "normed = self.norm(seen.x)",
+        CAGE,
     ),
     Fault(
         "what a method learns is clipped together with the rest",

@@ -192,6 +192,12 @@ def test_optimized_and_compiled_compute_the_same() -> None:
         assert far(sait.optimize(model)(x), want) < 1e-5
 
 
+def test_it_is_exported_with_an_open_batch(tmp_path: Any) -> None:
+    made = sait.export(ours("vit"), tmp_path / "model.pt2", zoo.images("vit", 2))
+    assert sorted(made.errors) == [2, 3]
+    assert max(made.errors.values()) < 1e-4
+
+
 @torch.no_grad()
 def test_a_model_of_transformers_says_its_classes() -> None:
     transformers = pytest.importorskip("transformers")

@@ -79,8 +79,8 @@ class ActivationMap(nn.Module):
                 f"ActivationMap: expected all patches of each image, on a grid, got {tokens.max_seqlen} tokens of a "
                 f"grid of {rows} x {columns}. Put its stage ahead of all that drop some."
             )
-        patches = self.norm(seen.x.detach()).view(tokens.images, tokens.max_seqlen, -1)[:, tokens.num_prefix :]
-        x = patches.mT.unflatten(2, (rows, columns))
+        normed = self.norm(seen.x.detach()).view(tokens.images, tokens.max_seqlen, self.channels)
+        x = normed[:, tokens.num_prefix :].mT.unflatten(2, (rows, columns))
         return self.second(self.first(x).relu()).relu()
 
     def config(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class FuseLearned(nn.Module):
             ValueError: images keep different numbers of rows.
         """
         B, N, K, M = tokens.images, tokens.max_seqlen, selection.max_seqlen, self.adds
-        if tokens.ragged or selection.indices.shape[0] != B * K:
+        if tokens.ragged:
             raise ValueError(
                 "FuseLearned: expected as many rows of each image, got different numbers. Take sait.methods.TopK, "
                 "and put no stage with a mass ahead of it."
@@ -170,10 +170,10 @@ class FuseLearned(nn.Module):
         logits = self.queries(F.layer_norm(x, (self.channels,))).view(B, N, M).mT
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weights = logits.masked_fill(stays.view(B, 1, N), -math.inf).softmax(2)
-        fused = weights.to(x.dtype) @ x.view(B, N, -1)
-        rows = F.pad(selection.indices.view(B, K), (0, M), value=total).flatten()
-        left = Selection(rows, sk.uniform_cu_seqlens(B, K + M, x.device), K + M)
-        both = torch.cat([sk.gather_tokens(x, selection).view(B, K, -1), fused], 1)
+        fused = weights.to(x.dtype) @ x.view(B, N, self.channels)
+        rows = torch.cat([selection.indices.view(B, K), selection.indices.new_full((B, M), total)], 1)
+        left = Selection(rows.flatten(), sk.uniform_cu_seqlens(B, K + M, x.device), K + M)
+        both = torch.cat([sk.gather_tokens(x, selection).view(B, K, self.channels), fused], 1)
         return tokens.keep(left, both.flatten(0, 1))
 
     def config(self) -> dict[str, Any]:
