@@ -19,16 +19,17 @@ def of_methods(
     """The plans of published methods, one for each of their settings; of a setting that is not given, their own."""
     from sait.methods import PUBLISHED
 
-    settings: dict[str, dict[str, list[Any]]] = {"tome": {"r": pairs}, "ltp": {"threshold": threshold}}
+    settings: dict[str, dict[str, list[Any]]] = {"tome": {"r": pairs}, "ltp": {"threshold": threshold}, "adavit": {}}
     _check_no_idle_option(context, method)
     found = []
     for name in method:
         if name not in PUBLISHED:
             options.bad("--method", f"expected one of {', '.join(PUBLISHED)}, got {name!r}.")
-        ((argument, values),) = settings.get(name, {"keep": keep}).items()
-        option = {"r": "pairs"}.get(argument, argument)
+        option, some = "method", [{}]  # type: str, list[dict[str, Any]]
+        for argument, values in settings.get(name, {"keep": keep}).items():
+            option = {"r": "pairs"}.get(argument, argument)
+            some = [{argument: value} for value in values] if _is_given(context, option) else some
         try:
-            some = [{argument: value} for value in values] if _is_given(context, option) else [{}]
             found += [PUBLISHED[name](**setting) for setting in some]
         except (ValueError, TypeError) as error:
             options.bad(f"--{option}", options.one_line(error))
@@ -42,7 +43,7 @@ def _is_given(context: typer.Context, option: str) -> bool:
 
 def _check_no_idle_option(context: typer.Context, method: list[str]) -> None:
     """Ends the command where an option is given that none of the methods takes."""
-    takes = {{"tome": "pairs", "ltp": "threshold"}.get(name, "keep") for name in method}
+    takes = {{"tome": "pairs", "ltp": "threshold", "adavit": ""}.get(name, "keep") for name in method}
     idle = ("keep", "pairs", "threshold", "mass", "max_keep", "static", "block", "score") if method else ()
     for option in idle or ("pairs", "threshold"):
         if option not in takes and option in context.params and _is_given(context, option):
@@ -87,6 +88,19 @@ def of_trained(context: typer.Context, model: Any, plans: Sequence[Plan]) -> lis
             )
         found.append(placed.for_channels(0, learned))
     return found
+
+
+def for_bench(context: typer.Context, path: str, plans: Sequence[Plan]) -> tuple[Any, str, list[Plan]]:
+    """(the model of a checkpoint, no longer sparse; its weights in words; the plans with what it has learned)."""
+    import sait
+    from sait.cli.show import load_checkpoint
+    from sait.sparsify import SparseModel
+
+    model, _, _ = load_checkpoint(path)
+    if not isinstance(model, SparseModel):
+        options.bad("--model", f"expected a checkpoint of a timm model, got a {type(model).__name__}.")
+    plans = of_trained(context, model, plans)
+    return sait.restore(model), "trained weights", plans
 
 
 def check_plans(model: Any, plans: Sequence[Plan]) -> None:
