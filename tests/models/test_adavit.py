@@ -130,8 +130,6 @@ def test_a_sigmoid_of_one_half_is_on() -> None:
 @pytest.mark.parametrize("name", list(test_eva.EVA))
 @torch.no_grad()
 def test_rotary_models_gate_as_they_multiply(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "gap":
-        return  # its head pools, which training with gates may
     model = sait.sparsify(copy.deepcopy(test_eva._built(name)), methods.adavit(0.5))
     side = test_eva.EVA[name][1].get("img_size", 80)
     assert_multiplying_is_leaving_out(model, torch.randn(3, 3, side, side), monkeypatch)
@@ -194,6 +192,19 @@ def test_gradients_reach_every_gate_and_the_model() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_a_step_computed_again_draws_the_same_gates() -> None:
+    model, x, found = ours("vit").train(), zoo.images("vit"), []
+    for again in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(again)
+        torch.manual_seed(0)
+        with sait.record_gates(model) as gates:
+            result = model(x).square().sum()
+        (result + sum(on.tokens.mean() + on.heads.mean() + on.layers.mean() for on in gates)).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_gradients_of_what_is_left_are_the_twins(backend: str) -> None:
@@ -416,6 +427,35 @@ def test_maps_are_of_all_tokens() -> None:
     mask, grid = sait.kept_mask(model)
     assert grid == (5, 5)
     assert torch.equal(mask, sait.gates(model)[-1].tokens.view(3, 26)[:, 1:])
+
+
+@torch.no_grad()
+def test_lower_precision_is_near() -> None:
+    x = zoo.images("vit")
+    want = ours("vit")(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert far(ours("vit")(x).float(), want) < 0.1
+    assert ours("vit")(x[:0]).shape == (0, 24)
+
+
+@torch.no_grad()
+def test_three_projections_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96}
+    config = transformers.ViTConfig(**sizes, image_size=80, patch_size=16, num_labels=7)
+    plain, x = transformers.ViTForImageClassification(config).eval(), torch.randn(3, 3, 80, 80)
+    model = sait.sparsify(copy.deepcopy(plain), methods.adavit())
+    for part in model.sait_methods.values():
+        part.heads.weight.zero_()
+        part.heads.bias.copy_(torch.tensor([9.0, -9.0]))
+        part.tokens.bias.fill_(99.0)
+        part.layers.bias.fill_(99.0)
+    view = model._sait_family.view
+    for block in model._sait_family.blocks(plain)[1:]:
+        view(block).proj.weight[:, 32:] = 0  # of the second head
+    assert far(model(x).logits, plain(x).logits) < 1e-5
+    assert macs(model) == round(executed(model, x) / 3)
 
 
 @methods.register("test_even_heads")

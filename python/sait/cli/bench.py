@@ -89,7 +89,8 @@ def bench(
     model = options.model_name(model, weights)
     plans = published.of_methods(context, method or [], keep, pairs, threshold)
     if model.endswith(".safetensors"):
-        loaded, described, plans = published.for_bench(context, model, plans)
+        loaded, block, score, plans = published.for_bench(context, model, plans)
+        described = "trained weights"
         images, pictured = options.load_images(loaded, batch, loaded.patch_embed.img_size)
     else:
         loaded, described = options.load_model(model, weights)

@@ -90,17 +90,18 @@ def of_trained(context: typer.Context, model: Any, plans: Sequence[Plan]) -> lis
     return found
 
 
-def for_bench(context: typer.Context, path: str, plans: Sequence[Plan]) -> tuple[Any, str, list[Plan]]:
-    """(the model of a checkpoint, no longer sparse; its weights in words; the plans with what it has learned)."""
+def for_bench(context: typer.Context, path: str, plans: Sequence[Plan]) -> tuple[Any, int, str, list[Plan]]:
+    """(the model of a checkpoint, no longer sparse; the first block where it drops tokens; its score; the plans with
+    what it has learned)."""
     import sait
     from sait.cli.show import load_checkpoint
     from sait.sparsify import SparseModel
 
-    model, _, _ = load_checkpoint(path)
+    model, block, score = load_checkpoint(path)
     if not isinstance(model, SparseModel):
         options.bad("--model", f"expected a checkpoint of a timm model, got a {type(model).__name__}.")
     plans = of_trained(context, model, plans)
-    return sait.restore(model), "trained weights", plans
+    return sait.restore(model), block, score, plans
 
 
 def check_plans(model: Any, plans: Sequence[Plan]) -> None:
