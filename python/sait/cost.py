@@ -250,7 +250,7 @@ def block_parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:
         projects = used.attention * (used.heads if r.gates is not None and multiplies_heads_apart(view) else 1.0)
         attends, fed = used.attention * used.heads, used.mlp * r.left
         both_norms = fed * 2 * C  # in: the residual stream and what is added to it; out: their sum and its norm
-        attention = attends * 2 * r.queries * r.entering * A + r.choosing
+        attention = 2 * r.queries * r.entering * A * attends + r.choosing
         found += [
             Cost(f"{i} norm1 + qkv", projects * room * (C + 3 * A), qkv, projects * room * qkv),
             Cost(f"{i} attention", attends * 2 * (r.queries + r.entering) * A, 0, attention),

@@ -21,6 +21,7 @@ from sait.cost import Usage, macs
 from sait.methods import On, policy
 from sait.methods.adavit import drawn
 from test_published_plans import RELATIVE, far
+from tiers import full_only
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -404,10 +405,9 @@ def test_a_checkpoint_of_other_heads_is_refused(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_optimized_compiled_and_explained() -> None:
+def test_optimized_and_explained() -> None:
     model, x = ours("vit"), zoo.images("vit")
     want = model(x)
-    assert far(torch.compile(copy.deepcopy(model), backend="eager")(x), want) < 1e-5
     with torch.inference_mode():
         assert far(sait.optimize(model)(x), want) < 1e-5
         blocks = sait.explain(model).blocks
@@ -415,6 +415,13 @@ def test_optimized_compiled_and_explained() -> None:
     assert "gates decide" in blocks[1].why
     with pytest.raises(ValueError, match="its gates decide by image"):
         sait.export(model, "never.onnx", x)
+
+
+@full_only(lambda: True)  # half a minute
+@torch.no_grad()
+def test_compiled_it_computes_the_same() -> None:
+    model, x = ours("vit"), zoo.images("vit")
+    assert far(torch.compile(copy.deepcopy(model), backend="eager")(x), model(x)) < 1e-5
 
 
 @torch.no_grad()
