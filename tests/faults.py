@@ -37,6 +37,7 @@ PUBLISHED = "tests/models/test_published_plans.py"
 DYNAMIC = "tests/models/test_dynamicvit.py"
 THRESHOLDS = "tests/models/test_ltp_learned.py"
 CAGE = "tests/models/test_cagevit.py"
+ADAVIT = "tests/models/test_adavit.py"
 OPTIMIZE = "tests/models/test_optimize.py tests/models/test_optimize_changes.py"
 
 # Python, Triton's kernels included: nothing is built.
@@ -421,6 +422,41 @@ PYTHON = (
         "normed = self.norm(seen.x.detach())",
         "normed = self.norm(seen.x)",
         CAGE,
+    ),
+    Fault(
+        "AdaViT: of prefix tokens only the first is always on",
+        "python/sait/methods/gates.py",
+        "index_fill(0, prefix_rows(tokens).flatten().long(), 1)",
+        "index_fill(0, tokens.cu_seqlens[:-1].long(), 1)",
+        ADAVIT,
+    ),
+    Fault(
+        "AdaViT: the MLP runs for the images that run the attention",
+        "python/sait/execution/gated.py",
+        "for layer in (ATTENTION, MLP))",
+        "for layer in (ATTENTION, ATTENTION))",
+        ADAVIT,
+    ),
+    Fault(
+        "AdaViT: in training a head that is off still counts",
+        "python/sait/execution/gated.py",
+        "out = out if on.heads is None else times(",
+        "out = out if True else times(",
+        ADAVIT,
+    ),
+    Fault(
+        "AdaViT: the loss of the tokens counts prefix tokens, too",
+        "python/sait/methods/adavit.py",
+        "view(len(tokens), len(step.logits), -1)[:, :, step.num_prefix :]",
+        "view(len(tokens), len(step.logits), -1)",
+        ADAVIT,
+    ),
+    Fault(
+        "AdaViT: multiply-adds of the projections of heads that are off are counted",
+        "python/sait/cost.py",
+        "used.heads if r.gates is not None and multiplies_heads_apart(view) else 1.0",
+        "1.0",
+        ADAVIT,
     ),
     Fault(
         "what a method learns is clipped together with the rest",

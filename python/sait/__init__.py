@@ -12,7 +12,7 @@ from sait.maps import FullMaps, full_maps
 from sait.methods.base import Seen
 from sait.methods.plan import Plan, Stage
 from sait.sparsify import restore, sparsify
-from sait.state import density, kept_mask, record_scores, selections, set_density
+from sait.state import density, gates, kept_mask, record_gates, record_scores, selections, set_density
 from sait.tokens import Tokens
 from sait.vit import SaitViT  # registers the sait_deit models with timm
 
@@ -31,12 +31,14 @@ __all__ = [
     "export",
     "families",
     "full_maps",
+    "gates",
     "graphed",
     "kept_mask",
     "load",
     "macs",
     "methods",
     "optimize",
+    "record_gates",
     "record_scores",
     "restore",
     "save",

@@ -11,13 +11,23 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from sait.execution.gated import ATTENTION, MLP, multiplies_heads_apart
 from sait.execution.modules import projections
 from sait.execution.optimize import runs_fused
 from sait.families import Family, family_of, inside
 from sait.families.base import Cost, weights
 from sait.methods.plan import Plan, Stage
 from sait.sparsify import SparseModel
-from sait.state import State, check_blocks
+from sait.state import Record, State, check_blocks
+
+
+class Usage(NamedTuple):
+    """Of a block that has gates: what of it runs, as shares of one image, or of many."""
+
+    patches: float = 1.0
+    heads: float = 1.0
+    attention: float = 1.0
+    mlp: float = 1.0
 
 
 class Rows(NamedTuple):
@@ -29,6 +39,7 @@ class Rows(NamedTuple):
     left: float  # of the MLP, and the rows that enter the next block
     choosing: float = 0  # multiply-accumulates of the scores
     room: float | None = None  # rows of the projection to q, k and v where that is not ``entering``: a static plan's
+    gates: Usage | None = None  # where the block has some; its rows are then those that are on
 
 
 def macs(
@@ -37,6 +48,7 @@ def macs(
     *,
     img_size: int | tuple[int, int] | None = None,
     kept: Sequence[float] | None = None,
+    usage: float | None = None,
     executed: bool = False,
 ) -> int:
     """Multiply-accumulates of one image: patch embedding, blocks, head, and the scores that choose the tokens.
@@ -46,7 +58,9 @@ def macs(
     n * A more, one of the columns n * n * A; what a scorer of another kind costs is what its ``macs`` says, or nothing.
     Attention pooling counts the tokens that are left, not their padding. In a static plan the linear layers compute all
     the rows that there is room for, and attention those that are kept.
-    DeiT-S at 224: 4.60 G dense, 2.74 G at block=3, keep=0.45.
+    Where gates decide what of a block runs, what is on is counted: rows of tokens that are on; of the layers to q, k
+    and v and behind attention the part of the heads that are on, unless something of all heads stands between; and
+    what the gates themselves cost. DeiT-S at 224: 4.60 G dense, 2.74 G at block=3, keep=0.45.
 
     Args:
         model: one that sparsify takes, sparse already or not, or a SaitViT.
@@ -54,6 +68,9 @@ def macs(
         img_size: side, or (height, width); None: what the model was built for.
         kept: tokens of an image after each stage of the plan, prefix included; for plans with ``mass``, where the
             density of the image decides. None there: the mean cost over the images of the model's last forward.
+        usage: for plans with gates, in [0, 1]: of the patches, heads and sub-layers of each block that has gates this
+            share is on. 1.0 is the most that an image can cost; another share is what images cost in the mean if all
+            gates were drawn apart, which they are not. None: what ran for the images of the model's last forward.
         executed: False: what the method computes. True: what this model executes; its last block, under sait.optimize,
             computes only what the head reads. This is what torch's FlopCounterMode counts in inference, halved.
 
@@ -61,8 +78,8 @@ def macs(
         The count, rounded.
 
     Raises:
-        TypeError, ValueError: an unsupported model, a plan that does not fit it, or a plan with mass and neither
-            ``kept`` nor a forward at that plan.
+        TypeError, ValueError: an unsupported model, a plan that does not fit it, a plan with mass and neither
+            ``kept`` nor a forward at that plan, or one with gates and neither ``usage`` nor such a forward.
     """
     family = family_of(type(model))
     if family is None:
@@ -78,6 +95,7 @@ def macs(
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     tokens, prefix = tokens_of(vit, size), family.num_prefix(vit)
     per_image: list[Sequence[float] | None] = [None]
+    used: list[tuple[Usage, ...]] = [()]
     if plan is not None:
         plan = plan.for_depth(len(family.blocks(vit)))
         check_blocks(plan, len(family.blocks(vit)))
@@ -85,16 +103,19 @@ def macs(
             per_image = [_checked_counts(plan, tokens, kept)]
         elif plan.ragged:
             per_image = [*_recorded_counts(plan, tokens, state)]
+        used = _usage_of_images(plan, tokens, prefix, state if kept is None else None, usage)
+        images = max(len(per_image), len(used))  # what is the same for all of them stands there once
+        per_image, used = per_image * (images // len(per_image)), used * (images // len(used))
     in_loop = executed and not (plan is None and isinstance(model, SparseModel))  # dense is the model's own forward
     for_head = in_loop and family.prefix_is_enough(vit) and runs_fused(family.blocks(vit)[-1], family)
     pooled = _widest(plan, tokens, prefix) if executed and plan is not None and plan.ragged else None
-    total = 0.0
-    for counts in per_image:
-        rows = plan_rows(vit, plan, counts, tokens)
+    each = []
+    for counts, gates in zip(per_image, used, strict=True):
+        rows = plan_rows(vit, plan, counts, tokens, gates)
         rows = rows_for_head(vit, rows, plan) if for_head else rows
         head = family.head_cost(vit, rows[-1].queries if pooled is None else pooled)
-        total += sum(part.macs for part in block_parts(vit, rows)) + head.macs
-    return round(family.embedding_cost(vit, size).macs + total / len(per_image))
+        each.append(sum(part.macs for part in block_parts(vit, rows)) + head.macs)
+    return round(family.embedding_cost(vit, size).macs + sum(each) / len(each))
 
 
 def tokens_of(model: Any, size: tuple[int, int] | None = None) -> int:
@@ -111,7 +132,11 @@ def _family(model: Any) -> Family:
 
 
 def plan_rows(
-    model: Any, plan: Plan | None, kept: Sequence[float] | None = None, tokens: int | None = None
+    model: Any,
+    plan: Plan | None,
+    kept: Sequence[float] | None = None,
+    tokens: int | None = None,
+    used: Sequence[Usage] = (),
 ) -> list[Rows]:
     """What each block computes of an image: dropped rows are neither queries nor anything after that, unless the
     stage's After needs them.
@@ -120,12 +145,14 @@ def plan_rows(
         plan: None: nothing is dropped.
         kept: tokens after each stage, prefix included; needed for a plan with mass.
         tokens: that enter the first block; None: of the size that the model was built for.
+        used: of each stage that has gates; none: all is on.
     """
     family = _family(model)
     prefix = family.num_prefix(model)
     tokens = tokens_of(model) if tokens is None else tokens
     stages = {} if plan is None else {stage.block: stage for stage in _of_model(plan, model, family).stages}
     given = iter(kept) if kept is not None else None
+    shares = iter(used)
     keeps_room = plan is not None and plan.ragged and plan.static
     found = []
     n: float = tokens
@@ -133,6 +160,11 @@ def plan_rows(
     for i, block in enumerate(family.blocks(model)):
         stage = stages.get(i)
         left, room_left, choosing, entering = n, room, 0.0, n
+        if stage is not None and stage.gates is not None:
+            if given is not None:
+                next(given)
+            found.append(_gated_rows(stage.gates, n, prefix, family.view(block), next(shares, Usage())))
+            continue
         if stage is not None:
             left = _left(stage, n, prefix, tokens) if given is None else next(given)
             room_left = _left(stage, room, prefix, tokens) if keeps_room else left
@@ -151,12 +183,17 @@ def plan_rows(
 
 def _of_model(plan: Plan, model: Any, family: Family) -> Plan:
     """The plan at the depth of a model, and what it learns at the model's sizes; without memory."""
-    blocks = family.blocks(model)
-    plan = plan.for_depth(len(blocks))
+    plan = plan.for_depth(len(family.blocks(model)))
     if not plan.unlearned({}):
         return plan
     with torch.device("meta"):
-        return plan.for_channels(family.view(blocks[0]).channels, {}, family.classes(model))
+        return plan.for_model(family.sizes(model), {})
+
+
+def _gated_rows(gates: Any, tokens: float, prefix: int, view: Any, used: Usage) -> Rows:
+    on = prefix + used.patches * (tokens - prefix)
+    deciding = gates.macs(tokens, view.channels, view.heads) if hasattr(gates, "macs") else 0.0
+    return Rows(on, on, on, on, deciding, None, used)
 
 
 def _left(stage: Stage, tokens: float, prefix: int, entered: int) -> float:
@@ -220,23 +257,31 @@ def block_parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:
             r.entering if r.room is None else r.room,
         )
         proj = weights(view.proj) + gate
-        both_norms = r.left * 2 * C  # in: the residual stream and what is added to it; out: their sum and its norm
-        attention = 2 * r.queries * r.entering * A + r.choosing
+        used = Usage() if r.gates is None else r.gates
+        projects = used.attention * (used.heads if r.gates is not None and multiplies_heads_apart(view) else 1.0)
+        attends, fed = used.attention * used.heads, used.mlp * r.left
+        both_norms = fed * 2 * C  # in: the residual stream and what is added to it; out: their sum and its norm
+        attention = 2 * r.queries * r.entering * A * attends + r.choosing
         found += [
-            Cost(f"{i} norm1 + qkv", room * (C + 3 * A), qkv, room * qkv),
-            Cost(f"{i} attention", (r.queries + 2 * r.entering) * A + r.queries * A, 0, attention),
-            Cost(f"{i} proj", r.projected * (A + C * (1 + (view.gate is not None))), proj, r.projected * proj),
+            Cost(f"{i} norm1 + qkv", projects * room * (C + 3 * A), qkv, projects * room * qkv),
+            Cost(f"{i} attention", attends * 2 * (r.queries + r.entering) * A, 0, attention),
+            Cost(
+                f"{i} proj",
+                projects * r.projected * (A + C * (1 + (view.gate is not None))),
+                proj,
+                projects * r.projected * proj,
+            ),
             Cost(f"{i} residual + norm2", 2 * both_norms, 2 * C, 0),
         ]
         mlp = family.feed_forward(view.mlp)
         if mlp is None:
             of_mlp = weights(view.mlp)
-            found.append(Cost(f"{i} MLP + residual", r.left * 3 * C, of_mlp, r.left * of_mlp))
+            found.append(Cost(f"{i} MLP + residual", fed * 3 * C, of_mlp, fed * of_mlp))
         else:
             fc1, fc2 = weights(mlp.fc1) + weights(mlp.gate), weights(mlp.fc2)
             hidden = fc2 // C
-            found.append(Cost(f"{i} fc1 + GELU", r.left * (C + hidden), fc1, r.left * fc1))
-            found.append(Cost(f"{i} fc2 + residual", r.left * (hidden + 2 * C), fc2, r.left * fc2))
+            found.append(Cost(f"{i} fc1 + GELU", fed * (C + hidden), fc1, fed * fc1))
+            found.append(Cost(f"{i} fc2 + residual", fed * (hidden + 2 * C), fc2, fed * fc2))
     return found
 
 
@@ -248,10 +293,57 @@ def _checked_counts(plan: Plan, tokens: int, kept: Sequence[float]) -> Sequence[
     return kept
 
 
-def _recorded_counts(plan: Plan, tokens: int, state: State | None) -> list[tuple[int, ...]]:
-    """[image][stage] of the last forward."""
+def _last(plan: Plan, tokens: int, state: State | None) -> Record | None:
+    """Of the last forward, if that was at this plan."""
     is_its_own = state is not None and state.active == plan and repr(state.active) == repr(plan)  # 1 is not 1.0
     last = state.last if state is not None and is_its_own else None
     if last is None or last.tokens != tokens or last.selections[0].cu_seqlens.shape[0] == 1:
+        return None
+    return last
+
+
+def _recorded_counts(plan: Plan, tokens: int, state: State | None) -> list[tuple[int, ...]]:
+    """[image][stage] of the last forward."""
+    last = _last(plan, tokens, state)
+    if last is None:
         raise ValueError("macs: kept: with mass the images decide. Run the model at this plan first, or pass counts.")
     return list(zip(*(selection.cu_seqlens.diff().tolist() for selection in last.selections), strict=True))
+
+
+def _usage_of_images(
+    plan: Plan, tokens: int, prefix: int, state: State | None, usage: float | None
+) -> list[tuple[Usage, ...]]:
+    """[image][stage that has gates], of the last forward; of one image where all are given."""
+    gated = [stage for stage in plan.stages if stage.gates is not None]
+    if usage is not None:
+        if isinstance(usage, bool) or not isinstance(usage, (int, float)) or not 0 <= usage <= 1:
+            raise ValueError(f"macs: usage: expected a share in [0, 1], got {usage!r}. 1.0 is the most.")
+        return [tuple(_share(stage.gates, usage) for stage in gated)]
+    if not gated:
+        return [()]
+    last = _last(plan, tokens, state)
+    if last is None or not last.gates:
+        raise ValueError(
+            "macs: usage: where there are gates the images decide. Run the model at this plan first, or pass usage=1.0 "
+            "for the most that an image can cost."
+        )
+    found, gates = [], iter(last.gates)
+    before = last.selections[0].cu_seqlens.diff().double().fill_(tokens)
+    for stage, kept in zip(plan.stages, last.selections, strict=True):
+        left = kept.cu_seqlens.diff().double()
+        if stage.gates is None:
+            before = left
+            continue
+        on = next(gates)
+        patches = (left - prefix) / (before - prefix).clamp_min(1)
+        heads = torch.ones_like(left) if on.heads is None else on.heads.double().mean(1)
+        layers = left.new_ones(len(left), 2) if on.layers is None else on.layers.double()
+        columns = (patches, heads, layers[:, ATTENTION], layers[:, MLP])
+        found.append([Usage(*shares) for shares in zip(*(column.tolist() for column in columns), strict=True)])
+    return list(zip(*found, strict=True))
+
+
+def _share(gates: Any, usage: float) -> Usage:
+    """Of the parts that gates decide on this share, and of the others all."""
+    shares = {"tokens": ("patches",), "heads": ("heads",), "layers": ("attention", "mlp")}
+    return Usage(**dict.fromkeys((name for part in gates.switches for name in shares[part]), usage))

@@ -71,10 +71,13 @@ def explain(model: Any) -> Explanation:
     """
     state, family = state_of(model, "explain"), sparse_family(model)
     found = []
+    gated = {stage.block for stage in (state.active.stages if state.active else ()) if stage.gates is not None}
     for i, block in enumerate(family.blocks(model)):
         x = next(block.parameters()).detach()[:0]
         made = block_for(block, family, products_for(x), x)
-        if made.is_fused:
+        if i in gated:
+            runs, why = MODULES, "its gates decide by image what of it runs"
+        elif made.is_fused:
             runs, why = PACKED if isinstance(made, PackedBlock) else "fused products", ""
         else:
             runs, why = MODULES, _why_modules(block, family, x)

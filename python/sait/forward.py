@@ -11,10 +11,12 @@ import sait_kernels as sk
 from sait.execution.apart import check_apart
 from sait.execution.embedding import embed
 from sait.execution.encoder import all_packed, encode
+from sait.execution.gated import run_gated
 from sait.execution.optimize import Way, block_for, products_for
 from sait.families.base import Family
-from sait.methods.base import Seen
+from sait.methods.base import On, Seen
 from sait.methods.fusion import Attended, attend, score, select
+from sait.methods.gates import are_soft, opened
 from sait.methods.plan import Plan, Stage
 from sait.methods.policy import check_alone, mask, masks
 from sait.methods.soft import weighs, weights
@@ -45,13 +47,16 @@ def forward(
     enough = for_head and family.prefix_is_enough(model)
     one_op = state.recorded is None and homes is None and not family.checkpoints(model)
     encoded = encode(together, plan, tokens, enough) if one_op else None
-    tokens, kept = encoded or run(model, family, plan, tokens, state.recorded, enough, homes)
+    tokens, kept, gates = (*encoded, ()) if encoded else run(model, family, plan, tokens, state.recorded, enough, homes)
+    if state.opened is not None:
+        state.opened += gates
     if tokens.policy is not None and for_head and not family.prefix_is_enough(model):
         raise ValueError(
             "sait: model: its head pools over patches, also those that a policy hides in training. Build it with "
             'global_pool="token", whose head reads the class token.'
         )
-    state.publish(Record(kept, tokens.entered, tokens.num_prefix, grid) if kept else None)
+    shut = tuple(On(*(None if gate is None else gate.detach() > 0 for gate in on)) for on in gates)
+    state.publish(Record(kept, tokens.entered, tokens.num_prefix, grid, shut) if kept else None)
     return tokens
 
 
@@ -63,7 +68,7 @@ def run(
     recorded: list[Tensor] | None = None,
     prefix_is_enough: bool = False,
     homes: Homes | None = None,
-) -> tuple[Tokens, tuple[Selection, ...]]:
+) -> tuple[Tokens, tuple[Selection, ...], tuple[On, ...]]:
     """All blocks of a model, with the stages of a plan.
 
     Args:
@@ -76,10 +81,11 @@ def run(
         homes: takes the tokens home behind the blocks that it wants, and ends the loop where it wants no more.
 
     Returns:
-        What leaves the last block, and for each stage who was left behind it, in rows of the batch that entered.
+        What leaves the last block; for each stage who was left behind it, in rows of the batch that entered; and what
+        the gates of each stage that has some have said.
     """
     stages = {} if plan is None else {stage.block: stage for stage in plan.stages}
-    blocks, kept = family.blocks(model), []
+    blocks, kept, gates = family.blocks(model), [], []  # type: Any, list[Selection], list[On]
     last = len(blocks) - 1 if prefix_is_enough else None
     way, again = products_for(tokens.x), family.checkpoints(model)
     for i, block in enumerate(blocks):
@@ -87,14 +93,16 @@ def run(
         if homes is not None and stage is not None:
             homes.leave(tokens)
         arguments = (block, family, way, tokens, tokens.table(i), stage, recorded is not None, i == last)
-        tokens, left, scores = checkpoint(step, *arguments, use_reentrant=False) if again else step(*arguments)
+        tokens, left, scores, on = checkpoint(step, *arguments, use_reentrant=False) if again else step(*arguments)
         if recorded is not None and scores is not None:
             recorded.append(scores)
         if left is not None:
             kept.append(left)
+        if on is not None:
+            gates.append(on)
         if homes is not None and homes.arrive(i, tokens):
             break
-    return tokens, tuple(kept)
+    return tokens, tuple(kept), tuple(gates)
 
 
 def step(
@@ -106,8 +114,12 @@ def step(
     stage: Stage | None,
     wants_scores: bool,
     prefix_is_enough: bool,
-) -> tuple[Tokens, Selection | None, Tensor | None]:
-    """One block: the tokens that go on; with a stage, who it left, and its scores where they are wanted."""
+) -> tuple[Tokens, Selection | None, Tensor | None, On | None]:
+    """One block: the tokens that go on; with a stage, who it left, its scores where they are wanted, and its gates."""
+    if stage is not None and stage.gates is not None:
+        view = family.view(module)
+        on = opened(stage, Seen(tokens.packed, tokens), view.heads)
+        return *run_gated(view, family, tokens, table, on, are_soft(stage)), None, on
     left, scores = None, None
     if stage is not None and stage.before:
         tokens, scores = drop(tokens, stage, wants_scores)
@@ -119,7 +131,7 @@ def step(
     if prefix_is_enough and block.is_fused and shows_all and (stage is None or (stage.keeps_all and not wants_scores)):
         attended = attend_prefix(q, k, v, tokens, block.scale)  # the others are keys and values, and no more
         left = left if stage is None else tokens.selection
-        return block.finish(attended, normed, tokens, None), left, scores
+        return block.finish(attended, normed, tokens, None), left, scores, None
     attended = attend(q, k, v, tokens, stage, scale=block.scale, wants_scores=wants_scores)
     after_block = block.finish(attended, normed, tokens, after)
     if attended.weights is not None:
@@ -127,7 +139,7 @@ def step(
     if stage is not None:
         left = (tokens if attended.selection is None else after_block).selection
         scores = attended.scores
-    return after_block, left, scores
+    return after_block, left, scores, None
 
 
 def drop(tokens: Tokens, stage: Stage, wants_scores: bool) -> tuple[Tokens, Tensor | None]:

@@ -121,7 +121,7 @@ def fitted(model: Any, plan: Plan, family: Family) -> Plan:
     plan, learned = plan.for_depth(len(blocks)), learned_by(model)
     if not plan.unlearned({}):
         return plan
-    plan = plan.for_channels(family.view(blocks[0]).channels, learned, family.classes(model))
+    plan = plan.for_model(family.sizes(model), learned)
     like = next(model.parameters())
     for part in plan.learned().values():
         if not any(part is known for known in learned.values()):

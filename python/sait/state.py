@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sait.families.base import Family
+from sait.methods.base import On
 from sait.methods.plan import Plan
 from sait_kernels import Selection
 
@@ -28,6 +29,7 @@ class Record(NamedTuple):
     tokens: int  # per image, prefix included
     num_prefix: int
     grid: tuple[int, int]
+    gates: tuple[On, ...] = ()  # of each stage that has gates
 
 
 class State:
@@ -43,6 +45,7 @@ class State:
         # Its record as bare tuples: torch.compile of torch 2.11 cannot leave a NamedTuple on an object.
         self._last: tuple[Any, ...] | None = None
         self.recorded: list[Tensor] | None = None  # where record_scores asks for the scores
+        self.opened: list[On] | None = None  # where record_gates asks for the gates
         self.checked: Any = None  # the modules that are taken apart, as they were then
         self.together: Any = None  # of an optimized model: its packed blocks
         self.embedding: Any = None  # of an optimized model: its packed patch embedding
@@ -52,13 +55,19 @@ class State:
 
     def publish(self, record: Record | None) -> None:
         if not is_exporting():  # an exported program has no model to tell
-            self._last = None if record is None else (tuple(tuple(kept) for kept in record[0]), *record[1:])
+            bare = None
+            if record is not None:
+                bare = (tuple(map(tuple, record.selections)), *record[1:-1], tuple(map(tuple, record.gates)))
+            self._last = bare
 
     @property
     def last(self) -> Record | None:
         """What the last forward kept; None of a dense one, and before the first."""
         last = self._last
-        return None if last is None else Record(tuple(Selection(*kept) for kept in last[0]), *last[1:])
+        if last is None:
+            return None
+        kept, tokens, num_prefix, grid, gates = last
+        return Record(tuple(Selection(*one) for one in kept), tokens, num_prefix, grid, tuple(On(*on) for on in gates))
 
 
 def state_of(model: nn.Module, call: str) -> State:
@@ -89,7 +98,16 @@ def check_plan(model: Any, plan: Plan, family: Family) -> None:
                     'Use score="column".'
                 )
     rows, columns = family.grid(model, None)
+    blocks = family.blocks(model)
     for stage in plan.stages:
+        if getattr(stage.gates, "needs_prefix", False) and family.num_prefix(model) == 0:
+            raise ValueError(
+                f"sait: gates: {stage.gates} read a class token, and this model has none. Take a model that has one."
+            )
+        check = getattr(stage.gates, "check", None)
+        if check is not None:
+            view = family.view(blocks[stage.block])
+            check(view.channels, view.heads)
         merges = getattr(stage.selector, "merges", False)
         if getattr(stage.after, "merges", False) and not merges and not stage.keeps_all:
             raise ValueError(
@@ -186,7 +204,7 @@ def _checked_plan(plan: Any, own: Plan, depth: int) -> Plan:
             f"set_density: plan: expected what learns to be the model's already, got new parts at blocks {new}. Call "
             "sait.sparsify(model, plan), which makes their parameters the model's."
         )
-    plan = plan.for_channels(0, own.learned())
+    plan = plan.with_learned(own.learned())
     owned_parts = list(own.learned().values())
     for part in plan.learned().values():
         if not any(part is other for other in owned_parts):
@@ -239,9 +257,10 @@ def selections(model: nn.Module) -> list[Selection]:
     """What the last forward kept: one Selection for each stage of the plan, in original patch positions.
 
     ``indices`` are rows of the packed batch that entered the first block, image * N + token, whatever earlier stages
-    dropped; of a static stage those from ``cu_seqlens[-1]`` on are B * N, no row, and so is one that a method has
-    added. Where tokens merge, a row is the one that the others went into, and the order is the method's own. Empty
-    before the first forward and after a dense one; not recorded by an exported program.
+    dropped; of a stage with gates those of the tokens that are on; of a static stage those from ``cu_seqlens[-1]`` on
+    are B * N, no row, and so is one that a method has added. Where tokens merge, a row is the one that the others went
+    into, and the order is the method's own. Empty before the first forward and after a dense one; not recorded by an
+    exported program.
 
     Raises:
         TypeError: the model is not sparse.
@@ -270,6 +289,42 @@ def kept_mask(model: nn.Module) -> tuple[Tensor, tuple[int, int]]:
     mask = torch.zeros(images * last.tokens + 1, dtype=torch.bool, device=kept.indices.device)
     mask[kept.indices.long()] = True  # one more stands for no row
     return mask[:-1].view(images, last.tokens)[:, last.num_prefix :], last.grid
+
+
+def gates(model: nn.Module) -> list[On]:
+    """What the last forward ran of each block that has gates, in the order of the blocks; true or false.
+
+    ``tokens`` (T,) are of the rows that entered the block; sait.selections has those that are on, too. Empty before the
+    first forward and after a dense one; not recorded by an exported program.
+
+    Raises:
+        TypeError: the model is not sparse.
+    """
+    last = state_of(model, "gates").last
+    return [] if last is None else list(last.gates)
+
+
+@contextlib.contextmanager
+def record_gates(model: nn.Module) -> Iterator[list[On]]:
+    """Collects the gates of every block that has some, in the forwards of this block of code: what losses on what runs
+    learn from. Not for a model that another thread runs meanwhile.
+
+    Args:
+        model: from sparsify, or a SaitViT.
+
+    Returns:
+        A list that grows by one sait.methods.On for each such block and forward; in training mode 0 or 1, with a
+        gradient.
+
+    Raises:
+        TypeError: the model is not sparse.
+    """
+    state = state_of(model, "record_gates")
+    before, state.opened = state.opened, []
+    try:
+        yield state.opened
+    finally:
+        state.opened = before
 
 
 @contextlib.contextmanager

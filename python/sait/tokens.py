@@ -14,6 +14,15 @@ from sait_kernels import Selection
 from sait_kernels.selection import with_no_row
 
 
+class Sizes(NamedTuple):
+    """What a method that learns is made to measure for."""
+
+    channels: int
+    heads: int
+    patches: int  # of an image as the model was built for
+    classes: int  # that the model tells apart; 0: it has no head
+
+
 class Tokens(NamedTuple):
     """The residual stream of a batch, image after image; the first ``num_prefix`` rows of each are never dropped.
 

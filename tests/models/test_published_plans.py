@@ -158,15 +158,16 @@ def test_blocks_that_are_left_out_follow_the_depth(name: str) -> None:
         "random": [[0], [0], [0]],
         "dynamicvit": [[1, 2, 3], [3, 6, 9], [6, 12, 18]],
         "cagevit": [[0], [0], [0]],
+        "adavit": [[1, 2, 3], [*range(1, 12)], [*range(1, 24)]],
     }
     assert list(blocks.values()) == expected[name]
     model = sait.sparsify(zoo.build("vit"), plan)
     assert [stage.block for stage in model._sait.plan.stages] == blocks[4]
     sait.set_density(model, plan)
-    kept = {"kept": [20] * len(blocks[4])} if plan.ragged else {}
-    assert 0 < macs(zoo.build("vit"), plan, **kept) < macs(zoo.build("vit"))
-    given = methods.PUBLISHED[name](blocks=(0, 2))
-    assert [stage.block for stage in given.for_depth(24).stages] == [0, 2]
+    given: dict[str, Any] = {"kept": [20] * len(blocks[4])} if plan.ragged else {"usage": 0.5} if plan.gated else {}
+    assert 0 < macs(zoo.build("vit"), plan, **given) < macs(zoo.build("vit"))
+    placed = methods.PUBLISHED[name](blocks=(0, 2))
+    assert [stage.block for stage in placed.for_depth(24).stages] == [0, 2]
 
 
 @pytest.mark.parametrize("name", methods.PUBLISHED)

@@ -119,6 +119,47 @@ def normalised(x: Tensor) -> Tensor:
     return centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
 
 
+def adavit(vit: Any, learned: dict[int, dict[str, Tensor]], images: Tensor) -> tuple[Tensor, list[list[Any]]]:
+    """(logits, [image][block that has gates] -> (rows, heads, sub-layers) that are on), by gates of these weights."""
+    logits, every = [], []
+    for image in images:
+        x, found = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))[0], []
+        for number, block in enumerate(vit.blocks):
+            if number not in learned:
+                x = block(x[None])[0]
+                continue
+            rows, heads, layers = on = gates_on(learned[number], x, vit.num_prefix_tokens)
+            found.append(on)
+            rows_of_x = dict(enumerate(x))
+            if 0 in layers:
+                some, attn = torch.stack([rows_of_x[i] for i in rows]), block.attn
+                q, k, v = attn.qkv(block.norm1(some)).view(len(rows), 3, attn.num_heads, -1).permute(1, 2, 0, 3)
+                q, k = attn.q_norm(q), attn.k_norm(k)
+                attended = torch.zeros_like(v)
+                for h in heads:
+                    attended[h] = (q[h] @ k[h].T * attn.head_dim**-0.5).softmax(-1) @ v[h]
+                y = attn.proj(attn.norm(attended.transpose(0, 1).reshape(len(rows), -1)))
+                rows_of_x |= dict(zip(rows, some + block.ls1(y), strict=True))
+            if 1 in layers:
+                some = torch.stack([rows_of_x[i] for i in rows])
+                rows_of_x |= dict(zip(rows, some + block.ls2(block.mlp(block.norm2(some))), strict=True))
+            x = torch.stack([rows_of_x[i] for i in range(len(x))])
+        logits.append(vit.forward_head(vit.norm(x[None]))[0])
+        every.append(found)
+    return torch.stack(logits), every
+
+
+def gates_on(weights: dict[str, Tensor], x: Tensor, prefix: int) -> tuple[list[int], list[int], list[int]]:
+    """Which rows, heads and sub-layers of an image are on: a probability of one half and more."""
+
+    def on(name: str, rows: Tensor) -> list[int]:
+        chances = torch.sigmoid(rows @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]).flatten()
+        return [i for i, chance in enumerate(chances) if chance >= 0.5]
+
+    rows = sorted({*range(prefix), *on("tokens", x)})
+    return rows, on("heads", x[0]), on("layers", x[0])
+
+
 def predicted(weights: dict[str, Tensor], patches: Tensor) -> Tensor:
     """(n, 2), the logarithms of the probabilities that each of an image's patches stays and goes."""
 

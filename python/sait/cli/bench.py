@@ -28,6 +28,7 @@ Examples:
 * sait bench --mass 0.9 --max-keep 120 --static
 * sait bench --method sait --method evit --method tome --method ats --method ltp --method random
 * sait bench --method tome --pairs 8 --pairs 16 --dtype bf16
+* sait bench --model runs/ada/model.safetensors --method adavit --dtype fp32
 * sait bench --block 6 --keep 0.7 --mass 0.9 --mass 0.8 --weights random --json figures.json
 """
 NEAR_UNIFORM = (
@@ -40,7 +41,10 @@ def bench(
     context: typer.Context,
     model: Annotated[
         str | None,
-        typer.Option(help=f"Any timm Vision Transformer; by default {options.DEFAULT_MODEL}, or that of --weights."),
+        typer.Option(
+            help="Any timm Vision Transformer, or a checkpoint of ours; by default "
+            f"{options.DEFAULT_MODEL}, or that of --weights."
+        ),
     ] = None,
     block: options.Block = 3,
     keep: options.Keep = [1.0, 0.7, 0.45, 0.3],  # noqa: B006  (the default that --help shows; nothing changes it)
@@ -83,9 +87,16 @@ def bench(
     if json is not None:
         options.check_writable(json, "--json")
     model = options.model_name(model, weights)
-    loaded, described = options.load_model(model, weights)
-    images, pictured = options.load_images(loaded, batch)
     plans = published.of_methods(context, method or [], keep, pairs, threshold)
+    if model.endswith(".safetensors"):
+        loaded, block, score, plans = published.for_bench(context, model, plans)
+        described = "trained weights"
+        images, pictured = options.load_images(loaded, batch, loaded.patch_embed.img_size)
+    else:
+        loaded, described = options.load_model(model, weights)
+        images, pictured = options.load_images(loaded, batch)
+        if any(plan.gated for plan in plans):
+            plans = published.of_trained(context, loaded, plans)
     densities = [Density(), *([Density(keep=1.0)] if plans else options.densities(keep, mass, max_keep, static))]
     options.check_prunable(loaded, block, score, densities)
     published.check_plans(loaded, plans)
@@ -96,6 +107,8 @@ def bench(
     for kind in dtype:
         subject = copy.deepcopy(loaded).to(place, kind.as_torch())
         pictures = images.to(place, kind.as_torch())
+        for part in (part for plan in plans for part in plan.learned().values()):
+            part.to(place, kind.as_torch())
         with options.progress() as bar, options.running_on(backend):
             peers, failed = (
                 throughput.competitors(subject, pictures, block=block, keep=min(keep)) if compare else ({}, {})

@@ -88,7 +88,7 @@ Method = Annotated[
     list[str] | None,
     typer.Option(
         help="A published method, with its own blocks, in place of densities: sait, evit, ats, random, dynamicvit "
-        "(--keep), ltp (--threshold) or tome (--pairs); repeatable."
+        "(--keep), ltp (--threshold), tome (--pairs) or adavit (trained); repeatable."
     ),
 ]
 Pairs = Annotated[list[int], typer.Option(help="Of --method tome: pairs to merge in a block; repeatable.", min=1)]
@@ -264,13 +264,16 @@ def hub_answers(repository: str) -> bool:
     return answered.is_set()
 
 
-def load_images(model: nn.Module, batch: int) -> tuple[Tensor, str]:
-    """((batch, 3, height, width) float32, what they are in words): crops of the two photos, else noise."""
+def load_images(model: nn.Module, batch: int, size: tuple[int, int] | None = None) -> tuple[Tensor, str]:
+    """((batch, 3, height, width) float32, what they are in words): crops of the two photos, else noise.
+
+    Of this size, or of the one that the model was trained with."""
     import torch
 
     from sait.data.photos import photo_batch
 
     expected = preprocessing(model)
+    expected = expected if size is None else expected._replace(size=size)
     try:
         return photo_batch(batch, expected), "crops of two photos"
     except ImportError:

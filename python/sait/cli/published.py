@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from sait.methods import Plan
 
 
-OPTION = {"tome": "pairs", "ltp": "threshold", "ltp_learned": None}  # that sets a method; of all others keep
+OPTION = {
+    "tome": "pairs",
+    "ltp": "threshold",
+    "ltp_learned": None,
+    "adavit": None,
+}  # that sets a method; of all others keep
 
 
 def of_methods(
@@ -88,8 +93,22 @@ def of_trained(context: typer.Context, model: Any, plans: Sequence[Plan]) -> lis
                 f"{placed.name} has something to learn at blocks {blocks}, and this model has learned nothing there; "
                 "train it by sait train --method, and name that checkpoint.",
             )
-        found.append(placed.for_channels(0, learned))
+        found.append(placed.with_learned(learned))
     return found
+
+
+def for_bench(context: typer.Context, path: str, plans: Sequence[Plan]) -> tuple[Any, int, str, list[Plan]]:
+    """(the model of a checkpoint, no longer sparse; the first block where it drops tokens; its score; the plans with
+    what it has learned)."""
+    import sait
+    from sait.cli.show import load_checkpoint
+    from sait.sparsify import SparseModel
+
+    model, block, score = load_checkpoint(path)
+    if not isinstance(model, SparseModel):
+        options.bad("--model", f"expected a checkpoint of a timm model, got a {type(model).__name__}.")
+    plans = of_trained(context, model, plans)
+    return sait.restore(model), block, score, plans
 
 
 def check_plans(model: Any, plans: Sequence[Plan]) -> None:

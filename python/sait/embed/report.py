@@ -128,16 +128,20 @@ class Report:
 
 
 def costs(model: Any, size: tuple[int, int], kept: Counter[tuple[int, ...]]) -> tuple[float, float]:
-    """(1e9 multiply-accumulates of an image that keeps so many tokens, the mean; the same of all its tokens)."""
+    """(1e9 multiply-accumulates of an image that keeps so many tokens, the mean; the same of all its tokens).
+
+    Where gates decide by image, the most that it can cost.
+    """
     state = state_of(model, "costs")
     plan, state.active = state.active, None
     dense = macs(model, img_size=size) / 1e9
     state.active = plan
     if plan is None or not kept:
         return (dense if kept else 0.0), dense
+    most: dict[str, Any] = {"usage": 1.0} if plan.gated else {}
     if not plan.ragged:
-        return macs(model, plan, img_size=size) / 1e9, dense
+        return macs(model, plan, img_size=size, **most) / 1e9, dense
     some = sorted(kept)[:: max(1, len(kept) // SAMPLED)]
-    each = [macs(model, plan, img_size=size, kept=counts) / 1e9 for counts in some]
+    each = [macs(model, plan, img_size=size, kept=counts, **most) / 1e9 for counts in some]
     images = [kept[counts] for counts in some]
     return sum(cost * n for cost, n in zip(each, images, strict=True)) / sum(images), dense

@@ -115,6 +115,8 @@ def why_not_together(plan: Plan | None, tokens: Tokens | None = None) -> str | N
         return "a method carries something from block to block"
     for stage in () if plan is None else plan.stages:
         name = f"the stage at block {stage.block}"
+        if stage.gates is not None:
+            return f"{name} has gates"
         if stage.before:
             return f"{name} drops tokens ahead of it"
         if stage.after is not None:

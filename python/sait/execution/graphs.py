@@ -97,6 +97,11 @@ def check(model: nn.Module, images: Tensor) -> None:
 
 
 def check_plan(plan: Plan | None) -> None:
+    if plan is not None and plan.gated:
+        raise ValueError(
+            "graphed: density: expected sizes that do not depend on data, got gates, by which images decide what runs. "
+            "Call the model without a graph, or take another plan."
+        )
     if plan is not None and plan.ragged and not plan.static:
         raise ValueError(
             "graphed: density: expected sizes that do not depend on data, got mass. "

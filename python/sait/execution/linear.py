@@ -21,8 +21,8 @@ from sait_kernels.backend import in_forward_mode
 def linear(module: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """module(x), plus a bias that the module has not."""
     if bias is None:
-        return _fused(module, x) if _fuses(x) and _is_plain(module) and x.dtype == module.weight.dtype else module(x)
-    if not _is_plain(module) or module.bias is not None:
+        return _fused(module, x) if _fuses(x) and is_plain(module) and x.dtype == module.weight.dtype else module(x)
+    if not is_plain(module) or module.bias is not None:
         return module(x) + bias
     if _fuses(x) and x.dtype == module.weight.dtype:
         return _fused(module, x, bias=bias)
@@ -62,7 +62,7 @@ def _fuses(x: Tensor) -> bool:
     )
 
 
-def _is_plain(layer: Any) -> bool:
+def is_plain(layer: Any) -> bool:
     """A linear layer, and nobody listening."""
     return is_linear(layer) and (type(layer) is LinearParameters or not has_hooks(layer))
 

@@ -54,8 +54,8 @@ class PlainBlock:
         view, selection = self._view, attended.selection
         assert normed is not None
         if selection is None or (after is not None and after.needs_dropped):
-            y = self._project(attended.out.view(*tokens.x.shape[:2], view.width), normed)
-            x = tokens.x + drop_path(view.drop_path1, scaled(view.scale1, y), tokens)
+            y = self.project(attended.out.view(*tokens.x.shape[:2], view.width), normed)
+            x = tokens.x + self.branch(y, tokens)
             if selection is None or after is None:
                 return self._feed_forward(tokens.with_x(x), view.norm2(x))
             assert attended.scores is not None
@@ -66,7 +66,7 @@ class PlainBlock:
         left = tokens.keep(selection, attended.out, attended.ragged)
         if view.gate is not None:
             normed = sk.gather_tokens(normed.flatten(0, 1), selection).view(*left.x.shape[:2], normed.shape[2])
-        y = self._project(left.x, normed)
+        y = self.project(left.x, normed)
         if after is None and self._fuses_residual():
             norm, gamma = view.norm2, gamma_of(view.scale1, self._family)
             x, normed = sk.gather_add_norm(
@@ -74,23 +74,32 @@ class PlainBlock:
             )
             return self._feed_forward(left.with_x(x.view(y.shape)), normed.view(y.shape))
         x = sk.gather_tokens(tokens.packed, selection).view(y.shape)
-        left = left.with_x(x + drop_path(view.drop_path1, scaled(view.scale1, y), left))
+        left = left.with_x(x + self.branch(y, left))
         if after is not None:
             assert attended.scores is not None
             left = after(left.packed, attended.scores, selection, left)
         return self._feed_forward(left, view.norm2(left.x))
 
-    def _project(self, out: Tensor, normed: Tensor) -> Tensor:
+    def project(self, out: Tensor, normed: Tensor) -> Tensor:
+        """What the heads give, (..., A) -> (..., C); ``normed`` is for a gate."""
         view = self._view
         out = view.norm(out)
         if view.gate is not None:
             out = out * view.gate(normed).sigmoid()
         return view.proj_drop(linear(view.proj, out))
 
-    def _feed_forward(self, tokens: Tokens, normed: Tensor) -> Tokens:
+    def branch(self, y: Tensor, tokens: Tokens) -> Tensor:
+        """What the projection gives, as it is added to the stream."""
+        return drop_path(self._view.drop_path1, scaled(self._view.scale1, y), tokens)
+
+    def mlp_branch(self, tokens: Tokens, normed: Tensor | None = None) -> Tensor:
+        """What the MLP adds to the stream; ``normed``: of tokens that are normalised already."""
         view = self._view
-        y = scaled(view.scale2, mlp(view.mlp, normed, self._family))
-        return tokens.with_x(tokens.x + drop_path(view.drop_path2, y, tokens))
+        normed = view.norm2(tokens.x) if normed is None else normed
+        return drop_path(view.drop_path2, scaled(view.scale2, mlp(view.mlp, normed, self._family)), tokens)
+
+    def _feed_forward(self, tokens: Tokens, normed: Tensor) -> Tokens:
+        return tokens.with_x(tokens.x + self.mlp_branch(tokens, normed))
 
     def _fuses_residual(self) -> bool:
         """Whether residual and norm2 of the kept rows are what gather_add_norm computes."""

@@ -186,6 +186,11 @@ def _check_density(model: Any, state: State, images: Tensor, kernels: bool) -> N
             "export: model: expected a score that an image decides, got noise, which each engine draws for itself. "
             'Take score="cls" or "column".'
         )
+    if plan.gated:
+        raise ValueError(
+            "export: model: its gates decide by image what runs, and a program runs the same for each. Export it "
+            "dense, sait.set_density(model), or by another plan."
+        )
     if not plan.ragged:
         return
     if not kernels:

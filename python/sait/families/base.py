@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sait_kernels as sk
-from sait.tokens import Tokens
+from sait.tokens import Sizes, Tokens
 
 Module = Any  # an nn.Module, of whose attributes the type checker knows nothing
 
@@ -223,6 +223,11 @@ class Family(ABC):
     def logits_of(self, model: Any, result: Any) -> Tensor | None:
         """(B, classes), in the result of a model; None: it tells no classes apart."""
         return result if getattr(model, "num_classes", 0) else None
+
+    def sizes(self, model: Any) -> Sizes:
+        """What methods that learn are made to measure for."""
+        view, (rows, columns) = self.view(self.blocks(model)[0]), self.grid(model)
+        return Sizes(view.channels, view.heads, rows * columns, self.classes(model))
 
     def classes(self, model: Any) -> int:
         """How many its head tells apart; 0: it has none."""

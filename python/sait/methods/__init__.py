@@ -1,13 +1,14 @@
 """Token-reduction methods as objects: what ranks tokens, what chooses among them, and what happens afterwards; and
 published methods, each a call that gives a Plan."""
 
+from sait.methods.adavit import AdaGates, AdaLosses, NewGates
 from sait.methods.after import FuseDropped, Merge
-from sait.methods.base import After, Losses, Merging, Scorer, Seen, Selector, Trained, names, register
+from sait.methods.base import After, Gates, Losses, Merging, On, Scorer, Seen, Selector, Trained, names, register
 from sait.methods.cagevit import ActivationMap, CageLosses, FuseLearned, NewActivationMap, NewFuseLearned
 from sait.methods.dynamicvit import DynamicLosses, NewPredictor, Predictor
 from sait.methods.pairs import Pairs
 from sait.methods.plan import Plan, Stage
-from sait.methods.published import PUBLISHED, ats, cagevit, dynamicvit, evit, ltp, ltp_learned, tome
+from sait.methods.published import PUBLISHED, adavit, ats, cagevit, dynamicvit, evit, ltp, ltp_learned, tome
 from sait.methods.published import random as random  # not in __all__: with * it would hide Python's
 from sait.methods.published import sait as sait
 from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, RandomScore, Unscored
@@ -17,6 +18,8 @@ from sait.methods.thresholds import LearnedThreshold, NewThreshold, ThresholdLos
 __all__ = [
     "PUBLISHED",
     "ActivationMap",
+    "AdaGates",
+    "AdaLosses",
     "After",
     "CageLosses",
     "ClassAttention",
@@ -25,14 +28,17 @@ __all__ = [
     "DynamicLosses",
     "FuseDropped",
     "FuseLearned",
+    "Gates",
     "LearnedThreshold",
     "Losses",
     "Merge",
     "Merging",
     "NewActivationMap",
     "NewFuseLearned",
+    "NewGates",
     "NewPredictor",
     "NewThreshold",
+    "On",
     "Pairs",
     "Plan",
     "Predictor",
@@ -49,6 +55,7 @@ __all__ = [
     "TopP",
     "Trained",
     "Unscored",
+    "adavit",
     "ats",
     "cagevit",
     "dynamicvit",

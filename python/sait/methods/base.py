@@ -40,6 +40,14 @@ class Merging(NamedTuple):
         return Selection(self.indices, self.cu_seqlens, self.max_seqlen)
 
 
+class On(NamedTuple):
+    """What of a block runs, for each image: of gates in eval mode true or false, in training 0 or 1 with a gradient."""
+
+    tokens: Tensor | None = None  # (T,), of the rows that enter the block; None: all are on, as in the other two
+    heads: Tensor | None = None  # (B, H)
+    layers: Tensor | None = None  # (B, 2): attention, MLP
+
+
 class Trained(NamedTuple):
     """What a step of training gives to the losses of a method."""
 
@@ -53,6 +61,7 @@ class Trained(NamedTuple):
     teacher_prefix: int = 0
     labels: Tensor | None = None  # (B,) int64, or (B, classes) shares of each
     answers: Mapping[str, Tensor] = {}  # of parts with a module ``answer``, what that gave: by role and block
+    gates: Sequence[On] = ()  # of each stage that has gates, as sait.record_gates has them
 
 
 class Losses(Protocol):
@@ -80,11 +89,10 @@ class Scorer(Protocol):
     fields of Seen that it needs, where one of q, k and v forbids a stage before its block; ``macs(tokens, width,
     channels)`` are its multiply-accumulates for an image whose q and x have so many channels; ``mask(seen)`` (T,), of a
     module in training mode, says in place of the scores what stays of each row, 1 or 0, differentiably: nothing is
-    dropped then, and attention follows it (sait.methods.policy); ``for_channels(channels)``, of what stands for a
-    module until the model is known, makes it, of the class ``makes``. A selector and an After may have that, too. With
-    ``needs_classes`` it is called with the number of the model's classes, too, 0 where it has no head. ``of_patches``
-    says that ``macs`` counts patches alone, without the prefix rows. What a module ``answer`` inside of one gives
-    is in Trained.answers.
+    dropped then, and attention follows it (sait.methods.policy); ``for_model(sizes)``, of what stands for a
+    module until the model is known, makes it, of the class ``makes``, to sait.tokens.Sizes. A selector and an After may
+    have that, too. ``of_patches`` says that ``macs`` counts patches alone, without the prefix rows. What a module
+    ``answer`` inside of one gives is in Trained.answers.
     """
 
     def __call__(self, seen: Seen) -> Tensor:
@@ -153,8 +161,31 @@ class After(Protocol):
         ...
 
 
+@runtime_checkable
+class Gates(Protocol):
+    """Decides for each image what of a block runs: which tokens, heads and sub-layers.
+
+    Whoever is off in a block passes it by unchanged, and the next block sees it again: nothing is dropped. A head that
+    is off adds nothing to its image. An nn.Module's parameters become the sparse model's; while it is in training mode
+    everything is computed and multiplied by the gates, which so get gradients; else what is off is not computed.
+
+    What else is read where it has it: ``needs_prefix``, as of a Scorer; ``check(channels, heads)``, which raises where
+    a block is of other sizes; ``macs(tokens, channels, heads)``, its multiply-accumulates for an image;
+    ``for_model`` and ``makes``, as of a Scorer.
+    """
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """Of "tokens", "heads" and "layers" those that it decides on."""
+        ...
+
+    def __call__(self, seen: Seen, heads: int) -> On:
+        """``seen`` is what enters the block, which has so many heads; prefix tokens are on whatever it says."""
+        ...
+
+
 Class = TypeVar("Class", bound=type)
-_REGISTERED: dict[str, dict[str, type]] = {"scorer": {}, "selector": {}, "after": {}}
+_REGISTERED: dict[str, dict[str, type]] = {"scorer": {}, "selector": {}, "after": {}, "gates": {}}
 
 
 def register(name: str) -> Callable[[Class], Class]:
@@ -184,13 +215,15 @@ def register(name: str) -> Callable[[Class], Class]:
 
 
 def names(kind: str) -> list[str]:
-    """The registered names of a kind: "scorer", "selector" or "after"."""
+    """The registered names of a kind: "scorer", "selector", "after" or "gates"."""
     return list(_REGISTERED[kind])
 
 
 def _kind(cls: type) -> str:
     if hasattr(cls, "needs_dropped"):
         return "after"
+    if hasattr(cls, "switches"):
+        return "gates"
     return "selector" if hasattr(cls, "bound") else "scorer"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sait_kernels as sk
 from sait.methods.base import Seen, Trained, register
-from sait.tokens import Tokens
+from sait.tokens import Sizes, Tokens
 from sait_kernels import Selection
 
 
@@ -111,16 +111,15 @@ class NewActivationMap:
     hidden: int = 64
     top: int = 5
     reads = ("x",)
-    needs_classes = True
     makes = ActivationMap
 
     def __post_init__(self) -> None:
         check_counts("NewActivationMap", hidden=self.hidden, top=self.top)
 
-    def for_channels(self, channels: int, classes: int) -> ActivationMap:
-        if not classes:
+    def for_model(self, sizes: Sizes) -> ActivationMap:
+        if not sizes.classes:
             raise ValueError("ActivationMap: model: expected one with a head that tells classes apart, got none.")
-        return ActivationMap(channels, classes, self.hidden, self.top)
+        return ActivationMap(sizes.channels, sizes.classes, self.hidden, self.top)
 
     def __call__(self, seen: Seen) -> Tensor:
         raise TypeError("NewActivationMap: it has no weights yet. Call sait.sparsify(model, plan), which makes them.")
@@ -207,8 +206,8 @@ class NewFuseLearned:
     def __post_init__(self) -> None:
         check_counts("NewFuseLearned", rows=self.rows)
 
-    def for_channels(self, channels: int) -> FuseLearned:
-        return FuseLearned(channels, self.rows)
+    def for_model(self, sizes: Sizes) -> FuseLearned:
+        return FuseLearned(sizes.channels, self.rows)
 
     def __call__(self, x: Tensor, scores: Tensor, selection: Selection, tokens: Tokens) -> Tokens:
         raise TypeError("NewFuseLearned: it has no weights yet. Call sait.sparsify(model, plan), which makes them.")

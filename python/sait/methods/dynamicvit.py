@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sait.methods.base import Seen, Trained, register
 from sait.methods.policy import mean_of_patches
+from sait.tokens import Sizes
 
 
 @register("dynamicvit")
@@ -91,8 +92,8 @@ class NewPredictor:
     reads = ("x",)
     makes = Predictor
 
-    def for_channels(self, channels: int) -> Predictor:
-        return Predictor(channels)
+    def for_model(self, sizes: Sizes) -> Predictor:
+        return Predictor(sizes.channels)
 
     def macs(self, tokens: float, width: int, channels: int) -> float:
         return Predictor.macs(tokens, width, channels)

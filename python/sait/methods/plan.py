@@ -11,11 +11,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from sait.methods.base import After, Losses, Scorer, Selector, build, describe
-from sait.methods.scorers import ClassAttention
+from sait.methods.base import After, Gates, Losses, Scorer, Selector, build, describe
+from sait.methods.scorers import ClassAttention, Unscored
 from sait.methods.selectors import TopK, TopP, selector_of
+from sait.tokens import Sizes
 
-ROLES = ("scorer", "selector", "after")
+ROLES = ("scorer", "selector", "after", "gates")
 
 
 @dataclass(frozen=True, init=False)
@@ -40,10 +41,11 @@ class Stage:
             only what is kept: choose max_keep close to what images keep.
         after: acts between attention and MLP of the block, or ahead of it; None: nothing does.
         before: tokens are dropped ahead of the block, which sees only those that stay. Its scorer has no q, k and v.
+        gates: alone, in place of all this: nothing is dropped, and each image runs what they say of the block.
 
     Raises:
-        ValueError, TypeError: a block below 0, none or several of selector, keep and mass, what goes with mass beside
-            keep, one outside its range, or an object that is no scorer, selector or after.
+        ValueError, TypeError: a block below 0, none or several of selector, keep, mass and gates, what goes with mass
+            beside keep, one outside its range, or an object that is no scorer, selector, after or gates.
     """
 
     block: int
@@ -51,6 +53,7 @@ class Stage:
     selector: Selector
     after: After | None
     before: bool
+    gates: Gates | None
     scorer_given: bool = field(compare=False, repr=False)
 
     def __init__(
@@ -66,11 +69,16 @@ class Stage:
         max_keep: int | None = None,
         static: bool = False,
         before: bool = False,
+        gates: Gates | None = None,
     ) -> None:
         if isinstance(block, bool) or not isinstance(block, int):
             raise TypeError(f"Stage: block: expected an int, got {block!r}. Blocks count from 0.")
         if block < 0:
             raise ValueError(f"Stage: block: expected 0 or more, got {block}. Blocks count from 0.")
+        if gates is not None:
+            others = (scorer, selector, after, keep, mass, min_keep, max_keep, static, before)
+            _check_gates(gates, others == (None, None, None, None, None, 1, None, False, False))
+            scorer, keep = Unscored(), 1.0
         if scorer is not None and (isinstance(scorer, type) or not callable(scorer)):
             if keep is not None or isinstance(scorer, type):
                 raise TypeError(
@@ -100,7 +108,7 @@ class Stage:
         given = ClassAttention() if scorer is None else scorer
         if before:
             _check_before(given, selector)
-        values = (block, given, selector, after, before, scorer is not None)
+        values = (block, given, selector, after, before, gates, scorer is not None)
         for name, value in zip(Stage.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
 
@@ -120,8 +128,8 @@ class Stage:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether it drops nothing, whatever the scores."""
-        return getattr(self.selector, "keeps_all", False)
+        """Whether it drops nothing, whatever the scores, and leaves nothing out."""
+        return self.gates is None and getattr(self.selector, "keeps_all", False)
 
     @property
     def keep(self) -> float | int | None:
@@ -147,6 +155,8 @@ class Stage:
 
     def to_dict(self) -> dict[str, Any]:
         document: dict[str, Any] = {"block": self.block}
+        if self.gates is not None:
+            return {**document, "gates": describe(self.gates)}
         if self.scorer_given:
             document["scorer"] = describe(self.scorer)
         if type(self.selector) in (TopK, TopP):  # one that is derived may have more to say
@@ -177,6 +187,18 @@ def _changed(of_depth: Callable[[int], Plan], method: str, depth: int, **argumen
     """A plan of a depth, then changed: what a plan of any depth becomes that is changed."""
     plan: Plan = getattr(of_depth(depth), method)(**arguments)
     return plan
+
+
+def _check_gates(gates: Any, alone: bool) -> None:
+    if isinstance(gates, type) or not (isinstance(gates, Gates) and callable(gates)):
+        raise TypeError(
+            f"Stage: gates: expected Gates, with switches and __call__, such as sait.methods.NewGates(), got {gates!r}."
+        )
+    if not alone:
+        raise ValueError(
+            "Stage: gates: expected them alone, got something that drops tokens beside them. Give that a stage at "
+            "another block."
+        )
 
 
 def _check_before(*methods: Scorer | Selector) -> None:
@@ -240,7 +262,12 @@ class Plan:
     def at_density(self, keep: float | int | None = None, mass: float | None = None, **limits: Any) -> Plan:
         """The same blocks and scorers, with this keep or mass, and what else a Stage takes, at every stage."""
         selector = selector_of(keep, mass, **limits)
-        stages = tuple(stage.with_selector(selector) for stage in self.stages)
+        if self.gated and not getattr(selector, "keeps_all", False):
+            raise ValueError(
+                f"set_density: {'keep' if mass is None else 'mass'}: expected 1.0 or none of a plan with gates, which "
+                "decide for themselves, got a share. Pass a plan without gates instead, or train to another share."
+            )
+        stages = tuple(stage._with(selector=selector, gates=None) for stage in self.stages)
         of_depth = self.of_depth and partial(_changed, self.of_depth, "at_density", keep=keep, mass=mass, **limits)
         return replace(self, stages=stages, of_depth=of_depth, label=None)
 
@@ -252,9 +279,10 @@ class Plan:
         """
         stages = []
         for stage in self.stages:
-            if not hasattr(stage.selector, "scaled"):
+            if stage.gates is not None or not hasattr(stage.selector, "scaled"):
                 raise ValueError(
-                    f"set_density: scale: expected shares to scale, got {stage.selector}. Pass a plan instead."
+                    f"set_density: scale: expected shares to scale, got {stage.gates or stage.selector}. Pass a plan "
+                    "instead."
                 )
             stages.append(stage.with_selector(stage.selector.scaled(factor)))
         of_depth = self.of_depth and partial(_changed, self.of_depth, "scaled", factor=factor)
@@ -264,8 +292,9 @@ class Plan:
     def name(self) -> str:
         """What tables call it: its label, or its stages."""
         stages = (
-            f"block {stage.block}: {', '.join(str(getattr(stage, role)) for role in ROLES if getattr(stage, role))}"
+            f"block {stage.block}: {', '.join(str(getattr(stage, role)) for role in roles if getattr(stage, role))}"
             for stage in self.stages
+            for roles in [ROLES if stage.gates is None else ("gates",)]
         )
         return self.label or "; ".join(stages)
 
@@ -279,28 +308,28 @@ class Plan:
             stage.block
             for stage in self.stages
             if any(
-                hasattr(method := getattr(stage, role), "for_channels")
+                hasattr(method := getattr(stage, role), "for_model")
                 and not isinstance(learned.get(f"{role}{stage.block}"), method.makes)
                 for role in ROLES
             )
         ]
 
-    def for_channels(self, channels: int, learned: Mapping[str, nn.Module], classes: int = 0) -> Plan:
-        """The plan for a model of this width: what stands for a module becomes that of ``learned``, or a new one.
-
-        ``classes``: that the model tells apart; 0: it has no head.
-        """
+    def for_model(self, sizes: Sizes, learned: Mapping[str, nn.Module]) -> Plan:
+        """The plan for a model of these sizes: what stands for a module becomes that of ``learned``, or a new one."""
         stages = []
         for stage in self.stages:
             found = {}
             for role in ROLES:
                 method = getattr(stage, role)
-                if hasattr(method, "for_channels"):
+                if hasattr(method, "for_model"):
                     known = learned.get(f"{role}{stage.block}")
-                    sizes = (channels, classes) if getattr(method, "needs_classes", False) else (channels,)
-                    found[role] = known if isinstance(known, method.makes) else method.for_channels(*sizes)
+                    found[role] = known if isinstance(known, method.makes) else method.for_model(sizes)
             stages.append(stage._with(**found) if found else stage)
         return replace(self, stages=tuple(stages))
+
+    def with_learned(self, learned: Mapping[str, nn.Module]) -> Plan:
+        """The plan with what a model has learned: all that it needs, see ``unlearned``."""
+        return self.for_model(Sizes(0, 0, 0, 0), learned)
 
     def learned(self) -> dict[str, nn.Module]:
         """Those of its objects that are modules, by role and block: their parameters become a sparse model's."""
@@ -332,9 +361,14 @@ class Plan:
         return any(stage.selector.ragged for stage in self.stages)
 
     @property
+    def gated(self) -> bool:
+        """Whether images decide what of a block runs for them."""
+        return any(stage.gates is not None for stage in self.stages)
+
+    @property
     def static(self) -> bool:
         """Whether all sizes are known without reading data."""
-        return all(stage.selector.static for stage in self.stages)
+        return all(stage.selector.static for stage in self.stages) and not self.gated
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON and YAML hold it: objects by their registered names, never by an import path.

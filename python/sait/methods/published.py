@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 
+from sait.methods.adavit import AdaLosses, NewGates
 from sait.methods.after import FuseDropped, Merge
 from sait.methods.cagevit import CageLosses, NewActivationMap, NewFuseLearned
 from sait.methods.dynamicvit import DynamicLosses, NewPredictor
@@ -161,6 +162,35 @@ def cagevit(
     return _of_any_depth(partial(_cagevit, keep, blocks, fused, top, hidden, weight))
 
 
+def adavit(keep: float = 0.7, blocks: Blocks = None, *, keep_layers: int = 1) -> Plan:
+    """AdaViT (2111.15668): gates that the model learns decide for each image, block by block, which tokens, heads and
+    sub-layers run; the rest is not computed, and tokens that are off in a block pass it by. See sait.methods.AdaGates.
+
+    A model that has gates at these blocks keeps them. One that has none gets new ones, which know nothing before they
+    are trained: ``sait train --method adavit``.
+
+    Args:
+        keep: in (0, 1), the share of tokens, heads and sub-layers that training aims at, g of sait.methods.AdaLosses.
+            In evaluation it does not count: the images decide.
+        blocks: which have gates, by default all behind the first ``keep_layers``; 0-based.
+        keep_layers: blocks at the start that always run whole.
+
+    Raises:
+        ValueError, TypeError: keep or keep_layers outside its range; blocks that do not ascend.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, float):
+        raise TypeError(f"adavit: keep: expected a float in (0, 1), got {keep!r}. Pass a share like 0.7.")
+    if not 0 < keep < 1:
+        raise ValueError(f"adavit: keep: expected a float in (0, 1), got {keep}. Pass a share like 0.7.")
+    if isinstance(keep_layers, bool) or not isinstance(keep_layers, int):
+        raise TypeError(f"adavit: keep_layers: expected an int, got {keep_layers!r}. Pass a number of blocks.")
+    if keep_layers < 0 or (blocks is not None and keep_layers != 1):
+        raise ValueError(
+            f"adavit: keep_layers: expected 0 or more, and blocks not given beside it, got {keep_layers}. Pass one."
+        )
+    return _of_any_depth(partial(_adavit, keep, blocks, keep_layers))
+
+
 def random(keep: float | int = 0.45, blocks: Blocks = None) -> Plan:
     """Patches that chance keeps, drawn anew by each forward, by default ahead of the first block: what a score is worth
     shows against it, and training drops patches so (MAE 2111.06377, PatchDropout 2208.07220).
@@ -182,6 +212,7 @@ PUBLISHED: dict[str, Callable[..., Plan]] = {
     "random": random,
     "dynamicvit": dynamicvit,
     "cagevit": cagevit,
+    "adavit": adavit,
 }
 
 
@@ -245,6 +276,14 @@ def _cagevit(keep: float | int, blocks: Blocks, fused: int, top: int, hidden: in
 
     plan = _plan(f"CageViT, keep {keep}", blocks, [0], stage)
     return replace(plan, losses=CageLosses(weight))
+
+
+def _adavit(keep: float, blocks: Blocks, keep_layers: int, depth: int) -> Plan:
+    if blocks is None and keep_layers >= depth:
+        raise ValueError(f"adavit: keep_layers: expected less than the {depth} blocks of the model, got {keep_layers}.")
+    label = "AdaViT" + (f", keep_layers {keep_layers}" if keep_layers != 1 else "")
+    plan = _plan(label, blocks, range(keep_layers, depth), lambda block: Stage(block, gates=NewGates()))
+    return replace(plan, losses=AdaLosses(keep))
 
 
 def _quarters(depth: int) -> list[int]:

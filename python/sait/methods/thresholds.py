@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sait.methods.base import Seen, Trained, register
 from sait.methods.selectors import Threshold, at_least
+from sait.tokens import Sizes
 from sait_kernels import Selection
 
 
@@ -99,7 +100,7 @@ class NewThreshold:
     def __post_init__(self) -> None:
         check_learned("NewThreshold", self.start, self.temperature, self.hard_from)
 
-    def for_channels(self, channels: int) -> LearnedThreshold:
+    def for_model(self, sizes: Sizes) -> LearnedThreshold:
         return LearnedThreshold(self.start, self.temperature, self.hard_from)
 
     def bound(self, patches: int) -> int:

@@ -106,7 +106,7 @@ class Totals:
             self.tokens += len(images) * tokens_of(model, size)
         else:
             self.tokens += int(selections(model)[-1].cu_seqlens[-1])
-        if density.ragged or self.macs == 0:
+        if density.ragged or (isinstance(density, Plan) and density.gated) or self.macs == 0:
             self.macs_of_image = macs(model, img_size=size)
         self.macs += self.macs_of_image * len(images)
 

@@ -25,7 +25,7 @@ from sait import checkpoint
 from sait.methods.base import Trained
 from sait.methods.plan import Plan
 from sait.sparsify import learned_by, sparsify
-from sait.state import Density, record_scores, selections, set_density
+from sait.state import Density, record_gates, record_scores, selections, set_density
 from sait.train.answers import own_answers
 from sait.train.config import Config, StoppedError, TrainingError
 from sait.train.data import Data, expected_by, open_data
@@ -219,6 +219,7 @@ class Trainer:
             scores = stack.enter_context(record_scores(self.model)) if wants_scores else []
             features = stack.enter_context(last_features(self.model)) if wants_features else []
             answers = stack.enter_context(own_answers(self.model)) if losses else {}
+            gates = stack.enter_context(record_gates(self.model)) if losses else []
             stack.enter_context(torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp == "bf16"))
             logits = self.parallel(images)
         logits = logits.float()
@@ -237,7 +238,7 @@ class Trainer:
                 wanted = same_tokens(lesson.features, theirs, kept, prefix)
                 parts["manifold_loss"] = manifold_loss(wanted, features[0][:, prefix:])
         if losses is not None:
-            step = Trained(self.model._sait.active, logits, features[0], scores, prefix)
+            step = Trained(self.model._sait.active, logits, features[0], scores, prefix, gates=gates)
             step = step._replace(labels=labels, answers=answers)
             if self.teacher is not None and lesson is not None:
                 theirs = self.teacher.model.num_prefix_tokens
