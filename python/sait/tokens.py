@@ -96,6 +96,11 @@ class Tokens(NamedTuple):
             *(rows, self.rope, at, self.state, sizes),
         )
 
+    def whole(self, x: Tensor) -> Tokens:
+        """All tokens that entered, of ``x`` (B, entered, C): each at home, and standing for itself."""
+        B, N, _ = x.shape
+        return Tokens(x, sk.uniform_cu_seqlens(B, N, x.device), N, False, self.num_prefix, N, state=self.state)
+
     def with_rope(self, rope: Tensor | tuple[Tensor, ...]) -> Tokens:
         """The same tokens, which carry their positions from here on."""
         return self._replace(rope=rope, at=self.positions)

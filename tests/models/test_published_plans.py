@@ -156,6 +156,7 @@ def test_blocks_that_are_left_out_follow_the_depth(name: str) -> None:
         "tome": [[*range(4)], [*range(12)], [*range(24)]],
         "random": [[0], [0], [0]],
         "dynamicvit": [[1, 2, 3], [3, 6, 9], [6, 12, 18]],
+        "hot": [[1], [4], [9]],
     }
     assert list(blocks.values()) == expected[name]
     model = sait.sparsify(zoo.build("vit"), plan)

@@ -87,7 +87,7 @@ ScoreKind = Annotated[
 Method = Annotated[
     list[str] | None,
     typer.Option(
-        help="A published method, with its own blocks, in place of densities: sait, evit, ats, random, dynamicvit "
+        help="A published method, with its own blocks, in place of densities: sait, evit, ats, random, dynamicvit, hot "
         "(--keep), ltp (--threshold) or tome (--pairs); repeatable."
     ),
 ]

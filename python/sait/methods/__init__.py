@@ -1,15 +1,16 @@
-"""Token-reduction methods as objects: what ranks tokens, what chooses among them, and what happens afterwards; and
+"""Token-reduction methods as objects: what ranks tokens, what chooses among them, what happens afterwards; and
 published methods, each a call that gives a Plan."""
 
 from sait.methods.after import FuseDropped, Merge
-from sait.methods.base import After, Losses, Merging, Scorer, Seen, Selector, Trained, names, register
+from sait.methods.base import After, Losses, Merging, Recover, Scorer, Seen, Selector, Trained, names, register
 from sait.methods.dynamicvit import DynamicLosses, NewPredictor, Predictor
 from sait.methods.pairs import Pairs
 from sait.methods.plan import Plan, Stage
-from sait.methods.published import PUBLISHED, ats, dynamicvit, evit, ltp, tome
+from sait.methods.published import PUBLISHED, ats, dynamicvit, evit, hot, ltp, tome
 from sait.methods.published import random as random  # not in __all__: with * it would hide Python's
 from sait.methods.published import sait as sait
-from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, RandomScore, Unscored
+from sait.methods.recover import LearnedQueries, NewQueries
+from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, DensityPeaks, RandomScore, Unscored
 from sait.methods.selectors import Sampling, ShareOfFirst, Threshold, TopK, TopP
 
 __all__ = [
@@ -18,16 +19,20 @@ __all__ = [
     "ClassAttention",
     "ClassValue",
     "ColumnAttention",
+    "DensityPeaks",
     "DynamicLosses",
     "FuseDropped",
+    "LearnedQueries",
     "Losses",
     "Merge",
     "Merging",
     "NewPredictor",
+    "NewQueries",
     "Pairs",
     "Plan",
     "Predictor",
     "RandomScore",
+    "Recover",
     "Sampling",
     "Scorer",
     "Seen",
@@ -42,6 +47,7 @@ __all__ = [
     "ats",
     "dynamicvit",
     "evit",
+    "hot",
     "ltp",
     "names",
     "register",

@@ -145,8 +145,30 @@ class After(Protocol):
         ...
 
 
+@runtime_checkable
+class Recover(Protocol):
+    """Gives a model's tokens their full length back, behind the last block and ahead of the final norm.
+
+    What else is read where it has it: ``macs(tokens, patches, channels)``, its multiply-accumulates for an image of
+    which so many tokens are left; ``for_channels(channels, heads, patches)``, of what stands for a module until the
+    model is known, makes it, of the class ``makes``.
+    """
+
+    recovers: bool  # True
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        """(B, patches, C): a row for each patch that entered the first block, in order. The loop puts the prefix rows
+        ahead of them, as they are. Not called where nothing is dropped whatever the scores, nor where the result reads
+        prefix rows only.
+
+        Args:
+            tokens: that the last block leaves: ``tokens.x`` (B, n, C), or packed where ``tokens.ragged``.
+        """
+        ...
+
+
 Class = TypeVar("Class", bound=type)
-_REGISTERED: dict[str, dict[str, type]] = {"scorer": {}, "selector": {}, "after": {}}
+_REGISTERED: dict[str, dict[str, type]] = {"scorer": {}, "selector": {}, "after": {}, "recover": {}}
 
 
 def register(name: str) -> Callable[[Class], Class]:
@@ -176,13 +198,15 @@ def register(name: str) -> Callable[[Class], Class]:
 
 
 def names(kind: str) -> list[str]:
-    """The registered names of a kind: "scorer", "selector" or "after"."""
+    """The registered names of a kind: "scorer", "selector", "after" or "recover"."""
     return list(_REGISTERED[kind])
 
 
 def _kind(cls: type) -> str:
     if hasattr(cls, "needs_dropped"):
         return "after"
+    if hasattr(cls, "recovers"):
+        return "recover"
     return "selector" if hasattr(cls, "bound") else "scorer"
 
 
