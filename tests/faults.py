@@ -35,6 +35,7 @@ PRUNE = f"{OPS}prune_attention.py"
 TAIL = f"{OPS}tail.py"
 PUBLISHED = "tests/models/test_published_plans.py"
 DYNAMIC = "tests/models/test_dynamicvit.py"
+HOT = "tests/models/test_hot.py"
 OPTIMIZE = "tests/models/test_optimize.py tests/models/test_optimize_changes.py"
 
 # Python, Triton's kernels included: nothing is built.
@@ -377,6 +378,34 @@ PYTHON = (
         "kept = policy.detach()",
         "kept = torch.ones_like(policy)",
         DYNAMIC,
+    ),
+    Fault(
+        "HoT: a patch is among its own neighbours",
+        "python/sait/methods/scorers.py",
+        "others = distances.masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), torch.inf)",
+        "others = distances",
+        HOT,
+    ),
+    Fault(
+        "HoT: of equally dense patches neither is the denser",
+        "python/sait/methods/scorers.py",
+        "denser = (theirs < mine) | ((theirs == mine) & (row < row[:, None]))",
+        "denser = theirs < mine",
+        HOT,
+    ),
+    Fault(
+        "recovery: queries see the padding of ragged images",
+        "python/sait/methods/recover.py",
+        "return bias.masked_fill(absent, -torch.inf)",
+        "return bias",
+        HOT,
+    ),
+    Fault(
+        "recovery: rows that others were merged into count once",
+        "python/sait/methods/recover.py",
+        "sizes = tokens.key_bias",
+        "sizes = None",
+        HOT,
     ),
     Fault(
         "what a method learns is clipped together with the rest",

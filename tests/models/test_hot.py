@@ -449,7 +449,7 @@ def test_images_of_another_size_than_the_queries() -> None:
     assert sait.set_density(model, keep=1.0)(zoo.images("dynamic")).shape == (3, 24), "nothing is recovered"
 
 
-def test_a_size_without_patches_and_what_pads() -> None:
+def test_what_pads_is_not_seen() -> None:
     """Padding of ragged rows is up to the bound, and hidden: what lies there may be anything."""
     recover = methods.LearnedQueries(8, 2, 5)
     x = torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
