@@ -38,6 +38,7 @@ DYNAMIC = "tests/models/test_dynamicvit.py"
 THRESHOLDS = "tests/models/test_ltp_learned.py"
 CAGE = "tests/models/test_cagevit.py"
 ADAVIT = "tests/models/test_adavit.py"
+HOT = "tests/models/test_hot.py"
 OPTIMIZE = "tests/models/test_optimize.py tests/models/test_optimize_changes.py"
 
 # Python, Triton's kernels included: nothing is built.
@@ -457,6 +458,34 @@ PYTHON = (
         "used.heads if r.gates is not None and multiplies_heads_apart(view) else 1.0",
         "1.0",
         ADAVIT,
+    ),
+    Fault(
+        "HoT: a patch is among its own neighbours",
+        "python/sait/methods/scorers.py",
+        "others = distances.masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), torch.inf)",
+        "others = distances",
+        HOT,
+    ),
+    Fault(
+        "HoT: of equally dense patches neither is the denser",
+        "python/sait/methods/scorers.py",
+        "denser = (theirs < mine) | ((theirs == mine) & (row < row[:, None]))",
+        "denser = theirs < mine",
+        HOT,
+    ),
+    Fault(
+        "recovery: queries see the padding of ragged images",
+        "python/sait/methods/recover.py",
+        "return bias.masked_fill(absent, -torch.inf)",
+        "return bias",
+        HOT,
+    ),
+    Fault(
+        "recovery: rows that others were merged into count once",
+        "python/sait/methods/recover.py",
+        "sizes = tokens.key_bias",
+        "sizes = None",
+        HOT,
     ),
     Fault(
         "what a method learns is clipped together with the rest",

@@ -55,7 +55,8 @@ def macs(
 
     Per block with n tokens in and m out, A = heads * head_dim: the linear layers (queries are computed for all n, since
     one layer makes q, k and v), 2 * m * n * A for attention, and the MLP on m tokens. A score of the class row costs
-    n * A more, one of the columns n * n * A; what a scorer of another kind costs is what its ``macs`` says, or nothing.
+    n * A more, one of the columns n * n * A; what a scorer of another kind costs is what its ``macs`` says, or nothing;
+    and so with what recovers tokens.
     Attention pooling counts the tokens that are left, not their padding. In a static plan the linear layers compute all
     the rows that there is room for, and attention those that are kept.
     Where gates decide what of a block runs, what is on is counted: rows of tokens that are on; of the layers to q, k
@@ -72,7 +73,8 @@ def macs(
             share is on. 1.0 is the most that an image can cost; another share is what images cost in the mean if all
             gates were drawn apart, which they are not. None: what ran for the images of the model's last forward.
         executed: False: what the method computes. True: what this model executes; its last block, under sait.optimize,
-            computes only what the head reads. This is what torch's FlopCounterMode counts in inference, halved.
+            computes only what the head reads. This is what torch's FlopCounterMode counts in inference, halved, and
+            the distances of sait.methods.DensityPeaks, which it does not count.
 
     Returns:
         The count, rounded.
@@ -108,13 +110,18 @@ def macs(
         per_image, used = per_image * (images // len(per_image)), used * (images // len(used))
     in_loop = executed and not (plan is None and isinstance(model, SparseModel))  # dense is the model's own forward
     for_head = in_loop and family.prefix_is_enough(vit) and runs_fused(family.blocks(vit)[-1], family)
-    pooled = _widest(plan, tokens, prefix) if executed and plan is not None and plan.ragged else None
+    padded = _widest(plan, tokens, prefix) if executed and plan is not None and plan.ragged else None
+    recovers = plan is not None and plan.recovers and not (executed and family.prefix_is_enough(vit))
     each = []
     for counts, gates in zip(per_image, used, strict=True):
         rows = plan_rows(vit, plan, counts, tokens, gates)
+        left = rows[-1].left if padded is None else padded
         rows = rows_for_head(vit, rows, plan) if for_head else rows
-        head = family.head_cost(vit, rows[-1].queries if pooled is None else pooled)
-        each.append(sum(part.macs for part in block_parts(vit, rows)) + head.macs)
+        read, more = rows[-1].queries if padded is None else padded, 0.0
+        if recovers:
+            more = _recovery_macs(plan, left, tokens - prefix, family.view(family.blocks(vit)[0]).channels)
+            read = tokens
+        each.append(sum(part.macs for part in block_parts(vit, rows)) + family.head_cost(vit, read).macs + more)
     return round(family.embedding_cost(vit, size).macs + sum(each) / len(each))
 
 
@@ -222,6 +229,12 @@ def _choosing_macs(stage: Stage, tokens: float, prefix: int, view: Any) -> float
     found = scorer.macs(scored, view.width, view.channels) if hasattr(scorer, "macs") else 0.0
     found += selector.macs(tokens, prefix, view.head_dim) if hasattr(selector, "macs") else 0.0
     return found + (after.macs(tokens, view.channels) if hasattr(after, "macs") else 0.0)
+
+
+def _recovery_macs(plan: Any, left: float, patches: int, channels: int) -> float:
+    """Of what recovers an image's patches from the tokens that are left; what says nothing of its cost has none."""
+    recover = plan.recover
+    return recover.macs(left, patches, channels) if hasattr(recover, "macs") else 0.0
 
 
 def rows_for_head(model: Any, rows: Sequence[Rows], plan: Plan | None = None) -> list[Rows]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +22,7 @@ from sait.methods.plan import Plan, Stage
 from sait.methods.policy import check_alone, mask, masks
 from sait.methods.soft import weighs, weights
 from sait.state import Record, check_blocks, sparse_family
-from sait.tokens import Homes, Tokens, prefix_selection
+from sait.tokens import Homes, Tokens, prefix_rows, prefix_selection
 from sait_kernels import Selection
 
 
@@ -47,7 +48,11 @@ def forward(
     enough = for_head and family.prefix_is_enough(model)
     one_op = state.recorded is None and homes is None and not family.checkpoints(model)
     encoded = encode(together, plan, tokens, enough) if one_op else None
-    tokens, kept, gates = (*encoded, ()) if encoded else run(model, family, plan, tokens, state.recorded, enough, homes)
+    gates: tuple[On, ...] = ()
+    if encoded is None:
+        tokens, kept, gates = run(model, family, plan, tokens, state.recorded, enough, homes)
+    else:
+        tokens, kept = recover(plan, encoded[0], enough), encoded[1]
     if state.opened is not None:
         state.opened += gates
     if tokens.policy is not None and for_head and not family.prefix_is_enough(model):
@@ -81,8 +86,8 @@ def run(
         homes: takes the tokens home behind the blocks that it wants, and ends the loop where it wants no more.
 
     Returns:
-        What leaves the last block; for each stage who was left behind it, in rows of the batch that entered; and what
-        the gates of each stage that has some have said.
+        What leaves the last block, recovered where the plan says so; for each stage who was left behind it, in rows of
+        the batch that entered; and what the gates of each stage that has some have said.
     """
     stages = {} if plan is None else {stage.block: stage for stage in plan.stages}
     blocks, kept, gates = family.blocks(model), [], []  # type: Any, list[Selection], list[On]
@@ -100,6 +105,8 @@ def run(
             kept.append(left)
         if on is not None:
             gates.append(on)
+        if i == len(blocks) - 1:
+            tokens = recover(plan, tokens, prefix_is_enough)
         if homes is not None and homes.arrive(i, tokens):
             break
     return tokens, tuple(kept), tuple(gates)
@@ -164,6 +171,29 @@ def drop(tokens: Tokens, stage: Stage, wants_scores: bool) -> tuple[Tokens, Tens
     assert isinstance(selection, Selection), "select refuses another"
     left = tokens.keep(selection, sk.gather_tokens(seen.x, selection), ragged)
     return left if stage.after is None else stage.after(left.packed, scores, selection, left), scores
+
+
+def recover(plan: Plan | None, tokens: Tokens, prefix_is_enough: bool) -> Tokens:
+    """All tokens again, where the plan has something that recovers those that it dropped; prefix rows are as they are.
+
+    Not where the model's result reads prefix rows only.
+    """
+    if plan is None or plan.recover is None or not plan.recovers or prefix_is_enough:
+        return tokens
+    if tokens.policy is not None:
+        raise ValueError(
+            "sait: recover: stages that learn mask tokens in training and drop none, so there are none to recover. "
+            "Leave recover out of their plan."
+        )
+    B, P, C = tokens.images, tokens.num_prefix, tokens.x.shape[-1]
+    patches, wanted = plan.recover(tokens), (B, tokens.entered - P, C)
+    if patches.shape != wanted:
+        raise ValueError(
+            f"sait: recover: expected shape {wanted} of {type(plan.recover).__name__}, got {tuple(patches.shape)}. "
+            "It gives a row to each patch that entered."
+        )
+    prefix = tokens.packed.index_select(0, prefix_rows(tokens).flatten()).view(B, P, C)
+    return tokens.whole(torch.cat([prefix, patches.to(prefix.dtype)], 1))
 
 
 def attend_prefix(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, scale: float | None) -> Attended:

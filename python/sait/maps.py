@@ -27,7 +27,8 @@ def full_maps(model: Any, images: Tensor, *, blocks: Sequence[int] | None = None
     dropped it.
 
     So a decoder for full maps works on a pruned encoder. That the rows of dropped patches are older than the others is
-    something that it has to learn, or may know from ``kept_mask``.
+    something that it has to learn, or may know from ``kept_mask``. Where the plan recovers tokens (Plan.recover), the
+    last block's map is what that gives.
 
     >>> import timm, torch
     >>> from sait import sparsify

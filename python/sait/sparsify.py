@@ -23,7 +23,7 @@ from sait.methods.plan import Plan, Stage
 from sait.state import Density, State, check_plan, set_density, state_of
 from sait.tokens import Homes, Tokens
 
-LEARNED = "sait_methods"  # the module of a sparse model that holds what its scorers learn
+LEARNED = "sait_methods"  # the module of a sparse model that holds what its methods learn
 
 
 def sparsify(
@@ -41,8 +41,9 @@ def sparsify(
 
     Prefix tokens (class, distillation, register) are never dropped. A head that pools over patches pools over those
     that are kept. ``forward_features`` returns what is kept: (B, n, C) at a fixed share, and (B, longest, C) with zeros
-    behind each image's own tokens where ``mass`` decides; where that is static, ``longest`` is what max_keep allows. On
-    a model that is sparse already the new plan replaces the old one.
+    behind each image's own tokens where ``mass`` decides; where that is static, ``longest`` is what max_keep allows. Of
+    a plan that recovers (Plan.recover) it returns all tokens. On a model that is sparse already the new plan replaces
+    the old one.
 
     >>> import timm
     >>> model = sparsify(timm.create_model("deit_tiny_patch16_224"), block=3, keep=0.45)

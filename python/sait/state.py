@@ -116,7 +116,7 @@ def check_plan(model: Any, plan: Plan, family: Family) -> None:
             )
         if hasattr(stage.selector, "check"):
             stage.selector.check(rows * columns)
-    if plan.ragged:
+    if plan.leaves_ragged:
         family.check_pooling(model)
 
 

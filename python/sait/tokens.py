@@ -111,6 +111,12 @@ class Tokens(NamedTuple):
         """The same tokens, each row times its weight (T,)."""
         return self.with_x(self.x * weights.view(*self.x.shape[:2], 1).to(self.x.dtype))
 
+    def whole(self, x: Tensor) -> Tokens:
+        """All tokens that entered, of ``x`` (B, entered, C): each at home, and standing for itself."""
+        B, N, _ = x.shape
+        cu_seqlens = sk.uniform_cu_seqlens(B, N, x.device)
+        return Tokens(x, cu_seqlens, N, False, self.num_prefix, N, state=self.state, grid=self.grid)
+
     def with_rope(self, rope: Tensor | tuple[Tensor, ...]) -> Tokens:
         """The same tokens, which carry their positions from here on."""
         return self._replace(rope=rope, at=self.positions)

@@ -159,6 +159,7 @@ def test_blocks_that_are_left_out_follow_the_depth(name: str) -> None:
         "dynamicvit": [[1, 2, 3], [3, 6, 9], [6, 12, 18]],
         "cagevit": [[0], [0], [0]],
         "adavit": [[1, 2, 3], [*range(1, 12)], [*range(1, 24)]],
+        "hot": [[1], [4], [9]],
     }
     assert list(blocks.values()) == expected[name]
     model = sait.sparsify(zoo.build("vit"), plan)

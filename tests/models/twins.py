@@ -5,6 +5,7 @@ Nothing of sait is used. Matrices are whole, choices are loops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -174,6 +175,65 @@ def predicted(weights: dict[str, Tensor], patches: Tensor) -> Tensor:
     shared = hidden[:, half:].sum(0) / len(hidden)
     both = torch.cat([hidden[:, :half], shared.repeat(len(hidden), 1)], 1)
     return torch.log_softmax(linear("out", gelu(linear("second", gelu(linear("first", both))))), 1)
+
+
+def hot(
+    vit: Any, learned: dict[str, Tensor], heads: int, images: Tensor, at: int, count: int, neighbours: int
+) -> tuple[Tensor, list[list[int]]]:
+    """(rows (B, N, C) of full length behind the final norm, [image] -> the patches that stay): density peaks ahead of
+    block ``at``, queries of these weights behind the last one."""
+    results, stayed = [], []
+    prefix = vit.num_prefix_tokens
+    for image in images:
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))[0]
+        for number, block in enumerate(vit.blocks):
+            if number == at:
+                scores = density_peaks(x[prefix:].detach(), neighbours)
+                best = sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:count]
+                stayed.append(sorted(best))
+                x = x[[*range(prefix), *(prefix + j for j in sorted(best))]]
+            x = block(x[None])[0]
+        results.append(vit.norm(torch.cat([x[:prefix], recovered(learned, heads, x)])))
+    return torch.stack(results), stayed
+
+
+def density_peaks(patches: Tensor, neighbours: int) -> list[float]:
+    """rho * delta of each patch (n, C), in float64."""
+    x, n = patches.double(), len(patches)
+    apart = [[float((x[i] - x[j]).square().sum().sqrt()) / x.shape[1] ** 0.5 for j in range(n)] for i in range(n)]
+    rho = []
+    for i in range(n):
+        near = sorted(apart[i][j] for j in range(n) if j != i)[:neighbours]
+        rho.append(math.exp(-sum(d * d for d in near) / max(len(near), 1)))
+    scores = []
+    for i in range(n):
+        denser = [apart[i][j] for j in range(n) if rho[j] > rho[i] or (rho[j] == rho[i] and j < i)]
+        scores.append(rho[i] * (min(denser) if denser else max(apart[i])))
+    return scores
+
+
+def recovered(learned: dict[str, Tensor], heads: int, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """(n, C) rows that are left, with the patches that each stands for -> (patches, C): query by query, head by
+    head."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ learned[f"{name}.weight"].T + learned[f"{name}.bias"]
+
+    centred = x - x.mean(1, keepdim=True)
+    normed = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    normed = normed * learned["norm.weight"] + learned["norm.bias"]
+    queries, D = learned["queries"], x.shape[1] // heads
+    q, k, v = linear("query", queries), linear("key", normed), linear("value", normed)
+    counts = torch.ones(len(x), dtype=x.dtype) if sizes is None else sizes
+    rows = []
+    for i in range(len(queries)):
+        of_heads = []
+        for part in (slice(h * D, (h + 1) * D) for h in range(heads)):
+            logits = (k[:, part] @ q[i, part]) / D**0.5
+            weights = counts * (logits - logits.max()).exp()
+            of_heads.append(weights @ v[:, part] / weights.sum())
+        rows.append(torch.cat(of_heads))
+    return queries + linear("proj", torch.stack(rows))
 
 
 def evit(prefix: int, keep: float) -> Reduce:

@@ -87,8 +87,8 @@ ScoreKind = Annotated[
 Method = Annotated[
     list[str] | None,
     typer.Option(
-        help="A published method, with its own blocks, in place of densities: sait, evit, ats, random, dynamicvit "
-        "(--keep), ltp (--threshold), tome (--pairs) or adavit (trained); repeatable."
+        help="A published method, with its own blocks, in place of densities: sait, evit, ats, random, dynamicvit, "
+        "cagevit, hot (--keep), ltp (--threshold), tome (--pairs), ltp_learned or adavit (trained); repeatable."
     ),
 ]
 Pairs = Annotated[list[int], typer.Option(help="Of --method tome: pairs to merge in a block; repeatable.", min=1)]

@@ -57,7 +57,7 @@ def _check_no_idle_option(context: typer.Context, method: list[str]) -> None:
             needs = {
                 "pairs": "--method tome",
                 "threshold": "--method ltp",
-                "keep": "sait, evit, ats, random, dynamicvit or cagevit",
+                "keep": "sait, evit, ats, random, dynamicvit, cagevit or hot",
             }
             cure = f"it goes with {needs[option]}" if option in needs else "methods have their own; leave it out"
             options.bad(f"--{option.replace('_', '-')}", f"no method here takes it: {cure}.")

@@ -117,7 +117,7 @@ class SparseTimm:
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         plan = self._sait.active
-        if plan is not None and plan.ragged and not prefix_is_enough(self):
+        if plan is not None and plan.leaves_ragged and not prefix_is_enough(self):
             raise ValueError(
                 "forward_head: with mass, features of images are padded, and pooling would count the padding. "
                 "Call the model itself, or use a fixed share: sait.set_density(model, keep=...)."

@@ -1,17 +1,31 @@
-"""Token-reduction methods as objects: what ranks tokens, what chooses among them, and what happens afterwards; and
+"""Token-reduction methods as objects: what ranks tokens, what chooses among them, what happens afterwards; and
 published methods, each a call that gives a Plan."""
 
 from sait.methods.adavit import AdaGates, AdaLosses, NewGates
 from sait.methods.after import FuseDropped, Merge
-from sait.methods.base import After, Gates, Losses, Merging, On, Scorer, Seen, Selector, Trained, names, register
+from sait.methods.base import (
+    After,
+    Gates,
+    Losses,
+    Merging,
+    On,
+    Recover,
+    Scorer,
+    Seen,
+    Selector,
+    Trained,
+    names,
+    register,
+)
 from sait.methods.cagevit import ActivationMap, CageLosses, FuseLearned, NewActivationMap, NewFuseLearned
 from sait.methods.dynamicvit import DynamicLosses, NewPredictor, Predictor
 from sait.methods.pairs import Pairs
 from sait.methods.plan import Plan, Stage
-from sait.methods.published import PUBLISHED, adavit, ats, cagevit, dynamicvit, evit, ltp, ltp_learned, tome
+from sait.methods.published import PUBLISHED, adavit, ats, cagevit, dynamicvit, evit, hot, ltp, ltp_learned, tome
 from sait.methods.published import random as random  # not in __all__: with * it would hide Python's
 from sait.methods.published import sait as sait
-from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, RandomScore, Unscored
+from sait.methods.recover import LearnedQueries, NewQueries
+from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, DensityPeaks, RandomScore, Unscored
 from sait.methods.selectors import Sampling, ShareOfFirst, Threshold, TopK, TopP
 from sait.methods.thresholds import LearnedThreshold, NewThreshold, ThresholdLosses
 
@@ -25,10 +39,12 @@ __all__ = [
     "ClassAttention",
     "ClassValue",
     "ColumnAttention",
+    "DensityPeaks",
     "DynamicLosses",
     "FuseDropped",
     "FuseLearned",
     "Gates",
+    "LearnedQueries",
     "LearnedThreshold",
     "Losses",
     "Merge",
@@ -37,12 +53,14 @@ __all__ = [
     "NewFuseLearned",
     "NewGates",
     "NewPredictor",
+    "NewQueries",
     "NewThreshold",
     "On",
     "Pairs",
     "Plan",
     "Predictor",
     "RandomScore",
+    "Recover",
     "Sampling",
     "Scorer",
     "Seen",
@@ -60,6 +78,7 @@ __all__ = [
     "cagevit",
     "dynamicvit",
     "evit",
+    "hot",
     "ltp",
     "ltp_learned",
     "names",

@@ -184,8 +184,29 @@ class Gates(Protocol):
         ...
 
 
+@runtime_checkable
+class Recover(Protocol):
+    """Gives a model's tokens their full length back, behind the last block and ahead of the final norm.
+
+    What else is read where it has it: ``macs(tokens, patches, channels)``, its multiply-accumulates for an image of
+    which so many tokens are left; ``for_model`` and ``makes``, as of a Scorer.
+    """
+
+    recovers: bool  # True
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        """(B, patches, C): a row for each patch that entered the first block, in order. The loop puts the prefix rows
+        ahead of them, as they are. Not called where nothing is dropped whatever the scores, nor where the result reads
+        prefix rows only.
+
+        Args:
+            tokens: that the last block leaves: ``tokens.x`` (B, n, C), or packed where ``tokens.ragged``.
+        """
+        ...
+
+
 Class = TypeVar("Class", bound=type)
-_REGISTERED: dict[str, dict[str, type]] = {"scorer": {}, "selector": {}, "after": {}, "gates": {}}
+_REGISTERED: dict[str, dict[str, type]] = {"scorer": {}, "selector": {}, "after": {}, "gates": {}, "recover": {}}
 
 
 def register(name: str) -> Callable[[Class], Class]:
@@ -215,7 +236,7 @@ def register(name: str) -> Callable[[Class], Class]:
 
 
 def names(kind: str) -> list[str]:
-    """The registered names of a kind: "scorer", "selector", "after" or "gates"."""
+    """The registered names of a kind: "scorer", "selector", "after", "gates" or "recover"."""
     return list(_REGISTERED[kind])
 
 
@@ -224,6 +245,8 @@ def _kind(cls: type) -> str:
         return "after"
     if hasattr(cls, "switches"):
         return "gates"
+    if hasattr(cls, "recovers"):
+        return "recover"
     return "selector" if hasattr(cls, "bound") else "scorer"
 
 

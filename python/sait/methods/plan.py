@@ -11,12 +11,13 @@ from typing import Any, cast
 
 from torch import nn
 
-from sait.methods.base import After, Gates, Losses, Scorer, Selector, build, describe
+from sait.methods.base import After, Gates, Losses, Recover, Scorer, Selector, build, describe
 from sait.methods.scorers import ClassAttention, Unscored
 from sait.methods.selectors import TopK, TopP, selector_of
 from sait.tokens import Sizes
 
 ROLES = ("scorer", "selector", "after", "gates")
+RECOVER = "recover"  # the name of a plan's own object among those that learn
 
 
 @dataclass(frozen=True, init=False)
@@ -183,6 +184,11 @@ class Stage:
             raise
 
 
+def _is_missing(method: Any, name: str, learned: Mapping[str, nn.Module]) -> bool:
+    """Whether an object stands for a module that is not among those that are learned."""
+    return hasattr(method, "for_model") and not isinstance(learned.get(name), method.makes)
+
+
 def _changed(of_depth: Callable[[int], Plan], method: str, depth: int, **arguments: Any) -> Plan:
     """A plan of a depth, then changed: what a plan of any depth becomes that is changed."""
     plan: Plan = getattr(of_depth(depth), method)(**arguments)
@@ -226,9 +232,11 @@ class Plan:
             whose blocks are left out have it. ``stages`` are then those for 12 blocks. Not written down.
         label: what tables call it; None: its stages. Not written down but by sait.save.
         losses: what trains it beside the labels, where it learns. Not written down.
+        recover: gives the tokens their full length back behind the last block; None: those that are left leave it.
 
     Raises:
-        ValueError, TypeError: no stage, blocks that do not ascend, something that is no Stage, an unknown score.
+        ValueError, TypeError: no stage, blocks that do not ascend, something that is no Stage or no Recover, an unknown
+            score.
     """
 
     stages: tuple[Stage, ...]
@@ -236,6 +244,7 @@ class Plan:
     of_depth: Callable[[int], Plan] | None = field(default=None, compare=False, repr=False)
     label: str | None = field(default=None, compare=False, repr=False)
     losses: Losses | None = field(default=None, compare=False, repr=False)
+    recover: Recover | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stages, Stage) or not isinstance(self.stages, Iterable):
@@ -256,6 +265,12 @@ class Plan:
         scorer = build("scorer", self.score, "score") if isinstance(self.score, str) else self.score
         if isinstance(scorer, type) or not callable(scorer):
             raise TypeError(f"Plan: score: expected a name or a Scorer, got {self.score!r}.")
+        recover = self.recover
+        if recover is not None and (isinstance(recover, type) or not isinstance(recover, Recover)):
+            raise TypeError(
+                f"Plan: recover: expected a Recover, such as sait.methods.NewQueries(), got {recover!r}. "
+                "One of your own has recovers = True and __call__."
+            )
         stages = (stage if stage.scorer_given else stage.with_scorer(scorer) for stage in self.stages)
         object.__setattr__(self, "stages", tuple(stages))
 
@@ -296,23 +311,22 @@ class Plan:
             for stage in self.stages
             for roles in [ROLES if stage.gates is None else ("gates",)]
         )
-        return self.label or "; ".join(stages)
+        recovered = "" if self.recover is None else f"; recovered by {self.recover}"
+        return self.label or "; ".join(stages) + recovered
 
     def for_depth(self, depth: int) -> Plan:
         """The plan for a model of so many blocks: this one, unless it was made without blocks."""
         return self if self.of_depth is None else self.of_depth(depth)
 
-    def unlearned(self, learned: Mapping[str, nn.Module]) -> list[int]:
-        """Blocks of stages with something yet to learn by a model that has ``learned`` this, by role and block."""
-        return [
+    def unlearned(self, learned: Mapping[str, nn.Module]) -> list[int | str]:
+        """Blocks of stages with something yet to learn by a model that has ``learned`` this, by role and block; and
+        "behind the last", where tokens are recovered."""
+        blocks: list[int | str] = [
             stage.block
             for stage in self.stages
-            if any(
-                hasattr(method := getattr(stage, role), "for_model")
-                and not isinstance(learned.get(f"{role}{stage.block}"), method.makes)
-                for role in ROLES
-            )
+            if any(_is_missing(getattr(stage, role), f"{role}{stage.block}", learned) for role in ROLES)
         ]
+        return blocks + ["behind the last"] * _is_missing(self.recover, RECOVER, learned)
 
     def for_model(self, sizes: Sizes, learned: Mapping[str, nn.Module]) -> Plan:
         """The plan for a model of these sizes: what stands for a module becomes that of ``learned``, or a new one."""
@@ -325,7 +339,12 @@ class Plan:
                     known = learned.get(f"{role}{stage.block}")
                     found[role] = known if isinstance(known, method.makes) else method.for_model(sizes)
             stages.append(stage._with(**found) if found else stage)
-        return replace(self, stages=tuple(stages))
+        recover: Any = self.recover
+        if _is_missing(recover, RECOVER, learned):
+            recover = recover.for_model(sizes)
+        elif hasattr(recover, "for_model"):
+            recover = learned[RECOVER]
+        return replace(self, stages=tuple(stages), recover=recover)
 
     def with_learned(self, learned: Mapping[str, nn.Module]) -> Plan:
         """The plan with what a model has learned: all that it needs, see ``unlearned``."""
@@ -334,6 +353,7 @@ class Plan:
     def learned(self) -> dict[str, nn.Module]:
         """Those of its objects that are modules, by role and block: their parameters become a sparse model's."""
         found = {f"{role}{stage.block}": getattr(stage, role) for stage in self.stages for role in ROLES}
+        found[RECOVER] = self.recover
         return {name: method for name, method in found.items() if isinstance(method, nn.Module)}
 
     def sharing(self, other: Plan) -> Plan:
@@ -344,7 +364,10 @@ class Plan:
             own = {role: getattr(stage, role) for role in ROLES if isinstance(getattr(stage, role), nn.Module)}
             found = {role: theirs.get(f"{role}{stage.block}", method) for role, method in own.items()}
             stages.append(stage._with(**found))
-        return replace(self, stages=tuple(stages))
+        recover: Any = self.recover
+        if isinstance(recover, nn.Module):
+            recover = theirs.get(RECOVER, recover)
+        return replace(self, stages=tuple(stages), recover=recover)
 
     def stage_at(self, block: int) -> Stage | None:
         """The stage that drops tokens at this block, or None."""
@@ -364,6 +387,16 @@ class Plan:
     def gated(self) -> bool:
         """Whether images decide what of a block runs for them."""
         return any(stage.gates is not None for stage in self.stages)
+
+    @property
+    def recovers(self) -> bool:
+        """Whether tokens are dropped and all come back behind the last block."""
+        return self.recover is not None and not self.keeps_all
+
+    @property
+    def leaves_ragged(self) -> bool:
+        """Whether images may have different numbers of tokens in the end."""
+        return self.ragged and not self.recovers
 
     @property
     def static(self) -> bool:
@@ -386,7 +419,8 @@ class Plan:
                 "sait.density(model) of a model that has it."
             )
         score = self.score if isinstance(self.score, str) else describe(self.score)
-        return {"stages": [stage.to_dict() for stage in self.stages], "score": score}
+        document = {"stages": [stage.to_dict() for stage in self.stages], "score": score}
+        return document if self.recover is None else {**document, "recover": describe(self.recover)}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Plan:
@@ -395,9 +429,13 @@ class Plan:
         Raises:
             ValueError, TypeError: an unknown name, with those that there are; or whatever Stage and Plan refuse.
         """
-        unknown = set(document) - {"stages", "score"}
+        unknown = set(document) - {"stages", "score", "recover"}
         if unknown or "stages" not in document:
-            raise ValueError(f"Plan: expected stages, and perhaps score, got {', '.join(map(str, document))}.")
+            raise ValueError(
+                f"Plan: expected stages, and perhaps score and recover, got {', '.join(map(str, document))}."
+            )
         score = document.get("score", "cls")
         score = score if isinstance(score, str) else build("scorer", score)
-        return cls(tuple(map(Stage.from_dict, document["stages"])), score)
+        recover = document.get("recover")
+        recover = None if recover is None else build("recover", recover)
+        return cls(tuple(map(Stage.from_dict, document["stages"])), score, recover=recover)

@@ -16,7 +16,8 @@ from sait.methods.cagevit import CageLosses, NewActivationMap, NewFuseLearned
 from sait.methods.dynamicvit import DynamicLosses, NewPredictor
 from sait.methods.pairs import Pairs
 from sait.methods.plan import Plan, Stage
-from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, RandomScore, Unscored
+from sait.methods.recover import NewQueries
+from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, DensityPeaks, RandomScore, Unscored
 from sait.methods.selectors import Sampling, ShareOfFirst, Threshold, TopK
 from sait.methods.thresholds import NewThreshold, ThresholdLosses
 
@@ -191,6 +192,26 @@ def adavit(keep: float = 0.7, blocks: Blocks = None, *, keep_layers: int = 1) ->
     return _of_any_depth(partial(_adavit, keep, blocks, keep_layers))
 
 
+def hot(keep: float | int = 1 / 3, blocks: Blocks = None, *, neighbours: int = 2) -> Plan:
+    """Prune and recover (HoT 2311.12028): ahead of one block, by default that at 3/8 of the depth, those patches stay
+    that are peaks of density (sait.methods.DensityPeaks); behind the last block a learned query for each patch attends
+    to those that stay, so that the result has full length, in the original order (sait.methods.LearnedQueries).
+
+    For tasks that want something of every patch or frame. A head that reads prefix tokens only gets nothing of it: its
+    model recovers nothing when it is called, and does in ``forward_features`` and ``sait.full_maps``. A model that has
+    queries keeps them; one that has none gets new ones, which know nothing before they are trained.
+
+    Args:
+        keep: a float in (0, 1], a share of the patches, or an int, their number.
+        blocks: ahead of which; 0-based.
+        neighbours: whose distances say how dense it is around a patch.
+
+    Raises:
+        ValueError, TypeError: keep or neighbours outside its range; blocks that do not ascend.
+    """
+    return _of_any_depth(partial(_hot, keep, blocks, neighbours))
+
+
 def random(keep: float | int = 0.45, blocks: Blocks = None) -> Plan:
     """Patches that chance keeps, drawn anew by each forward, by default ahead of the first block: what a score is worth
     shows against it, and training drops patches so (MAE 2111.06377, PatchDropout 2208.07220).
@@ -213,6 +234,7 @@ PUBLISHED: dict[str, Callable[..., Plan]] = {
     "dynamicvit": dynamicvit,
     "cagevit": cagevit,
     "adavit": adavit,
+    "hot": hot,
 }
 
 
@@ -284,6 +306,13 @@ def _adavit(keep: float, blocks: Blocks, keep_layers: int, depth: int) -> Plan:
     label = "AdaViT" + (f", keep_layers {keep_layers}" if keep_layers != 1 else "")
     plan = _plan(label, blocks, range(keep_layers, depth), lambda block: Stage(block, gates=NewGates()))
     return replace(plan, losses=AdaLosses(keep))
+
+
+def _hot(keep: float | int, blocks: Blocks, neighbours: int, depth: int) -> Plan:
+    def stage(block: int) -> Stage:
+        return Stage(block, DensityPeaks(neighbours), TopK(keep), before=True)
+
+    return replace(_plan(f"HoT, keep {round(keep, 3)}", blocks, [3 * depth // 8], stage), recover=NewQueries())
 
 
 def _quarters(depth: int) -> list[int]:

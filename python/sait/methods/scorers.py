@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import sait_kernels as sk
@@ -107,3 +108,69 @@ class Unscored:
 
     def __call__(self, seen: Seen) -> Tensor:
         return torch.zeros(seen.x.shape[0], device=seen.x.device)
+
+
+@register("density_peaks")
+@dataclass(frozen=True)
+class DensityPeaks:
+    """How much a patch is a peak of density: one with others close by, and no denser one near (HoT 2311.12028).
+
+    With d_ij = |x_i - x_j| / sqrt(C) between the patches of an image, the density is rho_i = exp(-mean of d_ij^2 over
+    the nearest neighbours of i, itself not among them), delta_i the distance to the nearest patch that is denser, of
+    the densest one its largest distance, and the score rho_i * delta_i. Of equally dense patches the earlier one is
+    the denser. Scores of an image are divided by its largest rho, which changes no order: exp would give zeros where
+    all patches are far apart.
+
+    In float32; image by image where images have different numbers of patches, which reads their lengths.
+
+    Attributes:
+        neighbours: 1 or more; of fewer patches all others are neighbours.
+
+    Raises:
+        ValueError, TypeError: neighbours is no such number.
+    """
+
+    neighbours: int = 2
+    reads = ("x",)
+
+    def __post_init__(self) -> None:
+        cure = "It is a number of patches, such as 2."
+        if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int):
+            raise TypeError(f"DensityPeaks: neighbours: expected an int, got {self.neighbours!r}. {cure}")
+        if self.neighbours < 1:
+            raise ValueError(f"DensityPeaks: neighbours: expected 1 or more, got {self.neighbours}. {cure}")
+
+    def __call__(self, seen: Seen) -> Tensor:
+        tokens, P = seen.tokens, seen.tokens.num_prefix
+        x = seen.x.to(torch.promote_types(seen.x.dtype, torch.float32))
+        with torch.autocast(x.device.type, enabled=False):
+            if not tokens.ragged:
+                patches = x.view(tokens.images, tokens.max_seqlen, x.shape[1])[:, P:]
+                return F.pad(self._of_patches(patches), (P, 0)).flatten()
+            bounds = tokens.cu_seqlens.tolist()
+            scores = [
+                self._of_patches(x[None, first + P : last])[0] for first, last in pairwise(bounds) if last > first
+            ]
+            return torch.cat([*(F.pad(own, (P, 0)) for own in scores), x.new_zeros(x.shape[0] - bounds[-1])])
+
+    def _of_patches(self, x: Tensor) -> Tensor:
+        """(B, n, C) -> (B, n)."""
+        n, C = x.shape[1:]
+        if n == 0:
+            return x.new_zeros(x.shape[:2])
+        # From differences: by products of rows those that are alike would have the distance of their rounding.
+        distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / C**0.5
+        others = distances.masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), torch.inf)
+        k = min(self.neighbours, n - 1)
+        sparse = others.topk(k, largest=False).values.square().sum(-1) / max(k, 1)  # -log rho
+        row = torch.arange(n, device=x.device)
+        mine, theirs = sparse[:, :, None], sparse[:, None, :]
+        denser = (theirs < mine) | ((theirs == mine) & (row < row[:, None]))
+        nearest = distances.masked_fill(~denser, torch.inf).amin(-1)
+        largest = distances.nan_to_num(0.0).amax(-1)
+        rho = (sparse.nan_to_num(torch.inf).amin(1, keepdim=True) - sparse).exp()
+        return rho * torch.where(denser.any(-1), nearest, largest)
+
+    def macs(self, tokens: float, width: int, channels: int) -> float:
+        """Multiply-accumulates for an image: of the distances."""
+        return tokens * tokens * channels

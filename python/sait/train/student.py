@@ -11,6 +11,7 @@ from sait.families import build as build_model
 from sait.methods import PUBLISHED
 from sait.methods.plan import Plan, Stage
 from sait.sparsify import sparsify
+from sait.state import sparse_family
 from sait.train.config import Config, TrainingError
 from sait.train.data import class_names
 
@@ -32,6 +33,11 @@ def create_student(config: Config) -> tuple[dict[str, Any], Any]:
         sparsify(model, student_plan(config))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TrainingError(f"--model: {config.model}: {' '.join(str(error).split())}") from error
+    if model._sait.plan.recovers and sparse_family(model).prefix_is_enough(model):
+        raise TrainingError(
+            f"--method: {config.method} recovers patches, and the head of this {config.model} reads its class token "
+            "alone, so that nothing would teach it. Set model_kwargs.global_pool to avg."
+        )
     if config.init is not None:
         try:
             checkpoint.load_weights(model, checkpoint.read(config.init).tensors, config.init)
