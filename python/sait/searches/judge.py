@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,12 +32,23 @@ class Limits:
     """
 
     def __init__(self, evaluations: int | None, minutes: float | None, advance: Callable[[], object]) -> None:
-        self._most, self._advance, self.done = evaluations, advance, 0
-        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._most, self._advance, self.done = evaluations or math.inf, advance, 0
+        self._start = time.monotonic()
+        self._end = math.inf if minutes is None else self._start + 60 * minutes
+
+    @contextlib.contextmanager
+    def part(self, share: float) -> Iterator[None]:
+        """Inside, a share of what the limits allow from the start on; where that is used up, LimitError."""
+        most, end = self._most, self._end
+        self._most, self._end = share * most, self._start + share * (end - self._start)
+        try:
+            yield
+        finally:
+            self._most, self._end = most, end
 
     def count(self) -> None:
         """Before each evaluation."""
-        if self._most is not None and self.done >= self._most:
+        if self.done >= self._most:
             raise LimitError("evaluations")
         self.check()
         self.done += 1

@@ -32,9 +32,9 @@ class Parts:
         return bool(self.blocks or self.heads or self.hidden)
 
     def __str__(self) -> str:
-        counts = (("block", self.blocks), ("head", self.heads), (f"MLP group of {self.groups}", self.hidden))
-        words = [f"{len(found)} {name}{'s' * (len(found) != 1)}" for name, found in counts if found]
-        return ", ".join(words).replace("groups of", "group of") or "nothing"
+        counts = (("block", "", self.blocks), ("head", "", self.heads), ("MLP group", f" of {self.groups}", self.hidden))
+        words = [f"{len(found)} {name}{'s' * (len(found) != 1)}{of}" for name, of, found in counts if found]
+        return ", ".join(words) or "nothing"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

@@ -23,7 +23,7 @@ from sait.searches.space import YARDSTICK, Space, space_of_own, spaces_of, untra
 from sait.sparsify import SparseModel, sparsify
 from sait.state import set_density
 
-OF_PARTS = 0.5  # of the budget: what leaving out may spend, so that dropping tokens has the rest
+OF_PARTS = 0.5  # of the budget and of the limits: what leaving out may spend, so that dropping tokens has the rest
 SPEED_MARGIN = 0.02  # of measured seconds, by which another plan has to be faster: less is noise
 BY = ("macs", "speed")
 
@@ -152,44 +152,26 @@ def search(
             mode. TypeError: an unsupported model.
     """
     may_lose = _may_lose(max_drop, agreement)
-    if by not in BY:
-        raise ValueError(f"search: by: expected one of {', '.join(BY)}, got {by!r}.")
-    for name, limit in (("max_stages", max_stages), ("evaluations", evaluations), ("minutes", minutes)):
-        if limit is not None and limit <= 0:
-            raise ValueError(f"search: {name}: expected more than 0, got {limit}.")
-    family = family_of(type(model))
-    if family is None:
-        raise TypeError(f"search: model: expected one that sparsify takes, got {type(model).__name__}.")
-    if model.training:
-        raise ValueError("search: model: expected one in eval mode. Call model.eval().")
+    _check(model, by, max_stages=max_stages, evaluations=evaluations, minutes=minutes)
     whole = _dense(model)
-    spaces_for = partial(_spaces, model, methods=methods, blocks=blocks)
     asked: dict[str, Any] = {"labelled": agreement is None, "dtype": dtype, "seed": seed}
     judge, limits = Judge(images, whole, **asked), Limits(evaluations, minutes, advance)
-    part_search = None
-    stopped, parts, plan = "done", Parts(groups=groups), everything()
+    spaces_for = partial(_spaces, model, methods=methods, blocks=blocks)
+    fitting(share(whole), spaces_for(shape_of(model)["depth"]), methods is not None)  # bad arguments come before work
+    leaving = None
     if leave_out:
-        restored(share(model))  # refuses what has learned
-        part_search = Leaving(whole, judge, judge.floor(OF_PARTS * may_lose), limits, groups)
-    fitting(share(whole), spaces_for(len(family.blocks(model))), methods is not None)  # bad arguments come before work
-    greedy: Greedy | None = None
-    try:
-        if part_search is not None:
-            part_search.run()
-        run = _without(whole, Parts(groups=groups) if part_search is None else part_search.parts)
-        price = partial(_seconds, whole, judge, repeats, dtype) if by == "speed" else None
-        greedy = Greedy(
-            *(run, judge, judge.floor(may_lose), limits, price), margin=SPEED_MARGIN if by == "speed" else 0.0
-        )
-        spaces = fitting(run, spaces_for(len(family.blocks(run))), methods is not None)
-        greedy.coarse(spaces)
-        greedy.fine(max_stages)
-    except LimitError as limit:
-        stopped = str(limit)
-    except KeyboardInterrupt:
-        stopped = "interrupted"
-    parts = parts if part_search is None else part_search.parts
-    plan = plan if greedy is None else greedy.best.plan
+        leaving = Leaving(restored(share(model)), judge, judge.floor(OF_PARTS * may_lose), limits, groups)
+
+    def greedy_in(run: Any) -> Greedy:
+        if by == "macs":
+            return Greedy(run, judge, judge.floor(may_lose), limits)
+        price = partial(_seconds, whole, judge, repeats, dtype)
+        return Greedy(run, judge, judge.floor(may_lose), limits, price, SPEED_MARGIN)
+
+    def spaces_in(run: Any) -> list[Space]:
+        return fitting(run, spaces_for(shape_of(run)["depth"]), methods is not None)
+
+    parts, plan, stopped = _explore(whole, leaving, limits, greedy_in, spaces_in, max_stages)
     chosen = sparsify(_without(whole, parts), plan)
     others = Judge(held_out, whole, **asked)
     here, there = judge.look(chosen, None), others.look(chosen, None)
@@ -198,7 +180,7 @@ def search(
     return Found(
         model=chosen,
         plan=chosen._sait.plan,
-        left_out=parts,
+        left_out=parts or Parts(groups=groups),
         search=_score(judge.dense, here),
         held_out=_score(others.dense, there),
         dense_macs=others.dense.macs,
@@ -210,6 +192,46 @@ def search(
         seed=seed,
         shape=shape_of(model),
     )
+
+
+def _explore(
+    whole: Any,
+    leaving: Leaving | None,
+    limits: Limits,
+    greedy_in: Callable[[Any], Greedy],
+    spaces_in: Callable[[Any], list[Space]],
+    max_stages: int,
+) -> tuple[Parts | None, Plan, str]:
+    """(what is left out, the plan of the rest, what ended the search)."""
+    stopped, greedy = "done", None
+    try:
+        if leaving is not None:
+            try:
+                with limits.part(OF_PARTS):
+                    leaving.run()
+            except LimitError as limit:
+                stopped = str(limit)
+        run = _without(whole, None if leaving is None else leaving.parts)
+        greedy = greedy_in(run)
+        greedy.coarse(spaces_in(run))
+        greedy.fine(max_stages)
+    except LimitError as limit:
+        stopped = str(limit)
+    except KeyboardInterrupt:
+        stopped = "interrupted"
+    return None if leaving is None else leaving.parts, everything() if greedy is None else greedy.best.plan, stopped
+
+
+def _check(model: Any, by: str, **limits: float | None) -> None:
+    if by not in BY:
+        raise ValueError(f"search: by: expected one of {', '.join(BY)}, got {by!r}.")
+    for name, limit in limits.items():
+        if limit is not None and limit <= 0:
+            raise ValueError(f"search: {name}: expected more than 0, got {limit}.")
+    if family_of(type(model)) is None:
+        raise TypeError(f"search: model: expected one that sparsify takes, got {type(model).__name__}.")
+    if model.training:
+        raise ValueError("search: model: expected one in eval mode. Call model.eval().")
 
 
 def _may_lose(max_drop: float | None, agreement: float | None) -> float:
@@ -233,7 +255,7 @@ def _dense(model: Any) -> Any:
     return copy
 
 
-def _without(whole: Any, parts: Parts) -> Any:
+def _without(whole: Any, parts: Parts | None) -> Any:
     copy = share(whole)
     return leave_out(copy, parts) if parts else copy
 
