@@ -153,6 +153,18 @@ def test_a_plan_is_given_up_only_where_it_cannot_reach_the_floor() -> None:
             assert looked is None or looked.quality == pytest.approx(quality)
 
 
+def test_sure_plans_keep_the_budget_at_the_worse_end() -> None:
+    asked: dict[str, Any] = {"agreement": 0.4, "methods": ["sait"], "blocks": [0, 1, 2]}
+    bold = sait.search(model(), batches(1), batches(2), **asked)
+    sure = sait.search(model(), batches(1), batches(2), sure=True, **asked)
+    assert bold.search.low < bold.search.lost <= 0.6 < bold.search.high
+    assert sure.search.high <= 0.6
+    assert bold.macs < sure.macs
+    same = torch.cat([sure.model(x).argmax(1) == model()(x).argmax(1) for x in batches(1)]).double()
+    half = 1.959964 * same.std().item() / len(same) ** 0.5
+    assert sure.search.high == pytest.approx(1 - same.mean().item() + half)
+
+
 def test_parts_and_tokens_share_the_budget() -> None:
     dense, images = model(), batches(1)
     found = sait.search(dense, images, batches(2), agreement=0.5, methods=["sait"], leave_out=True, groups=2)

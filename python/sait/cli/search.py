@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sait.train.data import Data
 
 IDLE = ("keep", "mass", "max_keep", "static", "pairs", "threshold", "score", "json")
-NEEDED = ("leave_out", "groups", "by", "max_stages", "evaluations", "minutes", "seed")
+NEEDED = ("leave_out", "groups", "sure", "by", "max_stages", "evaluations", "minutes", "seed")
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ def report(file: PlanFile) -> Iterator[str]:
     if file.held_out.lost > file.may_lose:
         yield (
             f"On images that the search never saw it loses {100 * file.held_out.lost:.2f} points, more than the "
-            "budget: the search images flatter a plan that was chosen by them. More of them (--images), or a smaller "
-            "budget, help."
+            "budget: the search images flatter a plan that was chosen by them. More of them (--images), "
+            "--sure, or a smaller budget, help."
         )
 
 

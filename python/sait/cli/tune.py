@@ -89,6 +89,12 @@ def tune(
         bool, typer.Option("--leave-out", help="Of --search: also leave out blocks, heads and groups of MLP channels.")
     ] = False,
     groups: Annotated[int, typer.Option(help="Of --leave-out: groups of an MLP's channels.", min=2)] = 8,
+    sure: Annotated[
+        bool,
+        typer.Option(
+            "--sure", help="Of --search: the worse end of the interval of 95 % of what is lost keeps the budget."
+        ),
+    ] = False,
     by: Annotated[
         Objective, typer.Option(help="Of --search: what is to be least; speed is measured, for a quiet machine.")
     ] = Objective.macs,
@@ -132,6 +138,7 @@ def tune(
             "max_stages": max_stages,
             "leave_out": leave_out,
             "groups": groups,
+            "sure": sure,
             "by": by.value,
             "repeats": repeats,
             "evaluations": evaluations,

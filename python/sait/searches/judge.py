@@ -88,17 +88,25 @@ class Judge:
         labelled: whether labels say what is right; else the dense model does.
         dtype: of autocast; float32 is none.
         seed: of methods that draw numbers.
+        sure: whether a floor holds for the worse end of the interval of 95 %, not for the mean.
 
     Raises:
         ValueError: no image, batches that can be read only once, or labels that the model does not have.
     """
 
     def __init__(
-        self, batches: Iterable[Any], dense: Any, *, labelled: bool, dtype: torch.dtype = torch.float32, seed: int = 0
+        self,
+        batches: Iterable[Any],
+        dense: Any,
+        *,
+        labelled: bool,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        sure: bool = False,
     ) -> None:
         if isinstance(batches, Iterator):
             raise ValueError("search: images: expected what can be read again, such as a list of batches or a loader.")
-        self._batches, self._labelled, self._dtype, self._seed = batches, labelled, dtype, seed
+        self._batches, self._labelled, self._dtype, self._seed, self._sure = batches, labelled, dtype, seed, sure
         self._device = next(dense.parameters()).device
         self._truth: list[Any] = []
         self.images, self.size = 0, (0, 0)
@@ -127,7 +135,11 @@ class Judge:
         """
         if limits is not None:
             limits.count()
-        return self._all(model, floor, limits)
+        looked: Looked | None = self._all(model, floor, limits)
+        if looked is not None and floor is not None and self._sure:
+            _, _, most = lost_between(self.dense.right, looked.right)
+            return looked if self.dense.quality - most >= floor else None
+        return looked
 
     def _all(self, model: Any, floor: float | None, limits: Limits | None) -> Any:
         found, losses, costs, lost = [], 0.0, 0.0, 0.0

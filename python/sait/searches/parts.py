@@ -32,7 +32,11 @@ class Parts:
         return bool(self.blocks or self.heads or self.hidden)
 
     def __str__(self) -> str:
-        counts = (("block", "", self.blocks), ("head", "", self.heads), ("MLP group", f" of {self.groups}", self.hidden))
+        counts = (
+            ("block", "", self.blocks),
+            ("head", "", self.heads),
+            ("MLP group", f" of {self.groups}", self.hidden),
+        )
         words = [f"{len(found)} {name}{'s' * (len(found) != 1)}{of}" for name, of, found in counts if found]
         return ", ".join(words) or "nothing"
 

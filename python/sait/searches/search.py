@@ -98,6 +98,7 @@ def search(
     max_stages: int = 3,
     leave_out: bool = False,
     groups: int = GROUPS,
+    sure: bool = False,
     by: str = "macs",
     repeats: int = 5,
     evaluations: int | None = None,
@@ -139,6 +140,8 @@ def search(
         max_stages: to which a plan may grow; the methods' own plans may have more.
         leave_out: whether parts are left out, too: of a timm VisionTransformer.
         groups: of the hidden channels of an MLP, for leave_out.
+        sure: whether the budget has to hold for the worse end of the interval of 95 % of what is lost, not for its
+            mean: that takes more images, and less of what is found is chance.
         by: "macs", or "speed", the seconds of a forward of the first batch against the dense model's, measured in turn:
             for a quiet machine.
         repeats: samples of each time.
@@ -155,7 +158,7 @@ def search(
     _check(model, by, max_stages=max_stages, evaluations=evaluations, minutes=minutes)
     whole = _dense(model)
     asked: dict[str, Any] = {"labelled": agreement is None, "dtype": dtype, "seed": seed}
-    judge, limits = Judge(images, whole, **asked), Limits(evaluations, minutes, advance)
+    judge, limits = Judge(images, whole, **asked, sure=sure), Limits(evaluations, minutes, advance)
     spaces_for = partial(_spaces, model, methods=methods, blocks=blocks)
     fitting(share(whole), spaces_for(shape_of(model)["depth"]), methods is not None)  # bad arguments come before work
     leaving = None
