@@ -124,6 +124,7 @@ LAYERS = (
     ("sait.forward",),
     ("sait.sparsify", "sait.vit", "sait.cost", "sait.maps", "sait.explain", "sait.saliency", "sait.exports"),
     ("sait.environment", "sait.checkpoint", "sait.bench", "sait.data", "sait.weights", "sait.calibrate"),
+    ("sait.searches",),
     ("sait.train",),
     ("sait.embed",),
     ("sait.cli",),

@@ -11,6 +11,7 @@ from sait.exports.export import export
 from sait.maps import FullMaps, full_maps
 from sait.methods.base import Seen
 from sait.methods.plan import Plan, Stage
+from sait.searches import Parts, PlanFile, leave_out, search
 from sait.sparsify import restore, sparsify
 from sait.state import density, gates, kept_mask, record_gates, record_scores, selections, set_density
 from sait.tokens import Tokens
@@ -18,7 +19,9 @@ from sait.vit import SaitViT  # registers the sait_deit models with timm
 
 __all__ = [
     "FullMaps",
+    "Parts",
     "Plan",
+    "PlanFile",
     "SaitViT",
     "Seen",
     "Stage",
@@ -34,6 +37,7 @@ __all__ = [
     "gates",
     "graphed",
     "kept_mask",
+    "leave_out",
     "load",
     "macs",
     "methods",
@@ -42,6 +46,7 @@ __all__ = [
     "record_scores",
     "restore",
     "save",
+    "search",
     "selections",
     "set_density",
     "sparsify",

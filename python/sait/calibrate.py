@@ -122,9 +122,9 @@ def calibrate(
         first, count = batch if first is None else first, count + len(batch)
         size = (batch.shape[-2], batch.shape[-1])
         answers = dense(batch)
-        are_logits = _answers(dense, answers)
+        are_logits = has_classes(dense, answers)
         for i, one in enumerate(copies):
-            same[i].append(_alike(one(batch), answers, are_logits, dense))
+            same[i].append(alike(one(batch), answers, are_logits, dense))
             costs[i] += macs(one, img_size=size) * len(batch)
             advance()
     if first is None or count == 0:
@@ -133,8 +133,8 @@ def calibrate(
     rates = [len(first) / taken for taken in seconds]
     of_dense = macs(dense, img_size=(first.shape[-2], first.shape[-1]))
     found = [Agreement(None, 1.0, 1.0, 1.0, rates[0], of_dense / 1e9)]
-    for plan, alike, cost, rate in zip(plans, same, costs, rates[1:], strict=True):
-        values = torch.cat(alike)
+    for plan, found_same, cost, rate in zip(plans, same, costs, rates[1:], strict=True):
+        values = torch.cat(found_same)
         found.append(Agreement(plan, *_interval(values, are_logits), rate, cost / count / 1e9))
     best = max((one for one in found if one.low >= agreement), key=lambda one: one.images_per_s)
     candidate = max((one for one in found if one.agreement >= agreement), key=lambda one: one.images_per_s)
@@ -154,9 +154,9 @@ def _depth(model: Any) -> int:
     return len(family.blocks(model))
 
 
-def _alike(got: Any, dense: Any, answers: bool, model: Any) -> Tensor:
+def alike(got: Any, dense: Any, answers: bool, model: Any) -> Tensor:
     """(B,) float64: 1 where the answers are the same, else 0; or the cosine of features."""
-    ours, theirs = _of_image(got, model), _of_image(dense, model)
+    ours, theirs = image_result(got, model), image_result(dense, model)
     if ours.ndim != 2 or ours.shape != theirs.shape:
         raise TypeError(
             f"calibrate: model: expected one result an image, got {tuple(ours.shape)} of a pruned model. Give it a "
@@ -169,7 +169,7 @@ def _alike(got: Any, dense: Any, answers: bool, model: Any) -> Tensor:
     return F.cosine_similarity(ours.double(), theirs.double(), dim=1)
 
 
-def _of_image(out: Any, model: Any) -> Tensor:
+def image_result(out: Any, model: Any) -> Tensor:
     """Logits or pooled features, of timm or of transformers."""
     if isinstance(out, Tensor):
         return out
@@ -182,7 +182,7 @@ def _of_image(out: Any, model: Any) -> Tensor:
     return out.last_hidden_state[:, 0] if has_class else out.last_hidden_state
 
 
-def _answers(model: Any, out: Any) -> bool:
+def has_classes(model: Any, out: Any) -> bool:
     """Whether results are logits of classes."""
     return getattr(model, "num_classes", 0) > 0 if isinstance(out, Tensor) else hasattr(out, "logits")
 

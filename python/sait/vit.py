@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from sait.families.base import PatchEmbedding, entering
+from sait.families.base import Family, PatchEmbedding, entering
 from sait.families.timm_vit import TimmVit
 from sait.forward import forward
 from sait.methods.base import Scorer
@@ -31,6 +31,7 @@ class SaitVitFamily(TimmVit):
     """timm's blocks between a class token's embedding and its head."""
 
     name = "SaitViT"
+    check_cut = Family.check_cut
 
     def check(self, model: nn.Module) -> None:
         pass

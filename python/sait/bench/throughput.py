@@ -130,6 +130,7 @@ def measure(
     repeats: int = 10,
     advance: Callable[[], object] = lambda: None,
     peers: Mapping[str, Competitor] | None = None,
+    smaller: Callable[[Any], Any] = lambda model: model,
 ) -> list[Figure]:
     """Times the model at each density, the unpatched timm model and peers, all of them interleaved.
 
@@ -141,6 +142,7 @@ def measure(
         repeats: samples of each.
         advance: called ``samples(densities, repeats, peers)`` times, for a progress bar.
         peers: by name.
+        smaller: what becomes, in place, of the models of plans: parts may be left out of them.
 
     Returns:
         The baseline first, then the densities in their order, then the peers.
@@ -153,7 +155,7 @@ def measure(
     sparsify(model, block=block, keep=1.0, score=score)
     check_dense(model, baseline, images[:CHECKED_IMAGES])
 
-    of_plans = {i: sparsify(share(baseline), how) for i, how in enumerate(densities) if isinstance(how, Plan)}
+    of_plans = {i: sparsify(smaller(share(baseline)), how) for i, how in enumerate(densities) if isinstance(how, Plan)}
 
     def at(density: Density) -> Callable[[], Tensor]:
         return lambda: set_density(model, **asdict(density))(images)

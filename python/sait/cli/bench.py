@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,11 +12,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sait.cli import options, published
+from sait.cli import options, plans, published
 from sait.cli.options import DType
 
 if TYPE_CHECKING:
     from sait.bench.throughput import Figure
+    from sait.methods import Plan
+    from sait.searches import PlanFile
 
 EXAMPLES = """\
 Examples:
@@ -29,6 +31,7 @@ Examples:
 * sait bench --method sait --method evit --method tome --method ats --method ltp --method random
 * sait bench --method tome --pairs 8 --pairs 16 --dtype bf16
 * sait bench --model runs/ada/model.safetensors --method adavit --dtype fp32
+* sait bench --plan plan.json
 * sait bench --block 6 --keep 0.7 --mass 0.9 --mass 0.8 --weights random --json figures.json
 """
 NEAR_UNIFORM = (
@@ -43,7 +46,7 @@ def bench(
         str | None,
         typer.Option(
             help="Any timm Vision Transformer, or a checkpoint of ours; by default "
-            f"{options.DEFAULT_MODEL}, or that of --weights."
+            f"{options.DEFAULT_MODEL}, or that of --weights or --plan."
         ),
     ] = None,
     block: options.Block = 3,
@@ -54,6 +57,7 @@ def bench(
     method: options.Method = None,
     pairs: options.Pairs = [13],  # noqa: B006
     threshold: options.Threshold = [0.006],  # noqa: B006
+    plan: plans.PlanPath = None,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 16,
     dtype: Annotated[list[DType], typer.Option(help="A table for each; repeatable.")] = [DType.bf16, DType.fp32],  # noqa: B006
     device: options.Device = "cpu",
@@ -86,55 +90,88 @@ def bench(
     place = options.check_device(device, backend)
     if json is not None:
         options.check_writable(json, "--json")
-    model = options.model_name(model, weights)
-    plans = published.of_methods(context, method or [], keep, pairs, threshold)
-    if model.endswith(".safetensors"):
-        loaded, block, score, plans = published.for_bench(context, model, plans)
-        described = "trained weights"
-        images, pictured = options.load_images(loaded, batch, loaded.patch_embed.img_size)
+    file = plans.read(context, plan)
+    model = options.model_name(plans.model_of(file, model), weights)
+    smaller: Callable[[Any], Any] = _as_it_is
+    if file is not None:
+        loaded, described, of_methods, smaller = _of_file(file, plan, model, weights)
+        block, score = 0, "column"  # of the rows in which all tokens stay
     else:
-        loaded, described = options.load_model(model, weights)
-        images, pictured = options.load_images(loaded, batch)
-        if any(plan.gated for plan in plans):
-            plans = published.of_trained(context, loaded, plans)
-    densities = [Density(), *([Density(keep=1.0)] if plans else options.densities(keep, mass, max_keep, static))]
+        of_methods = published.of_methods(context, method or [], keep, pairs, threshold)
+        if model.endswith(".safetensors"):
+            loaded, block, score, of_methods = published.for_bench(context, model, of_methods)
+            described = "trained weights"
+        else:
+            loaded, described = options.load_model(model, weights)
+            if any(one.gated for one in of_methods):
+                of_methods = published.of_trained(context, loaded, of_methods)
+    size = loaded.patch_embed.img_size if model.endswith(".safetensors") else None
+    images, pictured = options.load_images(loaded, batch, size)
+    densities = [Density(), *([Density(keep=1.0)] if of_methods else options.densities(keep, mass, max_keep, static))]
     options.check_prunable(loaded, block, score, densities)
-    published.check_plans(loaded, plans)
+    if file is None:
+        published.check_plans(loaded, of_methods)
     console = Console(highlight=False)
-    place_of = "" if plans else f", block {block}, score {score}"
+    place_of = "" if of_methods else f", block {block}, score {score}"
     console.print(f"{model}, {described}; {pictured}; batch {batch}{place_of}")
     rows: list[dict[str, Any]] = []
     for kind in dtype:
         subject = copy.deepcopy(loaded).to(place, kind.as_torch())
         pictures = images.to(place, kind.as_torch())
-        for part in (part for plan in plans for part in plan.learned().values()):
+        for part in (part for one in of_methods for part in one.learned().values()):
             part.to(place, kind.as_torch())
         with options.progress() as bar, options.running_on(backend):
             peers, failed = (
                 throughput.competitors(subject, pictures, block=block, keep=min(keep)) if compare else ({}, {})
             )
-            task = bar.add_task(f"measuring {kind}", total=throughput.samples([*densities, *plans], repeats, peers))
+            task = bar.add_task(
+                f"measuring {kind}", total=throughput.samples([*densities, *of_methods], repeats, peers)
+            )
             figures = throughput.measure(
                 subject,
                 pictures,
-                [*densities, *plans],
+                [*densities, *of_methods],
                 block=block,
                 score=score,
                 repeats=repeats,
                 advance=partial(bar.advance, task),
                 peers=peers,
+                smaller=smaller,
             )
         console.print(table(figures, kind.value))
         for name, why in failed.items():
             console.print(f"{name}: no figures: {why}")
         rows += throughput.rows(figures, model=model, batch=batch, dtype=kind.value, block=block, score=score)
-    if mass and not plans and described.startswith("random"):
+    if mass and not of_methods and described.startswith("random"):
         console.print(NEAR_UNIFORM)
     document = measure.results(rows, place)
     console.print(environment_line(document))
     if json is not None:
         measure.save(document, json)
         console.print(f"written: {json}")
+
+
+def _as_it_is(model: Any) -> Any:
+    return model
+
+
+def _of_file(
+    file: PlanFile, path: Path | None, name: str, weights: str
+) -> tuple[Any, str, list[Plan], Callable[[Any], Any]]:
+    """(the unpatched model, its weights in words, the plan of a file, what its left out parts leave of a model)."""
+    import sait
+    from sait.cli.eval import load
+
+    if name.endswith(".safetensors"):
+        loaded, described = load(name, 0, "column", [])[0], "trained weights"
+    else:
+        plans.check_name(file, path, name)
+        loaded, described = options.load_model(name, weights)
+    found = plans.applied(file, path, loaded)
+    if hasattr(type(loaded), "_sait_original"):
+        sait.restore(loaded)
+    smaller = partial(sait.leave_out, parts=file.left_out) if file.left_out else _as_it_is
+    return loaded, f"{described}, plan of {path}", [found._sait.plan], smaller
 
 
 def table(figures: Sequence[Figure], dtype: str) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sait.cli import options, published
+from sait.cli import options, plans, published
 from sait.cli.options import DType
 from sait.cli.train import training
 
@@ -23,6 +24,7 @@ Examples:
 * sait eval runs/sait/model.safetensors
 * sait eval runs/sait/model.safetensors --keep 0.45 --mass 0.9 --dtype bf16 --json accuracy.json
 * sait eval runs/sait/model.safetensors --method evit --method tome --pairs 4
+* sait eval runs/sait/model.safetensors --plan plan.json
 * sait eval deit_small_patch16_224 --data imagenet --block 3 --keep 0.7 --keep 0.45
 * torchrun --nproc-per-node 2 -m sait.cli eval runs/sait/model.safetensors
 """
@@ -41,6 +43,7 @@ def evaluate(
     method: options.Method = None,
     pairs: options.Pairs = [13],  # noqa: B006
     threshold: options.Threshold = [0.006],  # noqa: B006
+    plan: plans.PlanPath = None,
     block: Annotated[int, typer.Option(help="Where a timm model drops tokens; a checkpoint has its own.", min=0)] = 3,
     score: options.ScoreKind = "cls",
     images: Annotated[int, typer.Option(help="Test images of canvas or stamps.", min=1)] = 2000,
@@ -61,34 +64,41 @@ def evaluate(
     from sait.train.evaluate import evaluate
 
     options.check_device(device, None)
-    plans = published.of_methods(context, method or [], keep, pairs, threshold)
-    densities = [] if plans else options.densities(keep, mass, max_keep, static)
+    file = plans.read(context, plan)
+    of_methods = published.of_methods(context, method or [], keep, pairs, threshold)
+    densities = [] if of_methods or file else options.densities(keep, mass, max_keep, static)
     with training(device) as processes:
         assert processes is not None
         if json is not None and processes.first:
             options.check_writable(json, "--json")
-        subject, described = load(model, block, score, densities)
-        plans = published.of_trained(context, subject, plans)
-        densities = [Density(), *([] if plans else densities)]
-        published.check_plans(subject, plans)
+        subject, described = load(model, block, score if file is None else "column", densities)
+        found = None
+        if file is not None:
+            plans.check_name(file, plan, model)
+            found, described = plans.applied(file, plan, subject).to(processes.device), f"plan of {plan}"
+        else:
+            of_methods = published.of_trained(context, subject, of_methods)
+            published.check_plans(subject, of_methods)
+        densities = [Density(), *([] if of_methods else densities)]
         wanted = Config(data=data, canvas_eval_images=images, stamps_eval_images=images, batch=batch, workers=workers)
         check_classes(subject, data)
         source = open_data(wanted, expected_by(subject), processes, for_training=False, held_out="test")
         with options.progress() as bar:
-            task = bar.add_task("evaluating", total=-(-source.held_out_images // batch), visible=processes.first)
-            results = evaluate(
-                subject.to(processes.device),
-                source,
-                [*densities, *plans],
-                processes,
-                dtype=dtype.as_torch(),
-                advance=lambda: bar.advance(task),
+            times = 1 if found is None else 2
+            task = bar.add_task(
+                "evaluating", total=times * -(-source.held_out_images // batch), visible=processes.first
             )
+            run = partial(evaluate, dtype=dtype.as_torch(), advance=lambda: bar.advance(task))
+            results = run(subject.to(processes.device), source, [*densities, *of_methods], processes)
+            if found is not None:  # a model of its own, for parts of it may be left out
+                results += run(found, source, [found._sait.plan], processes)
         if not processes.first:
             return
     console = Console(highlight=False)
     console.print(f"{model}, {described}; {results[0].images} images of {data}, {dtype}", soft_wrap=True)
     console.print(table(results))
+    if file is not None and file.left_out:
+        console.print(f"left out: {file.left_out}")
     if json is not None:
         rows = [as_row(result) for result in results]
         measure.save(measure.results(rows, device, model=model, data=data, dtype=dtype.value), json)

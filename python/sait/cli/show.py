@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from sait.cli import options, published
+from sait.cli import options, plans, published
 from sait.cli.options import DType
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ Examples:
 * sait show cat.jpg dog.png --keep 0.5 --keep 0.25 --out pictures
 * sait show --model vit_base_patch16_224 --block 5 --mass 0.8 --score column
 * sait show --method sait --method evit --method tome
+* sait show --plan plan.json
 * sait show --model runs/sait/model.safetensors --keep 0.3 --mass 0.9 --out pictures
 """
 
@@ -48,6 +49,7 @@ def show(
     method: options.Method = None,
     pairs: options.Pairs = [13],  # noqa: B006
     threshold: options.Threshold = [0.006],  # noqa: B006
+    plan: plans.PlanPath = None,
     score: options.ScoreKind = "cls",
     weights: options.Weights = "auto",
     device: options.Device = "cpu",
@@ -72,7 +74,8 @@ def show(
     photos = options.open_photos(images or [])
     options.make_folder(out, "--out")
     ranks = score
-    model = options.model_name(model, weights)
+    file = plans.read(context, plan)
+    model = options.model_name(plans.model_of(file, model), weights)
     if model.endswith(".safetensors"):
         loaded, block, ranks = load_checkpoint(model)
         described = "trained weights"
@@ -83,13 +86,18 @@ def show(
         expected = expected._replace(size=loaded.patch_embed.img_size)
         photos = photos if images else canvas_examples(expected.size[0])
     batch = torch.stack([to_tensor(photo, expected) for photo in photos.values()]).to(place, dtype.as_torch())
-    plans = published.of_methods(context, method or [], keep, pairs, threshold)
-    plans = published.of_trained(context, loaded, plans)
-    for part in (part for plan in plans for part in plan.learned().values()):
+    if file is not None:
+        plans.check_name(file, plan, model)
+        loaded = plans.applied(file, plan, loaded)
+        of_methods, block, ranks = [loaded._sait.plan], 0, "column"
+    else:
+        of_methods = published.of_methods(context, method or [], keep, pairs, threshold)
+        of_methods = published.of_trained(context, loaded, of_methods)
+    for part in (part for one in of_methods for part in one.learned().values()):
         part.to(place, dtype.as_torch())
-    densities = [] if plans else options.densities(keep, mass, max_keep)
+    densities = [] if of_methods else options.densities(keep, mass, max_keep)
     options.check_prunable(loaded, block, ranks, densities)
-    published.check_plans(loaded, plans)
+    published.check_plans(loaded, of_methods)
     decoder = options.load_decoder(weights)
     kept, maps = {}, []
     with options.progress() as bar, options.running_on(backend), torch.inference_mode():
@@ -98,7 +106,7 @@ def show(
         if decoder is not None:
             decoder.to(place, dtype.as_torch())
             maps.append(saliency(sait.set_density(loaded), decoder, batch).float())
-        every: list[Density | sait.Plan] = [*densities, *plans]
+        every: list[Density | sait.Plan] = [*densities, *of_methods]
         for density in bar.track(every, description="choosing patches"):
             run_as(loaded, density, own)
             if decoder is None:
@@ -108,11 +116,11 @@ def show(
             mask, grid = sait.kept_mask(loaded)
             kept[name_of(density)] = mask.unflatten(1, grid)
     console = Console(highlight=False)
-    console.print(f"{model}, {described}" + ("" if plans else f"; block {block}, score {ranks}"))
+    console.print(f"{model}, {described}" + ("" if of_methods else f"; block {block}, score {ranks}"))
     if described.startswith("random"):
         console.print("With random weights the choice of patches carries no meaning.")
     title = f"{model}, {described.partition(' (')[0]}: patches kept"
-    title += " behind the last block" if plans else f" at block {block} by {ranks} score"
+    title += " behind the last block" if of_methods else f" at block {block} by {ranks} score"
     pictures: dict[str, list[list[tuple[str, Any]]]] = {}
     for i, (name, photo) in enumerate(photos.items()):
         of_canvas = model.endswith(".safetensors") and not images

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sait.cli import eval, options, published
+from sait.cli import search as searching
 from sait.cli.agreement import are_images
 from sait.cli.options import DType
 from sait.cli.train import training
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
     from sait.state import Density
     from sait.train.tune import Setting
 
+
+class Objective(StrEnum):
+    macs = "macs"
+    speed = "speed"
+
+
 EXAMPLES = """\
 Examples:
 
@@ -29,6 +37,9 @@ Examples:
 * sait tune deit_small_patch16_224 --data imagenet --block 3 --block 5 --dtype bf16
 * sait tune deit_small_patch16_224 photos --agreement 0.99
 * sait tune --agreement 0.99 --weights $(python -m sait.weights) photos
+* sait tune runs/sait/model.safetensors --search plan.json --max-drop 0.5
+* sait tune deit_small_patch16_224 --data imagenet --search plan.json --method evit --method tome --leave-out
+* sait tune deit_small_patch16_224 photos --agreement 0.98 --search plan.json --minutes 30
 * sait tune deit_small_patch16_224 photos --agreement 0.98 --method sait --method tome --pairs 8 --pairs 12
 """
 
@@ -67,10 +78,39 @@ def tune(
     static: options.Static = False,
     score: options.ScoreKind = "cls",
     method: options.Method = None,
+    search: Annotated[
+        Path | None,
+        typer.Option(
+            help="Search blocks, stages and densities for the fewest multiply-adds within --max-drop or --agreement, "
+            "report it on other images, and write it here, for --plan of bench, eval and show."
+        ),
+    ] = None,
+    leave_out: Annotated[
+        bool, typer.Option("--leave-out", help="Of --search: also leave out blocks, heads and groups of MLP channels.")
+    ] = False,
+    groups: Annotated[int, typer.Option(help="Of --leave-out: groups of an MLP's channels.", min=2)] = 8,
+    sure: Annotated[
+        bool,
+        typer.Option(
+            "--sure", help="Of --search: the worse end of the interval of 95 % of what is lost keeps the budget."
+        ),
+    ] = False,
+    by: Annotated[
+        Objective, typer.Option(help="Of --search: what is to be least; speed is measured, for a quiet machine.")
+    ] = Objective.macs,
+    max_stages: Annotated[int, typer.Option(help="Of --search: to which a plan may grow.", min=1)] = 3,
+    evaluations: Annotated[int | None, typer.Option(help="Of --search: models to look at, at most.", min=1)] = None,
+    minutes: Annotated[float | None, typer.Option(help="Of --search: for at most so long.", min=0.01)] = None,
+    seed: Annotated[int, typer.Option(help="Of --search: which images of a folder are held out.", min=0)] = 0,
     pairs: options.Pairs = [13],  # noqa: B006
     threshold: options.Threshold = [0.006],  # noqa: B006
     weights: options.Weights = "auto",
-    images: Annotated[int, typer.Option(help="Validation images of canvas or stamps.", min=1)] = 1000,
+    images: Annotated[
+        int,
+        typer.Option(
+            help="Validation images of canvas or stamps; with --search of any data, and as many others.", min=1
+        ),
+    ] = 1000,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(help="Samples of each time.", min=1)] = 10,
     dtype: Annotated[DType, typer.Option(help="Of autocast; fp32 is none.")] = DType.fp32,
@@ -84,7 +124,45 @@ def tune(
     looks at validation images: `sait eval` then judges the choice on others.
 
     With --agreement nothing needs a label: the pruned model is held against the dense one on your own pictures.
+
+    With --search it looks further, at plans of several stages and methods, greedily, and reports the best on images
+    that the search never saw. Ctrl-C ends a search, and the best so far is reported and written.
     """
+    if search is None:
+        searching.check_needed(context)
+    else:
+        words = [model] if model is not None and agreement is not None and are_images(model) else []
+        how = {
+            "methods": method or None,
+            "blocks": block or None,
+            "max_stages": max_stages,
+            "leave_out": leave_out,
+            "groups": groups,
+            "sure": sure,
+            "by": by.value,
+            "repeats": repeats,
+            "evaluations": evaluations,
+            "minutes": minutes,
+        }
+        return searching.run(
+            context,
+            searching.Wanted(
+                out=search,
+                model=None if words else model,
+                weights=weights,
+                pictures=[*map(Path, words), *(pictures or [])],
+                agreement=agreement,
+                data=data,
+                max_drop=max_drop,
+                images=images,
+                batch=batch,
+                workers=workers,
+                device=device,
+                dtype=dtype,
+                seed=seed,
+                how=how,
+            ),
+        )
     from sait.bench import measure
     from sait.train.config import Config
     from sait.train.data import expected_by, open_data

@@ -1,4 +1,5 @@
-"""The kinds of models that can drop tokens. Each file here but base.py, hf.py and pooling.py is one."""
+"""The kinds of models that can drop tokens. Each file here but base.py, cutting.py, hf.py and
+pooling.py is one."""
 
 from __future__ import annotations
 

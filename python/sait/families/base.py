@@ -253,6 +253,22 @@ class Family(ABC):
         """Whether the model's own result reads no patch tokens of the last block."""
         return False
 
+    def check_cut(self, model: Any) -> None:
+        """TypeError or ValueError with the reason if blocks, heads and hidden channels cannot be taken out."""
+        raise TypeError(f"leave_out: model: expected a timm VisionTransformer, got {type(model).__name__}.")
+
+    def cut_block(self, model: Any, block: int) -> None:
+        """Takes a block out of a model, in place: later ones move up. Where check_cut allows it; so with the others."""
+        raise NotImplementedError(f"{self.name}: a family with check_cut takes out blocks.")
+
+    def keep_heads(self, block: Any, kept: Sequence[int]) -> None:
+        """Only these heads of a block's attention, in place; ascending."""
+        raise NotImplementedError(f"{self.name}: a family with check_cut takes out heads.")
+
+    def keep_hidden(self, block: Any, kept: Sequence[int]) -> None:
+        """Only these channels of the hidden layer of a block's MLP, in place; ascending."""
+        raise NotImplementedError(f"{self.name}: a family with check_cut takes out channels.")
+
     def checkpoints(self, model: Any) -> bool:
         """Whether activations of a block are to be computed again in the backward pass."""
         return False

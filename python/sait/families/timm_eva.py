@@ -14,7 +14,7 @@ from timm.layers import (
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from sait.families.base import BlockView
+from sait.families.base import BlockView, Family
 from sait.families.timm_vit import TimmVit, check_head, check_parts, keeps_methods, require
 from sait.tokens import Tokens
 
@@ -27,6 +27,7 @@ class TimmEva(TimmVit):
 
     name = "timm Eva"
     scales: ClassVar = {}
+    check_cut = Family.check_cut  # its attention and MLPs are of other kinds
 
     def matches(self, cls: type) -> bool:
         return issubclass(cls, Eva)

@@ -43,6 +43,7 @@ from sait.families.base import (
     entering,
     weights,
 )
+from sait.families.cutting import keep_inputs, keep_outputs, require_linear
 from sait.families.pooling import check_ragged_head, features, pools_prefix, prefix_is_enough, ragged_head
 from sait.tokens import Homes, Tokens
 
@@ -296,6 +297,38 @@ class TimmVit(Family):
             model.pos_embed,
             not model.no_embed_class,
         )
+
+    def check_cut(self, model: Any) -> None:
+        self.check(model)
+        for i, block in enumerate(model.blocks):
+            name = f"blocks.{i}"
+            self.check_block(name, block)
+            if type(block.attn.norm) is not nn.Identity or type(block.mlp) is not Mlp:
+                found = "a norm over all heads" if type(block.mlp) is Mlp else f"a {type(block.mlp).__name__}"
+                raise TypeError(f"leave_out: model: {name}: expected plain attention and timm's Mlp, got {found}.")
+            if type(block.mlp.norm) is not nn.Identity:
+                raise TypeError(f"leave_out: model: {name}.mlp: expected no norm of the hidden layer, which mixes it.")
+            for path in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+                require_linear(f"{name}.{path}", block.get_submodule(path))
+
+    def cut_block(self, model: Any, block: int) -> None:
+        del model.blocks[block]
+        model.feature_info = model.feature_info[: len(model.blocks)]
+
+    def keep_heads(self, block: Any, kept: Sequence[int]) -> None:
+        attn = block.attn
+        channels = torch.arange(attn.attn_dim, device=attn.proj.weight.device).view(attn.num_heads, attn.head_dim)
+        of_heads = channels[list(kept)].flatten()
+        keep_outputs(attn.qkv, torch.cat([of_heads + part * attn.attn_dim for part in range(3)]))
+        if attn.gate is not None:
+            keep_outputs(attn.gate, of_heads)
+        keep_inputs(attn.proj, of_heads)
+        attn.num_heads, attn.attn_dim = len(kept), len(of_heads)
+
+    def keep_hidden(self, block: Any, kept: Sequence[int]) -> None:
+        channels = torch.tensor(kept, device=block.mlp.fc1.weight.device)
+        keep_outputs(block.mlp.fc1, channels)
+        keep_inputs(block.mlp.fc2, channels)
 
     def prefix_is_enough(self, model: Any) -> bool:
         return prefix_is_enough(model)

@@ -30,6 +30,25 @@ class Expected(NamedTuple):
     crop_pct: float
 
 
+class Half(NamedTuple):
+    """Some of a folder's held-out images, drawn by a seed: those of two halves have none in common.
+
+    Attributes:
+        number: 0 or 1.
+        most: images, at most.
+        seed: that draws.
+    """
+
+    number: int
+    most: int
+    seed: int
+
+    def of(self, images: int) -> list[int]:
+        """Which of so many, ascending."""
+        drawn = torch.randperm(images, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return sorted(drawn[self.number :: 2][: self.most])
+
+
 class Data(Protocol):
     """Where batches come from; every process gets its own share.
 
@@ -82,6 +101,7 @@ def open_data(
     *,
     for_training: bool = True,
     held_out: str = "validation",
+    half: Half | None = None,
 ) -> Data:
     """The data of a config. TrainingError if it is missing, empty or too small.
 
@@ -89,6 +109,7 @@ def open_data(
         for_training: an epoch must have a batch.
         held_out: "validation", for all that is chosen by what it shows, or "test", for what is then claimed. Folders
             have only one held-out set, their val/.
+        half: of a folder: only these of its held-out images.
     """
     if config.batch % processes.world_size:
         raise TrainingError(
@@ -100,7 +121,7 @@ def open_data(
     elif config.data == "stamps":
         data = StampsData(config, expected, processes, held_out)
     else:
-        data = FolderData(config, expected, processes)
+        data = FolderData(config, expected, processes, half)
     if for_training and data.steps == 0:
         raise TrainingError(f"--data: {config.data}: an epoch has fewer images than a batch of {config.batch}.")
     return data
@@ -172,7 +193,7 @@ class StampsData(DrawnData):
 class FolderData:
     """train/ and val/ of a folder, with a folder for each class in both."""
 
-    def __init__(self, config: Config, expected: Expected, processes: Processes) -> None:
+    def __init__(self, config: Config, expected: Expected, processes: Processes, half: Half | None = None) -> None:
         train, val = _split_folders(config.data)
         # Left to itself, timm numbers the classes of each folder by the images it finds there.
         classes = {name: i for i, name in enumerate(class_names(config.data))}
@@ -202,9 +223,10 @@ class FolderData:
             **common,
         )
         images = create_dataset("", root=str(val), class_map=classes)
-        self.steps, self.held_out_images = len(self.train), len(images)
+        wanted = range(len(images)) if half is None else half.of(len(images))
+        self.steps, self.held_out_images = len(self.train), len(wanted)
         # timm's own sampler repeats images until all processes have equally many, and then counts them twice.
-        share: Any = Shard(images, range(processes.rank, self.held_out_images, processes.world_size))
+        share: Any = Shard(images, wanted[processes.rank :: processes.world_size])
         self.held_out = create_loader(share, crop_pct=expected.crop_pct, **common)
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
