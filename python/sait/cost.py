@@ -40,6 +40,12 @@ class Rows(NamedTuple):
     choosing: float = 0  # multiply-accumulates of the scores
     room: float | None = None  # rows of the projection to q, k and v where that is not ``entering``: a static plan's
     gates: Usage | None = None  # where the block has some; its rows are then those that are on
+    passing: float = 0.0  # rows that are off there, and go on all the same
+
+    @property
+    def behind(self) -> float:
+        """Rows that enter what follows."""
+        return self.queries + self.passing
 
 
 def macs(
@@ -113,7 +119,7 @@ def macs(
     for counts, gates in zip(per_image, used, strict=True):
         rows = plan_rows(vit, plan, counts, tokens, gates)
         rows = rows_for_head(vit, rows, plan) if for_head else rows
-        head = family.head_cost(vit, rows[-1].queries if pooled is None else pooled)
+        head = family.head_cost(vit, rows[-1].behind if pooled is None else pooled)
         each.append(sum(part.macs for part in block_parts(vit, rows)) + head.macs)
     return round(family.embedding_cost(vit, size).macs + sum(each) / len(each))
 
@@ -185,7 +191,7 @@ def plan_rows(
 def _gated_rows(gates: Any, tokens: float, prefix: int, view: Any, used: Usage) -> Rows:
     on = prefix + used.patches * (tokens - prefix)
     deciding = gates.macs(tokens, view.channels, view.heads) if hasattr(gates, "macs") else 0.0
-    return Rows(on, on, on, on, deciding, None, used)
+    return Rows(on, on, on, on, deciding, None, used, tokens - on)
 
 
 def _left(stage: Stage, tokens: float, prefix: int, entered: int) -> float:
@@ -226,7 +232,7 @@ def rows_for_head(model: Any, rows: Sequence[Rows], plan: Plan | None = None) ->
 def parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:
     """What an image of the size that the model was built for costs in each part of it, given the rows of its blocks."""
     family = _family(model)
-    return [family.embedding_cost(model), *block_parts(model, rows), family.head_cost(model, rows[-1].queries)]
+    return [family.embedding_cost(model), *block_parts(model, rows), family.head_cost(model, rows[-1].behind)]
 
 
 def block_parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:
