@@ -40,6 +40,12 @@ class Rows(NamedTuple):
     choosing: float = 0  # multiply-accumulates of the scores
     room: float | None = None  # rows of the projection to q, k and v where that is not ``entering``: a static plan's
     gates: Usage | None = None  # where the block has some; its rows are then those that are on
+    passing: float = 0.0  # rows that are off there, and go on all the same
+
+    @property
+    def behind(self) -> float:
+        """Rows that enter what follows."""
+        return self.queries + self.passing
 
 
 def macs(
@@ -117,7 +123,7 @@ def macs(
         rows = plan_rows(vit, plan, counts, tokens, gates)
         left = rows[-1].left if padded is None else padded
         rows = rows_for_head(vit, rows, plan) if for_head else rows
-        read, more = rows[-1].queries if padded is None else padded, 0.0
+        read, more = rows[-1].behind if padded is None else padded, 0.0
         if recovers:
             more = _recovery_macs(plan, left, tokens - prefix, family.view(family.blocks(vit)[0]).channels)
             read = tokens
@@ -200,7 +206,7 @@ def _of_model(plan: Plan, model: Any, family: Family) -> Plan:
 def _gated_rows(gates: Any, tokens: float, prefix: int, view: Any, used: Usage) -> Rows:
     on = prefix + used.patches * (tokens - prefix)
     deciding = gates.macs(tokens, view.channels, view.heads) if hasattr(gates, "macs") else 0.0
-    return Rows(on, on, on, on, deciding, None, used)
+    return Rows(on, on, on, on, deciding, None, used, tokens - on)
 
 
 def _left(stage: Stage, tokens: float, prefix: int, entered: int) -> float:
@@ -250,7 +256,7 @@ def rows_for_head(model: Any, rows: Sequence[Rows], plan: Plan | None = None) ->
 def parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:
     """What an image of the size that the model was built for costs in each part of it, given the rows of its blocks."""
     family = _family(model)
-    return [family.embedding_cost(model), *block_parts(model, rows), family.head_cost(model, rows[-1].queries)]
+    return [family.embedding_cost(model), *block_parts(model, rows), family.head_cost(model, rows[-1].behind)]
 
 
 def block_parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:

@@ -302,6 +302,23 @@ def test_multiply_adds_are_what_torch_counts(name: str) -> None:
     assert least == round(executed(switched(name, -9, -9, -9), zoo.images(name, 1)))
 
 
+@pytest.mark.parametrize("name", ["dinov3", "eva02_clip", "eva_clip", "pe", "gap"])
+def test_multiply_adds_of_rotary_models(name: str) -> None:
+    """Whose heads are all projected; one pools by attention over all tokens, also over those that are off."""
+    model = sait.sparsify(copy.deepcopy(test_eva._built(name)), methods.adavit(0.5)).requires_grad_(False)
+    side, chance, found = test_eva.EVA[name][1].get("img_size", 80), torch.Generator().manual_seed(1), []
+    x = torch.randn(4, 3, side, side, generator=chance)
+    if model.attn_pool is not None:
+        model.attn_pool.fused_attn = False
+    for scale in (0.0, 1.0):  # all on, then some of all kinds
+        for parameter in model.sait_methods.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=chance))
+        found.append((executed(model, x) / 4, macs(model, executed=True)))
+    (most, bound), (less, ours_) = found
+    assert most - less == pytest.approx(bound - ours_, abs=1), "the table and the pooling are the same in both"
+    assert bound == macs(model, usage=1.0) > ours_
+
+
 def test_multiply_adds_of_mixed_plans() -> None:
     """Gates behind a stage that keeps a share of its own of each image."""
     gated = methods.adavit(blocks=2).for_depth(4).stages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ import small
 import torch
 import torch.nn.functional as F
 from helpers import assert_same_bits
+from PIL import Image
 from sait import checkpoint, methods
 from sait.train import TrainingError
 from test_train_commands import typed
@@ -133,6 +135,11 @@ def test_commands(
     assert [row["case"] for row in rows] == ["dense mode", "keep 1.0", "AdaViT, blocks 1, 2"]
     assert typed(f"{bench} --method evit --keep 0.5") == 0
     capsys.readouterr()
+    if importlib.util.find_spec("pyarrow") is not None:
+        Image.new("RGB", (40, 40)).save(tmp_path / "black.png")
+        (tmp_path / "list.txt").write_text(f"{tmp_path / 'black.png'}\n")
+        assert typed(f"predict {tmp_path / 'list.txt'} --model {path} --workers 0 --out {tmp_path / 'parts'}") == 0
+        assert "multiply-adds: at most 0.0007821 G an image" in " ".join(capsys.readouterr().out.split())
     for words, message in (
         (f"eval {path} --images 16 --keep 0.5", "--keep: expected --method with it"),
         (f"eval {path} --images 16 --method adavit --keep 0.5", "--keep: no method here takes it"),

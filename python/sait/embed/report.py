@@ -58,6 +58,7 @@ class Report:
         dense_gmac: the same of all its tokens.
         workers: processes that decoded, all of them together.
         models: that ran side by side.
+        bound: whether gmac is the most that an image can cost, for its gates decide; the mean is less.
     """
 
     totals: Totals
@@ -68,6 +69,7 @@ class Report:
     dense_gmac: float
     workers: int
     models: int
+    bound: bool = False
 
     @property
     def images_per_s(self) -> float:
@@ -106,7 +108,8 @@ class Report:
         if totals.kept:
             yield from self._histogram()
             saved = f"{1 - self.gmac / self.dense_gmac:.1%} fewer than the {self.dense_gmac:.4g} G of all tokens"
-            yield f"multiply-adds: {self.gmac:.4g} G an image, {saved}"
+            most = f"at most {self.gmac:.4g} G an image, less what its gates leave out"
+            yield f"multiply-adds: {most if self.bound else f'{self.gmac:.4g} G an image, {saved}'}"
         if self.limit is not None:
             steps = ", ".join(f"{step} {rate:.0f}" for step, rate in self.rates.items())
             yield f"alone, images/s: {steps}; the limit: {self.limit}"

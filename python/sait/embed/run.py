@@ -154,7 +154,9 @@ def run(
     seconds = time.perf_counter() - start
     gmac, dense_gmac = costs(job.model, job.expected.size, totals.kept)
     tokens = all_tokens(job.model, job.expected)
-    return Report(totals, seconds, before, tokens, gmac, dense_gmac, workers, models)
+    plan = state_of(job.model, command).active
+    bound = plan is not None and plan.gated
+    return Report(totals, seconds, before, tokens, gmac, dense_gmac, workers, models, bound)
 
 
 def _job(command: str, model: Any, source: Source, settings: Settings) -> Job:
