@@ -1,6 +1,10 @@
 """Token-reduction methods as objects: what ranks tokens, what chooses among them, what happens afterwards; and
 published methods, each a call that gives a Plan."""
 
+from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, DensityPeaks, RandomScore, Unscored
+
+# isort: split
+# Above, so that messages name these scorers first.
 from sait.methods.adavit import AdaGates, AdaLosses, NewGates
 from sait.methods.after import FuseDropped, Merge
 from sait.methods.base import (
@@ -25,7 +29,6 @@ from sait.methods.published import PUBLISHED, adavit, ats, cagevit, dynamicvit, 
 from sait.methods.published import random as random  # not in __all__: with * it would hide Python's
 from sait.methods.published import sait as sait
 from sait.methods.recover import LearnedQueries, NewQueries
-from sait.methods.scorers import ClassAttention, ClassValue, ColumnAttention, DensityPeaks, RandomScore, Unscored
 from sait.methods.selectors import Sampling, ShareOfFirst, Threshold, TopK, TopP
 from sait.methods.thresholds import LearnedThreshold, NewThreshold, ThresholdLosses
 
