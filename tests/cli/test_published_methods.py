@@ -33,14 +33,8 @@ def test_bench_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     rows = {row["case"]: row for row in document["rows"]}
     assert list(rows) == [
         *("dense mode", "keep 1.0", "SaiT, cls, keep 0.45", "EViT, keep 0.7", "ATS, keep 1.0", "LTP, threshold 0.006"),
-        *(
-            "LTP, learned thresholds",
-            "ToMe, r 8",
-            "ToMe, r 16",
-            "random, keep 0.45",
-            "DynamicViT, keep 0.7",
-            "CageViT, keep 0.5",
-        ),
+        *("LTP, learned thresholds", "ToMe, r 8", "ToMe, r 16", "random, keep 0.45", "DynamicViT, keep 0.7"),
+        *("CageViT, keep 0.5", "HoT, keep 0.333"),
     ]
     assert rows["ToMe, r 16"]["plan"] == "ToMe, r 16"
     assert rows["ToMe, r 16"]["gmac"] < rows["ToMe, r 8"]["gmac"] < rows["dense mode"]["gmac"]
@@ -119,7 +113,7 @@ BAD = {
     "tune test_vit nowhere.png --agreement 1.0 --weights random": "(0, 1)",
     "tune test_vit nowhere.png": "--agreement",
     "tune": "--agreement",
-    "bench --model test_vit --weights random --method ltp --keep 0.5": "sait, evit, ats, random, dynamicvit or cagevit",
+    "bench --model test_vit --weights random --method ltp --keep 0.5": "dynamicvit, cagevit or hot",
     "bench --model test_vit --weights random --method evit --pairs 5": "goes with --method tome",
     "bench --model test_vit --weights random --pairs 5": "goes with --method tome",
     "bench --model test_vit --weights random --method sait --mass 0.5": "leave it out",
