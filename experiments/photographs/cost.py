@@ -15,13 +15,13 @@ from typing import Any
 import sait
 import torch
 import torch.nn.functional as F
+from recorded import Row
 from sait import weights
 from sait.bench import measure
 from sait.data.stamps import CLASSES, Stamps
 from sait.state import Density
 from torch import Tensor
 
-from photographs.results import Row
 from photographs.settings import KEEPS, Settings
 
 BATCH = 16

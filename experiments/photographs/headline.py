@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from photographs.report import claims, difference, header, of, pick, spread
-from photographs.results import Row
+from recorded import Row
+from tables import header, of, spread
+
+from photographs.report import claims, difference, pick
 from photographs.settings import KEEPS
 
 DENSITIES = ("dense", *(f"keep {share}" for share in KEEPS))
