@@ -8,6 +8,10 @@
 # make methods  every method that needs no training, at the same arithmetic: accuracy, cosine, speed: docs/methods.md
 # make photographs   what pruning costs of trained weights on photographs, fine-tuned for it and not: docs/photographs.md;
 #               hours, run by run: PHOTOGRAPHS="--minutes 60", "--only finetune/plain", "--list", "--quick", "--help"
+# make dense    segmentation of canvas by encoders that drop tokens, and of the same size by convolutions: docs/dense.md;
+#               run by run: DENSE="--minutes 60", "--jobs 2", "--list", "--quick", "--help"
+# make pretrain without labels, by replaced patches or a MASK token, then with few labels: docs/pretrain.md; run by run,
+#               as make dense: PRETRAIN="--help"
 # make aot      every Triton kernel, compiled without a GPU: registers, spills, instructions
 # make sass     every CUDA kernel as it was compiled: registers, spills, instructions
 # make emulate  the CUDA kernels on the host, thread for thread, under sanitizers: their tests without a GPU
@@ -41,7 +45,7 @@ RESULTS := benchmarks/results
 .PHONY: wheel wheel-test demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-start gpu-ops \
 	gpu-end-to-end gpu-test-triton gpu-costs gpu-batches gpu-sanitizer gpu-summary gpu-library gpu-end-to-end-models \
 	gpu-end-to-end-autotuned bench end-to-end end-to-end-models end-to-end-large end-to-end-adaptive \
-	end-to-end-serving stages families exports embed embed-killed report paper methods photographs clean
+	end-to-end-serving stages families exports embed embed-killed report paper methods photographs dense pretrain clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -225,6 +229,12 @@ methods: install
 
 photographs: install
 	PYTHONPATH=experiments $(BIN)/python -m photographs $(PHOTOGRAPHS)
+
+dense: install
+	PYTHONPATH=experiments $(BIN)/python -m dense $(DENSE)
+
+pretrain: install
+	PYTHONPATH=experiments $(BIN)/python -m pretrain $(PRETRAIN)
 
 clean:
 	rm -rf build dist demo *.egg-info python/*.egg-info sait_kernels/*.so sait_kernels/_build_info.py $(VENV)/.build
