@@ -8,6 +8,10 @@
 # make methods  every method that needs no training, at the same arithmetic: accuracy, cosine, speed: docs/methods.md
 # make photographs   what pruning costs of trained weights on photographs, fine-tuned for it and not: docs/photographs.md;
 #               hours, run by run: PHOTOGRAPHS="--minutes 60", "--only finetune/plain", "--list", "--quick", "--help"
+# make dense    segmentation of canvas by encoders that drop tokens, and of the same size by convolutions: docs/dense.md;
+#               run by run: DENSE="--minutes 60", "--jobs 2", "--list", "--quick", "--help"
+# make pretrain without labels, by replaced patches or a MASK token, then with few labels: docs/pretrain.md; run by run,
+#               as make dense: PRETRAIN="--help"
 # make aot      every Triton kernel, compiled without a GPU: registers, spills, instructions
 # make sass     every CUDA kernel as it was compiled: registers, spills, instructions
 # make emulate  the CUDA kernels on the host, thread for thread, under sanitizers: their tests without a GPU
@@ -26,6 +30,8 @@
 # make families   models of every family: errors, and speed beside their own library's forward; docs/families.md
 # make exports    pruned models as ONNX, OpenVINO, torch.export, TorchScript, AOTInductor: errors, and speed beside ours
 # make docs     the documentation as a site: build/site, to open in a browser
+# make comparison    every method that can be fine-tuned, in the same budget at the same arithmetic: docs/comparison.md
+# make recover  HoT, which recovers what it dropped, on sequences of frames: docs/recover.md
 # make clean    remove what was built (not .venv)
 #
 # PYTHON and VENV may be set: `make demo PYTHON=python3.12 VENV=/somewhere/venv`.
@@ -42,7 +48,8 @@ RESULTS := benchmarks/results
 .PHONY: wheel wheel-test demo install test test-full test-blas test-isa oldest check aot sass emulate gpu gpu-start gpu-ops \
 	gpu-end-to-end gpu-test-triton gpu-costs gpu-batches gpu-sanitizer gpu-summary gpu-library gpu-end-to-end-models \
 	gpu-end-to-end-autotuned bench end-to-end end-to-end-models end-to-end-large end-to-end-adaptive \
-	end-to-end-serving stages families exports embed embed-killed report paper methods photographs docs clean
+	end-to-end-serving stages families exports embed embed-killed report paper methods photographs dense pretrain \
+	comparison recover docs clean
 
 # A stamp is newer than what it was made from, or the step is done again; nothing else is ever repeated.
 $(VENV)/.requirements: requirements.txt
@@ -234,6 +241,18 @@ $(VENV)/.requirements-docs: requirements-docs.txt $(VENV)/.requirements
 # Its warnings are errors: a link or a name that leads nowhere.
 docs: $(VENV)/.requirements-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+dense: install
+	PYTHONPATH=experiments $(BIN)/python -m dense $(DENSE)
+
+pretrain: install
+	PYTHONPATH=experiments $(BIN)/python -m pretrain $(PRETRAIN)
+
+comparison: install
+	PYTHONPATH=experiments $(BIN)/python -m comparison $(COMPARISON)
+
+recover: install
+	PYTHONPATH=experiments $(BIN)/python -m recover $(RECOVER)
 
 clean:
 	rm -rf build dist demo *.egg-info python/*.egg-info sait_kernels/*.so sait_kernels/_build_info.py $(VENV)/.build

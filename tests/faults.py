@@ -690,6 +690,27 @@ PYTHON = (
         "tests/train/test_distill.py -k student_kept",
     ),
     Fault(
+        "replaced patches: the new one may be the image's own",
+        "python/sait/train/replaced.py",
+        "torch.randint(1, B, (B, patches)",
+        "torch.randint(0, B, (B, patches)",
+        "tests/train/test_replaced.py -k another_image",
+    ),
+    Fault(
+        "replaced patches: a row of no image counts as the last patch",
+        "python/sait/train/replaced.py",
+        "selection.indices.long().clamp_max(images * tokens)",
+        "selection.indices.long().clamp_max(images * tokens - 1)",
+        "tests/train/test_replaced.py -k rows_that_are_left",
+    ),
+    Fault(
+        "canvas: the pixels of a faint digit are not all in its mask",
+        "python/sait/data/canvas.py",
+        "place.label, ink >= 0.5",
+        "place.label, ink * place.contrast.view(-1, 1, 1) >= 0.5",
+        "tests/train/test_canvas.py -k masks",
+    ),
+    Fault(
         "a checkpoint comes back at the density of its plan, not at its own",
         "python/sait/checkpoint.py",
         'Plan.from_dict(metadata["active"])',

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import recorded
+from recorded import Row, Run
 from sait import weights
 from sait.data import debian
 
-from photographs import adaptive, cost, finetune, report, results, segmentation, untrained
-from photographs.results import Row, Run
+from photographs import adaptive, cost, finetune, report, segmentation, untrained
 from photographs.settings import FULL, QUICK, ROOT, Settings
 
 TIMED = ("speed", "cost")  # run alone, when all else is done
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or (runs_folder if options.quick else ROOT / "docs")
     wanted = [run for run in runs(settings) if not options.only or any(matches(run, only) for only in options.only)]
     if options.list:
-        finished = results.done(results.read(path))
+        finished = recorded.done(recorded.read(path))
         print("\n".join(f"{'done' if run in finished else 'open'}  {run.name}" for run in wanted))
         return
     if not options.report:
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(str(error))
         begin_all(wanted, options, settings, path, runs_folder)
     if not options.no_report:
-        report.write(results.read(path), out)
+        report.write(recorded.read(path), out)
 
 
 def runs(settings: Settings) -> Iterator[Run]:
@@ -90,11 +91,11 @@ def begin_all(wanted: Sequence[Run], options: argparse.Namespace, settings: Sett
 
     def begin(run: Run) -> None:
         late = options.minutes is not None and time.monotonic() - start > 60 * options.minutes
-        if late or run in results.done(results.read(path)):
+        if late or run in recorded.done(recorded.read(path)):
             return
         began = time.monotonic()
         if options.jobs == 1:
-            results.append(path, run, list(rows(run, settings, folder)))
+            recorded.append(path, run, list(rows(run, settings, folder)))
         else:
             words = ["--only", run.name, "--results", str(path), "--runs", str(folder), "--no-report"]
             words += ["--quick"] if options.quick else []

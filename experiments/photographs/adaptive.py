@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import sait
 import torch
+from intervals import pack
+from recorded import Row
 from sait.data.stamps import Stamps
 from sait.methods import Plan, Seen, Stage
 from sait.methods.base import build
@@ -22,8 +24,6 @@ from torch import Tensor
 
 from photographs import finetune
 from photographs.finetune import BATCH
-from photographs.intervals import pack
-from photographs.results import Row
 from photographs.settings import Settings, fold_of
 from sait_kernels import Selection
 

@@ -19,6 +19,7 @@ from typing import Any
 import sait
 import torch
 import torch.nn.functional as F
+from recorded import Row
 from sait import weights
 from sait.bench import measure
 from sait.data.stamps import CLASSES, Stamps
@@ -28,7 +29,6 @@ from sait.train.trainer import Trainer
 from torch import Tensor
 
 from photographs import finetune
-from photographs.results import Row
 from photographs.settings import KEEPS, Settings
 
 BATCH = 16

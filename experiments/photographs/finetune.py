@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import sait
 import torch
+from intervals import pack
+from recorded import Row
 from sait import checkpoint, weights
 from sait.bench import measure
 from sait.cost import macs, tokens_of
@@ -21,8 +23,6 @@ from sait.train.config import Config, from_dict
 from sait.train.processes import Processes
 from sait.train.trainer import MODEL, STATE
 
-from photographs.intervals import pack
-from photographs.results import Row
 from photographs.settings import DENSITIES, KEEPS, Settings, fold_of
 
 ALONE = Processes(0, 1, torch.device("cpu"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from photographs.report import HEADLINE, difference, of, pick
+from tables import of
+
+from photographs.report import HEADLINE, difference, pick
 
 
 def summary(document: dict[str, Any]) -> str:

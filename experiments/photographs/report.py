@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from intervals import Interval, by_object, interval, unpack
+from recorded import Row
 from sait.data.stamps import draws
+from tables import about, header, judged, of, spread
 
 from photographs.adaptive import unpack_numbers
 from photographs.finetune import TEST_SEED
-from photographs.intervals import Interval, by_object, interval, unpack
-from photographs.results import Row
 
 HEADLINE = "keep 0.45"
 BUDGET = -0.5  # points of accuracy that may be lost
@@ -133,11 +134,6 @@ def claims(tuned: Sequence[Row], speed: Sequence[Row]) -> list[str]:
         if against is not None:
             lines.append(f"- At {HEADLINE}, {variant} against SaiT: {against} points.")
     return lines
-
-
-def judged(found: Interval, least: float) -> str:
-    """Whether a difference is above ``least``."""
-    return "shown" if found.low >= least else "refuted" if found.high < least else "not resolved"
 
 
 def adaptive_table(tuned: Sequence[Row], variants: Sequence[str]) -> str:
@@ -463,23 +459,5 @@ def figure(draw: Callable[[Any], None], path: Path) -> None:
     pyplot.close(made)
 
 
-def of(rows: Sequence[Row], experiment: str) -> list[Row]:
-    return [row for row in rows if row["experiment"] == experiment]
-
-
 def pick(rows: Sequence[Row], variant: str, density: str) -> list[Row]:
     return [row for row in rows if (row["variant"], row["density"]) == (variant, density) and "twin" not in row]
-
-
-def spread(values: Sequence[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
-
-
-def header(columns: Sequence[str]) -> str:
-    return "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
-
-
-def about(document: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in document.get("versions", {}).items())
-    return f"{versions}, commit {str(document.get('commit'))[:10]}."

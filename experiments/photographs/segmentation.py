@@ -11,6 +11,7 @@ import sait
 import timm
 import torch
 import torch.nn.functional as F
+from recorded import Row
 from sait import weights
 from sait.cost import macs
 from sait.data.stamps import Stamps
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from photographs.finetune import test_images
-from photographs.results import Row
 from photographs.settings import KEEPS, Settings, fold_of
 
 BATCH = 16

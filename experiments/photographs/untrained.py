@@ -12,6 +12,8 @@ import numpy as np
 import sait
 import torch
 import torch.nn.functional as F
+from intervals import interval
+from recorded import Row
 from sait import weights
 from sait.cost import macs
 from sait.data.photographs import photographs
@@ -20,8 +22,6 @@ from sait.saliency import SaliencyDecoder
 from sait.state import Density
 from torch import Tensor
 
-from photographs.intervals import interval
-from photographs.results import Row
 from photographs.settings import KEEPS, Settings
 
 MASSES = (0.95, 0.9, 0.8, 0.7)

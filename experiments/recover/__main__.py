@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from photographs import results
-from photographs.results import Run
+from recorded import Run
 
 from recover import learn, report
 from recover.settings import FULL, QUICK, ROOT

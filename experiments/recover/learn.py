@@ -8,7 +8,7 @@ from typing import Any
 
 import sait
 import torch
-from photographs.results import Row
+from recorded import Row
 from sait.cost import macs
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor

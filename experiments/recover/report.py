@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from photographs.report import about, header
-from photographs.results import Row
+from recorded import Row
 
 from recover.settings import ROOT, Settings
 

@@ -57,7 +57,7 @@ def _revision() -> dict[str, Any]:
             ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    others = ("--", ".", ":(exclude)benchmarks/results", ":(exclude)experiments/photographs/results.json")
+    others = ("--", ".", ":(exclude)benchmarks/results", ":(exclude)experiments/*/results.json")
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", *others))}
     except (OSError, subprocess.CalledProcessError):  # no git, or a source tree without history

@@ -98,6 +98,35 @@ def test_ink_covers_the_dimmed_photo():
     assert inked.amax((1, 2, 3)).min() > plain.max() - 0.5
 
 
+def test_masks_change_no_picture_and_depend_on_seed_and_index_alone():
+    canvas = Canvas("train", 40, (5, 1))
+    images, labels, masks = canvas.batch_with_masks(range(40))
+    want_images, want_labels = canvas.batch(range(40))
+    assert torch.equal(images, want_images)
+    assert torch.equal(labels, want_labels)
+    assert masks.dtype == torch.bool
+    assert masks.shape == (40, 64, 64)
+    again = Canvas("train", 400, (5, 1), background=0.7, contrast=(0.1, 0.2)).batch_with_masks([3, 39])[2]
+    assert torch.equal(again, masks[[3, 39]])  # of the digit's place alone
+    assert not torch.equal(Canvas("train", 40, (5, 2)).batch_with_masks(range(40))[2], masks)
+
+
+def test_a_mask_is_where_the_digit_is():
+    canvas = Canvas("test", 200, 1, background=0.0, contrast=(1.0, 1.0))
+    images, _, masks = canvas.batch_with_masks(range(200))
+    ink = images[:, 0] * 0.5 + 0.5  # nothing but the digit, at full contrast
+    sure = (ink - 0.5).abs() > 1e-5
+    assert torch.equal(masks[sure], ink[sure] > 0.5)
+    place = canvas.placements
+    for i in range(200):
+        rows, columns = masks[i].nonzero().unbind(1)
+        for at, corner in ((rows, place.top[i]), (columns, place.left[i])):
+            assert corner - 1 <= at.min() < at.max() + 1 <= corner + place.side[i] + 1
+    shares = masks.float().mean((1, 2)) / (place.side / 64) ** 2
+    assert shares.min() > 0.1  # no empty masks, none that is the whole square
+    assert shares.max() < 0.7
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -6,12 +6,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import intervals
 import numpy as np
 import pytest
+import recorded
 from photographs import __main__ as command
-from photographs import adaptive, finetune, headline, intervals, report, results
-from photographs.results import Run
+from photographs import adaptive, finetune, headline, report
 from photographs.settings import FULL, QUICK
+from recorded import Run
 from sait.data import Stamps
 from sait.data.debian import PackageError
 from sait.train import TrainingError
@@ -60,7 +62,7 @@ def test_from_runs_to_tables(folders: list[str], tmp_path: Path, capsys: pytest.
         assert words in text
     path = tmp_path / "runs" / "results.json"
     document = json.loads(path.read_text())
-    assert results.done(document) == set(command.runs(TINY))
+    assert recorded.done(document) == set(command.runs(TINY))
     tuned = report.of(document["rows"], "finetune")
     assert {row["variant"] for row in tuned} == set(finetune.VARIANTS)
     assert [row["density"] for row in tuned if row["variant"] == "sait" and "twin" not in row] == [
@@ -101,14 +103,14 @@ def test_runs_are_chosen_by_name() -> None:
 def test_rows_of_a_run_replace_older_ones_of_it(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.json"
     one, two = Run("finetune", "sait", 0), Run("finetune", "plain", 0)
-    results.append(path, one, [{"density": "dense", "accuracy": 0.5}])
-    results.append(path, two, [{"density": "dense", "accuracy": 0.6}])
-    results.append(path, one, [{"density": "dense", "accuracy": 0.7}])
-    document = results.read(path)
+    recorded.append(path, one, [{"density": "dense", "accuracy": 0.5}])
+    recorded.append(path, two, [{"density": "dense", "accuracy": 0.6}])
+    recorded.append(path, one, [{"density": "dense", "accuracy": 0.7}])
+    document = recorded.read(path)
     assert [(row["variant"], row["accuracy"]) for row in document["rows"]] == [("plain", 0.6), ("sait", 0.7)]
     assert document["versions"]
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
-    assert results.read(tmp_path / "nowhere.json") == {"rows": []}
+    assert recorded.read(tmp_path / "nowhere.json") == {"rows": []}
 
 
 def test_answers_survive_packing() -> None:

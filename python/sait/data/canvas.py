@@ -122,13 +122,27 @@ class Canvas(DrawnImages):
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """(images (B, 3, img_size, img_size) float32, labels (B,) int64), drawn all at once."""
+        place = self._placed(indices)
+        return self._pictures(place, self._ink(place)), place.label
+
+    def batch_with_masks(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images and labels of ``batch``, and masks (B, img_size, img_size) bool: the pixels that show the digit, where
+        its ink is at least half of full ink, whatever its contrast."""
+        place = self._placed(indices)
+        ink = self._ink(place)
+        return self._pictures(place, ink), place.label, ink >= 0.5
+
+    def _placed(self, indices: Sequence[int] | Tensor) -> Placements:
         chosen = self.chosen(indices)
-        place = Placements(*(values[chosen] for values in self.placements))
-        ink = self._ink(place)[:, None] * place.contrast.view(-1, 1, 1, 1)
+        return Placements(*(values[chosen] for values in self.placements))
+
+    def _pictures(self, place: Placements, ink: Tensor) -> Tensor:
+        """(B, 3, S, S), normalised: crops of the photos under the ink (B, S, S)."""
+        ink = ink[:, None] * place.contrast.view(-1, 1, 1, 1)
         crops = self._photos.unfold(2, self.img_size, 1).unfold(3, self.img_size, 1)  # a view: every crop there is
         images = crops[place.photo, :, place.row, place.column] * (self.background / 255)  # (B, 3, S, S)
         images += ink * (1 - images)
-        return images.sub_(self.mean).div_(self.std), place.label
+        return images.sub_(self.mean).div_(self.std)
 
     def _ink(self, place: Placements) -> Tensor:
         """(B, S, S) in [0, 1]: the 8 x 8 digits, bilinearly enlarged to their places.

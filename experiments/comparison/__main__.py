@@ -1,0 +1,44 @@
+"""Fine-tunes every method at every density that is not done yet, measures it, and writes docs/comparison.md.
+
+``make comparison``, or ``PYTHONPATH=experiments python -m comparison``. A run is one method, what it saves, and a seed,
+of two minutes; its rows are in results.json when it is finished, and it is not repeated. "speed" comes last and wants a
+machine to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import runner
+from recorded import Row, Run
+
+from comparison import report, speed, tuned
+from comparison.settings import FULL, QUICK, ROOT, Settings
+
+
+def runs(settings: Settings) -> Iterator[Run]:
+    """All that there is to do: everything of a seed, then the next seed."""
+    for seed in range(settings.seeds):
+        yield Run("comparison", tuned.DENSE, seed)
+        for name in settings.methods:
+            for saved in settings.saved:
+                yield Run("comparison", tuned.name_of(name, saved), seed)
+    yield Run("speed", "all", 0)
+
+
+def rows(run: Run, settings: Settings) -> Iterator[Row]:
+    folder = ROOT / "runs" / ("comparison" if settings == FULL else "comparison-quick")
+    if run.experiment == "speed":
+        return speed.rows(settings, folder)
+    return tuned.rows(run.variant, run.seed, settings, folder)
+
+
+EXPERIMENT = runner.Experiment("comparison", __doc__, FULL, QUICK, runs, rows, report.markdown)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    runner.main(EXPERIMENT, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""How large the comparison is, and which methods are in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sait import Plan, methods
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = ROOT / "checkpoints" / "plain-canvas.safetensors"  # what all start from: trained dense
+SAVED = (0.25, 0.40, 0.55)  # of the dense model's multiply-adds
+SHARES = [round(share / 200, 3) for share in range(4, 200)]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method, with one setting that decides how much it computes.
+
+    Attributes:
+        plan: of a setting, as an untrained model runs it.
+        settings: to choose from, from the least arithmetic to the most.
+        config: keys of sait.train.Config for a setting.
+    """
+
+    name: str
+    plan: Callable[[Any], Plan]
+    settings: Sequence[Any]
+    config: Callable[[Any], dict[str, Any]]
+
+
+LEARNS = {"lr": 3e-3}  # of parts that begin with nothing; all else of the model at 0.1 times that, as in TUNING
+
+
+def of_method(name: str, **more: Any) -> Callable[[Any], dict[str, Any]]:
+    """Trained by the plan of a published method, whose setting is a share."""
+    return lambda share: {"method": name, "keep": share, **more}
+
+
+def of_kwargs(
+    name: str, argument: str, *, rates: dict[str, Any] | None = None, **more: Any
+) -> Callable[[Any], dict[str, Any]]:
+    """The same, whose setting is another argument of its call."""
+    return lambda value: {"method": name, "keep": None, "method_kwargs": {argument: value, **more}, **(rates or {})}
+
+
+THRESHOLDS = [round(0.2 * 0.96**i, 6) for i in range(160)]
+METHODS = (
+    # Its own training: dense and sparse epochs in turns, and attention that is taught.
+    Method("SaiT", methods.sait, SHARES, lambda share: {"keep": share, "teacher": str(CHECKPOINT)}),
+    Method(
+        "SaiT, mass",
+        lambda mass: methods.sait(mass=mass),
+        SHARES,
+        lambda mass: {"keep": None, "mass": mass, "teacher": str(CHECKPOINT)},
+    ),
+    Method("SaiT, sparse only", methods.sait, SHARES, of_method("sait")),
+    Method("EViT", methods.evit, SHARES, of_method("evit")),
+    Method("ATS", methods.ats, SHARES, of_method("ats")),
+    Method("LTP", methods.ltp, THRESHOLDS, of_kwargs("ltp", "threshold")),
+    Method("LTP, learned", methods.ltp, THRESHOLDS, of_kwargs("ltp_learned", "threshold", **LEARNS)),
+    Method("ToMe", methods.tome, list(range(32, 0, -1)), of_kwargs("tome", "r")),
+    Method("DynamicViT", methods.dynamicvit, SHARES, of_method("dynamicvit", **LEARNS)),
+    Method("AdaViT", methods.adavit, SHARES, of_method("adavit", **LEARNS)),
+    Method("CageViT", methods.cagevit, SHARES, of_method("cagevit", **LEARNS)),
+    Method("random", methods.random, SHARES, of_method("random")),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One size of the comparison.
+
+    Attributes:
+        seeds: of each method at each of ``saved``.
+        tuning: keys of sait.train.Config of every fine-tuning: the budget.
+        test_images: the same for every model.
+        sample: test images that say what a setting computes.
+        repeats: samples of each time.
+    """
+
+    seeds: int = 3
+    saved: tuple[float, ...] = SAVED
+    methods: tuple[str, ...] = tuple(method.name for method in METHODS)
+    tuning: dict[str, Any] = field(default_factory=dict)
+    test_images: int = 2000
+    sample: int = 64
+    repeats: int = 10
+
+
+TUNING: dict[str, Any] = {
+    "model": "vit_tiny_patch16_224",
+    "model_kwargs": {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4},
+    "data": "canvas",
+    "block": 2,
+    "init": str(CHECKPOINT),
+    "epochs": 4,
+    "canvas_images": 2000,
+    "canvas_eval_images": 200,
+    "batch": 32,
+    "lr": 3e-4,
+    "warmup_epochs": 0.5,
+    "min_lr": 1e-6,
+    "weight_decay": 0.05,
+    "backbone_scale": 0.1,  # of LEARNS
+    "smoothing": 0.1,
+    "amp": "none",
+    "eval_every": 100,  # the last epoch only
+    "workers": 0,
+}
+FULL = Settings(tuning=TUNING)
+QUICK = replace(
+    FULL,
+    seeds=1,
+    saved=(0.40,),
+    methods=("SaiT", "ToMe", "LTP, learned", "DynamicViT", "AdaViT", "CageViT"),
+    tuning={**TUNING, "epochs": 2, "canvas_images": 32, "canvas_eval_images": 16, "batch": 16},
+    test_images=16,
+    sample=4,
+    repeats=1,
+)
+
+
+def method_of(name: str) -> Method:
+    return next(method for method in METHODS if method.name == name)

@@ -1,0 +1,134 @@
+"""One fine-tuning: the setting that has the arithmetic, the training, and what it gives on test images."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import sait
+import torch
+from intervals import pack
+from recorded import Row
+from sait import Plan, checkpoint
+from sait.bench.plain import share
+from sait.cost import macs
+from sait.data import Canvas
+from sait.train import train
+from sait.train.config import Config, from_dict
+from sait.train.processes import Processes
+from sait.train.trainer import MODEL
+from torch import Tensor
+
+from comparison.settings import CHECKPOINT, Method, Settings, method_of
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+BATCH = 64
+DENSE = "dense"
+
+
+def rows(variant: str, seed: int, settings: Settings, runs: Path) -> Iterator[Row]:
+    """Trains a variant and measures it: dense, and by its plan.
+
+    Args:
+        variant: "dense", or the name of a method and what it saves, as ``name_of`` has it.
+        runs: folder of the trainings.
+    """
+    path = trained(variant, seed, settings, runs)
+    model = sait.load(path)
+    plan = sait.density(model) if variant != DENSE else None
+    for case, how in ((DENSE, None), *([] if plan is None else [("pruned", plan)])):
+        yield {"case": case, **told(variant, settings), **measured(model, how, settings)}
+
+
+def name_of(method: str, saved: float) -> str:
+    return f"{method}, -{saved:.0%}"
+
+
+def told(variant: str, settings: Settings) -> Row:
+    """The method of a variant, what it is to save, and the setting for that."""
+    if variant == DENSE:
+        return {"method": DENSE}
+    name, _, saved = variant.rpartition(", -")
+    wanted = int(saved.rstrip("%")) / 100
+    return {"method": name, "saved": wanted, "setting": setting_of(name, wanted, settings.sample)}
+
+
+def trained(variant: str, seed: int, settings: Settings, runs: Path) -> Path:
+    """The checkpoint after the last epoch. One that was interrupted begins anew: it takes a minute."""
+    config = config_of(variant, seed, settings, runs)
+    path = Path(config.out) / MODEL
+    if path.exists() and checkpoint.read(path).metadata["metrics"][-1]["epoch"] == config.epochs:
+        return path
+    shutil.rmtree(config.out, ignore_errors=True)
+    return train(config, ALONE, command=f"comparison --only comparison/{variant}/{seed}")
+
+
+def config_of(variant: str, seed: int, settings: Settings, runs: Path) -> Config:
+    folder = runs / f"{variant.replace(', ', '-').replace(' ', '-').replace('%', '')}-{seed}"
+    fixed: dict[str, Any] = {**settings.tuning, "out": str(folder), "seed": seed}
+    found = told(variant, settings)
+    more = {"mode": DENSE} if variant == DENSE else method_of(found["method"]).config(found["setting"])
+    return from_dict({**fixed, **more}, "comparison")
+
+
+@functools.cache
+def setting_of(name: str, saved: float, sample: int) -> Any:
+    """The setting whose multiply-adds, of the model as it was, are closest to those wanted."""
+    model = sait.restore(sait.load(CHECKPOINT)).eval()
+    images, _ = pictures(sample)
+    method, wanted = method_of(name), (1 - saved) * macs(model)
+    return closest(method.settings, functools.partial(cost_of, method, model, images), wanted)
+
+
+@torch.inference_mode()
+def cost_of(method: Method, model: Any, images: Tensor, setting: Any) -> float:
+    plan = method.plan(setting)
+    try:
+        sparse = sait.sparsify(share(model), plan)
+    except ValueError:  # more pairs than the model has
+        return 0.0
+    plan = sparse._sait.plan
+    if plan.gated:
+        return macs(sparse, usage=setting)
+    if plan.ragged:
+        sparse(images)
+    return macs(sparse)
+
+
+def closest(settings: Sequence[Any], cost: Callable[[Any], float], wanted: float) -> Any:
+    """Of settings whose cost ascends the one whose cost is closest to what is wanted."""
+    low, high = 0, len(settings) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(settings[middle]) < wanted else (low, middle)
+    return min((settings[low], settings[high]), key=lambda setting: abs(cost(setting) - wanted))
+
+
+@functools.cache
+def pictures(count: int) -> tuple[Tensor, Tensor]:
+    """Test images, the same for every model, and their labels."""
+    return Canvas("test", count, img_size=64).batch(range(count))
+
+
+@torch.inference_mode()
+def measured(model: Any, plan: Plan | None, settings: Settings) -> Row:
+    images, labels = pictures(settings.test_images)
+    sait.set_density(model) if plan is None else sait.set_density(model, plan)
+    torch.manual_seed(0)  # of chance
+    right, cost, tokens = [], 0.0, 0.0
+    for some, wanted in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+        right.append(model(some).argmax(1) == wanted)
+        cost += macs(model) * len(some)
+        kept = sait.selections(model)
+        tokens += kept[-1].cu_seqlens[-1].item() if kept else len(some) * (images.shape[-1] // 8) ** 2 + len(some)
+    found = torch.cat(right).numpy()
+    return {
+        "accuracy": round(float(found.mean()), 5),
+        "images": len(found),
+        "gmac": round(cost / len(found) / 1e9, 5),
+        "tokens": round(tokens / len(found), 2),
+        "right": pack(found),
+    }

@@ -1,0 +1,132 @@
+"""docs/dense.md, from results.json."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from intervals import Interval, ahead, unpack_shares
+from recorded import Row
+from tables import about, header, judged, of, spread
+
+from dense.settings import BLOCK, CONV, DENSITIES, HYBRIDS, VARIANTS
+
+BUDGET = -1.0  # points of overlap that dropping may cost
+PREDICTED = Path(__file__).with_name("predicted.md")
+# What is held against what: (variant, density) twice, and what the first is to reach at least, if anything.
+CASES: tuple[tuple[tuple[str, str], tuple[str, str], float | None], ...] = (
+    (("hybrid, keep 0.7", "keep 0.7"), ("hybrid", "dense"), BUDGET),
+    (("hybrid, keep 0.45", "keep 0.45"), ("hybrid", "dense"), BUDGET),
+    (("hybrid", "keep 0.45"), ("hybrid", "dense"), BUDGET),
+    (("hybrid", "keep 0.25"), ("hybrid", "dense"), BUDGET),
+    (("hybrid", "dense"), (CONV, "dense"), 0.0),
+    (("hybrid, keep 0.45", "keep 0.45"), (CONV, "dense"), 0.0),
+    (("hybrid, keep 0.45", "keep 0.45"), ("hybrid, random 0.45", "random 0.45"), 0.0),
+    (("hybrid, keep 0.45", "keep 0.45"), ("hybrid", "keep 0.45"), None),
+    (("hybrid, keep 0.45", "dense"), ("hybrid", "dense"), None),
+)
+
+
+def markdown(document: dict[str, Any]) -> str:
+    found, timed = of(document["rows"], "segmentation"), of(document["rows"], "speed")
+    parts = [
+        "# Dense prediction with dropped tokens\n",
+        "Pictures of canvas, 64 pixels: which pixels show the digit, and which digit it is. A convolutional stem, an "
+        "encoder at an eighth of the side (8 x 8 tokens), a decoder that sees the stem's maps beside the encoder's. "
+        f"The encoder is convolutions, or a ViT of as many parameters, which drops patches at block {BLOCK} and sends "
+        "its rows home for the decoder (`sait.full_maps`): a dropped patch is there as it was at the stage. All "
+        "variants have the same stem, decoder, steps and, seed by seed, the same images, after 2210.12599.\n",
+    ]
+    if not found:
+        parts.append("Not run yet: `make dense`.\n")
+    else:
+        parts += [f"*Written by `make dense` from results.json. {about(document)}*\n", *overlaps(found)]
+        parts += ["## Speed\n", speeds(timed, found) if timed else "Not run yet: `make dense`.\n"]
+    parts += ["## What was predicted\n", PREDICTED.read_text(encoding="utf-8")]
+    return "\n".join(parts)
+
+
+def overlaps(found: Sequence[Row]) -> list[str]:
+    first = found[0]
+    counts = {name: len({row["seed"] for row in found if row["variant"] == name}) for name in VARIANTS}
+    told = "; ".join(f"{name}: {count}" for name, count in counts.items())
+    return [
+        "## Overlap\n",
+        f"{first['steps']} steps of {first['batch']} new images, {first['images']} test images; seeds: {told}. IoU: "
+        "pixels found and named rightly, of all that are a digit's or are taken for one's, the mean over images. IoU "
+        "over classes: of each class over all images, nothing among them. In %, mean and deviation of the seeds. Ink "
+        "kept: the share of the digits' pixels that lie in patches which stayed. Parameters are alike within 5 %.\n",
+        table(found),
+        "\n## What was claimed\n",
+        "Differences in points of IoU, paired image by image, with intervals of 95 % by bootstrap over the test "
+        "images; what another training would bring is in the deviation above, not in the interval.\n",
+        "\n".join(lines(found)),
+        "",
+    ]
+
+
+def table(found: Sequence[Row]) -> str:
+    columns = ["trained", "answers at", "IoU", "IoU over classes", "ink kept", "GMAC", "parameters"]
+    made = [header(columns)]
+    for variant in VARIANTS:
+        own = HYBRIDS.get(variant, "dense")
+        for density in dict.fromkeys((own, *(DENSITIES if variant in HYBRIDS else ()))):
+            rows = pick(found, variant, density)
+            if rows:
+                cells = [variant, density, *(spread([100 * row[key] for row in rows]) for key in ("iou", "class_iou"))]
+                cells += [f"{statistics.mean(row['ink_kept'] for row in rows):.2f}", f"{rows[0]['gmac']:.4f}"]
+                made.append("| " + " | ".join([*cells, f"{rows[0]['parameters']:,}"]) + " |")
+    return "\n".join(made)
+
+
+def lines(found: Sequence[Row]) -> list[str]:
+    """One for each pair of CASES that some seed has."""
+    made = []
+    for better, worse, least in CASES:
+        difference = compared(found, better, worse)
+        if difference is None:
+            continue
+        goal = "" if least is None else f" (goal: not below {least:+.1f}): {judged(difference, least)}"
+        made.append(f"- {' at '.join(better)} against {' at '.join(worse)}: {difference} points{goal}.")
+    whole = pick(found, "hybrid", "dense")
+    for variant, density in HYBRIDS.items():
+        rows = pick(found, variant, density)
+        if whole and rows and density != "dense":
+            saved = 1 - rows[0]["gmac"] / whole[0]["gmac"]
+            made.append(f"- {variant}: {saved:.0%} fewer multiply-adds than the hybrid, stem and decoder included.")
+    return made
+
+
+def compared(found: Sequence[Row], better: tuple[str, str], worse: tuple[str, str]) -> Interval | None:
+    """Points of IoU by which one (variant, density) is ahead of another; None if no seed has both."""
+    return ahead(*(of_images(pick(found, *side)) for side in (better, worse)))
+
+
+def of_images(rows: Sequence[Row]) -> dict[int, np.ndarray]:
+    return {row["seed"]: unpack_shares(row["iou_of_images"]) for row in rows}
+
+
+def pick(rows: Sequence[Row], variant: str, density: str) -> list[Row]:
+    return [row for row in rows if (row["variant"], row["density"]) == (variant, density)]
+
+
+def speeds(timed: Sequence[Row], found: Sequence[Row]) -> str:
+    first = timed[0]
+    whole = next(row for row in timed if row["model"] == "hybrid")
+    made = [
+        f"Images a second, batch {first['batch']}, {first['dtype']}, {first['device']}, {first['threads']} threads; "
+        "answering, where the ViT runs under sait.optimize, and learning: a step of AdamW. × is against the hybrid "
+        "that drops nothing.\n",
+        header(["model", "GMAC", "answering, img/s", "×", "learning, img/s", "×"]),
+    ]
+    for row in timed:
+        cells = [row["model"]]
+        own = pick(found, row["model"], HYBRIDS.get(row["model"], "dense"))
+        cells.append(f"{own[0]['gmac']:.4f}" if own else "")
+        for key in ("images_per_s", "trained_images_per_s"):
+            cells += [f"{row[key]:.0f}", f"{row[key] / whole[key]:.2f}"]
+        made.append("| " + " | ".join(cells) + " |")
+    return "\n".join(made) + "\n"

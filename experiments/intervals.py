@@ -1,0 +1,72 @@
+"""Intervals by bootstrap over objects, or over images: the views of an object are no independent images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+DRAWS = 10_000
+LEVEL = 0.95
+SHARE_STEPS = 65535
+
+
+class Interval(NamedTuple):
+    """A mean and its interval at LEVEL."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def interval(of_objects: np.ndarray) -> Interval:
+    """Of the mean of values, one for each object or image (n,): they are drawn anew, with replacement, DRAWS times.
+
+    A difference of two models is paired where the values are differences, object by object.
+    """
+    values = np.asarray(of_objects, dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def ahead(better: Mapping[int, np.ndarray], worse: Mapping[int, np.ndarray]) -> Interval | None:
+    """By how many points one side is ahead of the other, over the images of a test set: {seed: (n,) shares in [0, 1]}.
+
+    Of each image the mean over the seeds that both sides have; None where they have none in common. What another
+    training would have brought is not in the interval: the spread of the seeds tells that.
+    """
+    both = sorted(better.keys() & worse.keys())
+    return interval(100 * np.mean([better[seed] - worse[seed] for seed in both], axis=0)) if both else None
+
+
+def pack(right: np.ndarray) -> str:
+    """(n,) bool, whether each image was answered rightly, as hexadecimal digits."""
+    return np.packbits(np.asarray(right, dtype=bool)).tobytes().hex()
+
+
+def unpack(text: str, count: int) -> np.ndarray:
+    """The first ``count`` values of what ``pack`` wrote, bool."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))[:count].astype(bool)
+
+
+def pack_shares(shares: np.ndarray) -> str:
+    """(n,) numbers from 0 to 1, such as the overlap of each image, in 16 bits, as hexadecimal digits."""
+    values = np.asarray(shares, dtype=np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"pack_shares: shares: expected 0 to 1, got {values.min()} to {values.max()}.")
+    return np.rint(values * SHARE_STEPS).astype("<u2").tobytes().hex()
+
+
+def unpack_shares(text: str) -> np.ndarray:
+    """What ``pack_shares`` wrote, float64, each within 1 / 131070 of what it was."""
+    return np.frombuffer(bytes.fromhex(text), dtype="<u2") / SHARE_STEPS
+
+
+def by_object(right: np.ndarray, objects: int) -> np.ndarray:
+    """(n,) bool of images, of which image i shows object i modulo ``objects`` -> (objects,) share of right ones."""
+    return np.asarray(right, dtype=np.float64).reshape(-1, objects).mean(0)

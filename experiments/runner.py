@@ -1,0 +1,111 @@
+"""The command line of an experiment that is done run by run, over as many sittings as it takes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import recorded
+from recorded import Row, Run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the command line has to know.
+
+    Attributes:
+        name: of the package, of its folder in experiments/ and of its report docs/<name>.md.
+        about: what it says of itself under --help.
+        full, quick: its two sizes, any objects.
+        runs: all that there is to do at a size.
+        rows: does one run at a size.
+        markdown: the report, of what results.json holds.
+        timed: experiments that measure time: done one by one, when all else is done.
+    """
+
+    name: str
+    about: str | None
+    full: Any
+    quick: Any
+    runs: Callable[[Any], Iterator[Run]]
+    rows: Callable[[Run, Any], Iterator[Row]]
+    markdown: Callable[[dict[str, Any]], str]
+    timed: tuple[str, ...] = ("speed",)
+
+
+def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
+    """Does what is not done yet, and writes the report of what there is."""
+    here, name = ROOT / "experiments" / experiment.name, experiment.name
+    quick_folder = ROOT / "runs" / f"{name}-quick"
+    parser = argparse.ArgumentParser(prog=name, description=experiment.about)
+    parser.add_argument("--quick", action="store_true", help="a small size, which proves the chain and no figure")
+    parser.add_argument("--results", type=Path, help=f"by default experiments/{name}/results.json")
+    parser.add_argument("--out", type=Path, help="folder of the report; by default docs")
+    parser.add_argument("--only", action="append", help="experiment, experiment/variant or experiment/variant/seed")
+    parser.add_argument("--minutes", type=float, help="begin no run later than this")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on its share of the cores")
+    parser.add_argument("--list", action="store_true", help="only say which runs there are, and which are done")
+    parser.add_argument("--report", action="store_true", help="only write the report")
+    parser.add_argument("--no-report", action="store_true", help="write none")
+    options = parser.parse_args(arguments)
+    options.results = options.results or (quick_folder if options.quick else here) / "results.json"
+    out = options.out or (quick_folder if options.quick else ROOT / "docs")
+    every = list(experiment.runs(experiment.quick if options.quick else experiment.full))
+    wanted = [run for run in every if not options.only or any(matches(run, only) for only in options.only)]
+    if not wanted:
+        parser.error(f"--only: no run of that name. There are {', '.join(sorted({run.name for run in every}))}.")
+    if options.list:
+        finished = recorded.done(recorded.read(options.results))
+        print("\n".join(f"{'done' if run in finished else 'open'}  {run.name}" for run in wanted))
+        return
+    if not options.report:
+        begin_all(experiment, wanted, options)
+    if not options.no_report:
+        out.mkdir(parents=True, exist_ok=True)
+        text = experiment.markdown(recorded.read(options.results))
+        (out / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def matches(run: Run, only: str) -> bool:
+    return f"{run.name}/".startswith(f"{only}/")
+
+
+def begin_all(experiment: Experiment, wanted: Sequence[Run], options: argparse.Namespace) -> None:
+    """Each run that is not done, ``options.jobs`` at once, in processes of their own where these are several."""
+    start, failed = time.monotonic(), []
+    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    size = experiment.quick if options.quick else experiment.full
+
+    def begin(run: Run) -> None:
+        late = options.minutes is not None and time.monotonic() - start > 60 * options.minutes
+        if late or run in recorded.done(recorded.read(options.results)):
+            return
+        began = time.monotonic()
+        if options.jobs == 1:
+            recorded.append(options.results, run, list(experiment.rows(run, size)))
+        else:
+            words = ["--only", run.name, "--results", str(options.results), "--no-report"]
+            words += ["--quick"] if options.quick else []
+            environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
+            if subprocess.run([sys.executable, "-m", experiment.name, *words], env=environment).returncode:
+                failed.append(run.name)
+                return
+        print(f"{run.name}: {time.monotonic() - began:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(begin, [run for run in wanted if run.experiment not in experiment.timed]))
+    for run in wanted:
+        if run.experiment in experiment.timed:
+            begin(run)
+    if failed:
+        sys.exit(f"{experiment.name}: failed: {', '.join(failed)}")

@@ -1,0 +1,80 @@
+"""make comparison: the whole chain on the smallest sizes, and the parts of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runner
+from comparison import __main__ as command
+from comparison import report, tuned
+from comparison.settings import FULL, METHODS, QUICK
+from intervals import pack
+from sait.methods import PUBLISHED
+from tiers import full_only
+
+
+def test_every_method_is_a_config_of_its_own_arithmetic(tmp_path: Path) -> None:
+    """And none is forgotten: what is published is compared, but for what recovers."""
+    configs = {}
+    for method in METHODS:
+        for saved in (0.25, 0.55):
+            variant = tuned.name_of(method.name, saved)
+            configs[variant] = tuned.config_of(variant, 0, QUICK, tmp_path)
+    assert {config.method for config in configs.values() if config.method} | {"hot"} == set(PUBLISHED)
+    assert len({config.out for config in configs.values()}) == len(configs)
+    for method in METHODS:
+        few, many = (tuned.setting_of(method.name, saved, QUICK.sample) for saved in (0.55, 0.25))
+        assert method.settings.index(few) < method.settings.index(many), method.name
+    assert tuned.config_of(tuned.DENSE, 0, QUICK, tmp_path).mode == "dense"
+
+
+@full_only(lambda: True)  # a minute
+def test_from_runs_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    words = ["--quick", "--results", str(tmp_path / "results.json"), "--out", str(tmp_path)]
+    command.main(words)
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert {row["variant"] for row in document["rows"]} == {run.variant for run in command.runs(QUICK)}
+    text = (tmp_path / "comparison.md").read_text()
+    for name in QUICK.methods:
+        assert f"| {name} |" in text
+    before = (tmp_path / "results.json").read_bytes()
+    command.main(words)  # all is done
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_the_table_says_who_is_ahead() -> None:
+    def rows(variant: str, right: list[bool], **more: object) -> list[dict[str, object]]:
+        packed = {"right": pack(np.array(right)), "images": len(right), "accuracy": np.mean(right)}
+        same = {
+            "experiment": "comparison",
+            "variant": variant,
+            "seed": 0,
+            "gmac": 0.07,
+            "tokens": 30.0,
+            **packed,
+            **more,
+        }
+        return [{**same, "case": case} for case in ("dense", "pruned")]
+
+    found = rows("SaiT, -40%", [True, False] * 20, method="SaiT", saved=0.4, setting=0.45)
+    found += rows("ToMe, -40%", [True] * 40, method="ToMe", saved=0.4, setting=6)
+    found += rows("dense", [True] * 40, method="dense")[:1]
+    text = report.markdown({"rows": found})
+    lines = text.split("\n")
+    order = [line.split(" | ")[0] for line in lines if line.startswith(("| dense", "| ToMe", "| SaiT"))]
+    assert order == ["| dense", "| ToMe", "| SaiT"]
+    assert "SaiT is not the best: ahead of it by more than the interval are ToMe by +50.00" in text
+    assert "| SaiT | 0.45 | 50.00 ± 0.00 |  | 50.00 ± 0.00 | 0.0700 | 30.0 | 1 |" in lines
+    assert "Not run yet" in report.markdown({"rows": []})
+
+
+def test_each_method_has_three_densities_and_seeds() -> None:
+    every = list(command.runs(FULL))
+    assert len(every) == len(set(every)) == 3 * (1 + len(METHODS) * 3) + 1
+    assert [run.name for run in every if runner.matches(run, "comparison/EViT, -40%")] == [
+        f"comparison/EViT, -40%/{seed}" for seed in range(3)
+    ]
