@@ -22,12 +22,12 @@ def markdown(document: dict[str, Any]) -> str:
     found, timed = of(document["rows"], "comparison"), of(document["rows"], "speed")
     parts = [
         "# Methods, fine-tuned in the same budget\n",
-        "Every method that drops, merges or skips tokens and can be fine-tuned as a classifier, from one model that was "
-        "trained dense on canvas (`checkpoints/plain-canvas.safetensors`): the same images, epochs and learning rate; "
-        "parts that begin with nothing learn at ten times that rate. Each at the setting whose arithmetic, of the model "
-        "as it was, is closest to what it is to save; what it computes after training is in the table. SaiT trains dense "
-        "and sparse epochs in turns, with a teacher's attention; all others train by what they drop. HoT is not among "
-        "them: a head that reads the class token has nothing to recover (`make recover` has its task).\n",
+        "Every method that drops, merges or skips tokens and can be fine-tuned as a classifier, from one model that "
+        "was trained dense on canvas (`checkpoints/plain-canvas.safetensors`): the same images, epochs and learning "
+        "rate; parts that begin with nothing learn at ten times that rate. Each at the setting whose arithmetic, of the "
+        "model as it was, is closest to what it is to save; what it computes after training is in the table. SaiT trains "
+        "dense and sparse epochs in turns, with a teacher's attention; all others train by what they drop. HoT is not "
+        "among them: a head that reads the class token has nothing to recover (`make recover` has its task).\n",
     ]
     if not found:
         parts.append("Not run yet: `make comparison`.\n")
@@ -44,8 +44,8 @@ def table(found: Sequence[Row], timed: Sequence[Row], saved: float) -> str:
     first = found[0]
     columns = ["method", "setting", "accuracy, %", "ahead of SaiT", "its dense mode, %", "GMAC", "tokens", "seeds"]
     columns += [f"{dtype} × dense" for dtype in ("fp32", "bf16")] if rates else []
-    told = f"{first['images']} test images; mean and deviation of the seeds; differences image by image, intervals of 95 %."
-    lines = [f"{told}\n", header(columns)]
+    told = "test images; mean and deviation of the seeds; differences image by image, with intervals of 95 %."
+    lines = [f"{first['images']} {told}\n", header(columns)]
     for variant in [DENSE, *ranked(found, saved)]:
         rows = pick(found, variant, DENSE if variant == DENSE else "pruned")
         cells = [rows[0]["method"], str(rows[0].get("setting", "")), accuracy(rows)]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from photographs import results
+import recorded
 from recorded import Run
 
 from recover import learn, report
@@ -34,18 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [Run("recover", variant, seed) for seed in range(settings.seeds) for variant in settings.variants]
     wanted = [run for run in runs if not options.only or {run.variant, f"{run.variant}/{run.seed}"} & {*options.only}]
     if options.list:
-        finished = results.done(results.read(path))
+        finished = recorded.done(recorded.read(path))
         print("\n".join(f"{'done' if run in finished else 'open'}  {run.variant}/{run.seed}" for run in wanted))
         return
     start = time.monotonic()
     for run in wanted if not options.report else ():
         late = options.minutes is not None and time.monotonic() - start > 60 * options.minutes
-        if late or run in results.done(results.read(path)):
+        if late or run in recorded.done(recorded.read(path)):
             continue
         row = learn.row(run.variant, run.seed, settings)
-        results.append(path, run, [row])
+        recorded.append(path, run, [row])
         print(f"{run.variant}/{run.seed}: {row['pixels']:.3f} pixels, {row['seconds']:.0f} s", flush=True)
-    report.write(results.read(path), settings, options.out or quick or ROOT / "docs")
+    report.write(recorded.read(path), settings, options.out or quick or ROOT / "docs")
 
 
 if __name__ == "__main__":

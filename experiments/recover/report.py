@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from photographs.report import about, header
 from recorded import Row
+from tables import about, header
 
 from recover.settings import ROOT, Settings
 
