@@ -24,10 +24,10 @@ def markdown(document: dict[str, Any]) -> str:
         "# Methods, fine-tuned in the same budget\n",
         "Every method that drops, merges or skips tokens and can be fine-tuned as a classifier, from one model that "
         "was trained dense on canvas (`checkpoints/plain-canvas.safetensors`): the same images, epochs and learning "
-        "rate; parts that begin with nothing learn at ten times that rate. Each at the setting whose arithmetic, of the "
-        "model as it was, is closest to what it is to save; what it computes after training is in the table. SaiT trains "
-        "dense and sparse epochs in turns, with a teacher's attention; all others train by what they drop. HoT is not "
-        "among them: a head that reads the class token has nothing to recover (`make recover` has its task).\n",
+        "rate; parts that begin with nothing learn at ten times that rate. Each at the setting whose arithmetic, of "
+        "the model as it was, is closest to what it is to save; what it computes after training is in the table. SaiT "
+        "trains dense and sparse epochs in turns, with a teacher's attention; all others train by what they drop. HoT "
+        "is not among them: a head that reads the class token has nothing to recover (`make recover` has its task).\n",
     ]
     if not found:
         parts.append("Not run yet: `make comparison`.\n")
@@ -44,11 +44,11 @@ def table(found: Sequence[Row], timed: Sequence[Row], saved: float) -> str:
     first = found[0]
     columns = ["method", "setting", "accuracy, %", "ahead of SaiT", "its dense mode, %", "GMAC", "tokens", "seeds"]
     columns += [f"{dtype} × dense" for dtype in ("fp32", "bf16")] if rates else []
-    told = "test images; mean and deviation of the seeds; differences image by image, with intervals of 95 %."
-    lines = [f"{first['images']} {told}\n", header(columns)]
+    which = "test images; mean and deviation of the seeds; differences image by image, with intervals of 95 %."
+    lines = [f"{first['images']} {which}\n", header(columns)]
     for variant in [DENSE, *ranked(found, saved)]:
         rows = pick(found, variant, DENSE if variant == DENSE else "pruned")
-        cells = [rows[0]["method"], str(rows[0].get("setting", "")), accuracy(rows)]
+        cells = [rows[0]["method"], told(rows[0].get("setting")), accuracy(rows)]
         lead = None if variant == DENSE else difference(found, variant, name_of(OURS, saved))
         cells += ["" if lead is None or rows[0]["method"] == OURS else str(lead)]
         cells += ["" if variant == DENSE else accuracy(pick(found, variant, DENSE))]
@@ -93,6 +93,16 @@ def difference(found: Sequence[Row], better: str, worse: str) -> Interval | None
 
 def pick(found: Sequence[Row], variant: str, case: str) -> list[Row]:
     return [row for row in found if (row["variant"], row["case"]) == (variant, case)]
+
+
+def told(setting: Any) -> str:
+    """Of ATS a share, and the blocks from which on it drops."""
+    if setting is None:
+        return ""
+    if not isinstance(setting, list):
+        return str(setting)
+    share, blocks = setting
+    return str(share) if blocks is None else f"{share}, from block {blocks[0]}"
 
 
 def accuracy(rows: Sequence[Row]) -> str:

@@ -12,6 +12,7 @@ from sait import Plan, methods
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "checkpoints" / "plain-canvas.safetensors"  # what all start from: trained dense
 SAVED = (0.25, 0.40, 0.55)  # of the dense model's multiply-adds
+DEPTH = 8  # of the model
 SHARES = [round(share / 200, 3) for share in range(4, 200)]
 
 
@@ -39,11 +40,9 @@ def of_method(name: str, **more: Any) -> Callable[[Any], dict[str, Any]]:
     return lambda share: {"method": name, "keep": share, **more}
 
 
-def of_kwargs(
-    name: str, argument: str, *, rates: dict[str, Any] | None = None, **more: Any
-) -> Callable[[Any], dict[str, Any]]:
+def of_kwargs(name: str, argument: str, **more: Any) -> Callable[[Any], dict[str, Any]]:
     """The same, whose setting is another argument of its call."""
-    return lambda value: {"method": name, "keep": None, "method_kwargs": {argument: value, **more}, **(rates or {})}
+    return lambda value: {"method": name, "keep": None, "method_kwargs": {argument: value}, **more}
 
 
 THRESHOLDS = [round(0.2 * 0.96**i, 6) for i in range(160)]
@@ -58,7 +57,13 @@ METHODS = (
     ),
     Method("SaiT, sparse only", methods.sait, SHARES, of_method("sait")),
     Method("EViT", methods.evit, SHARES, of_method("evit")),
-    Method("ATS", methods.ats, SHARES, of_method("ats")),
+    # Drops a lot where nobody bounds it: from later blocks on, if need be.
+    Method(
+        "ATS",
+        lambda setting: methods.ats(*setting),
+        [*((keep, None) for keep in SHARES), *((1.0, tuple(range(block, DEPTH))) for block in range(2, DEPTH))],
+        lambda setting: {"method": "ats", "keep": setting[0], "blocks": setting[1] and list(setting[1])},
+    ),
     Method("LTP", methods.ltp, THRESHOLDS, of_kwargs("ltp", "threshold")),
     Method("LTP, learned", methods.ltp, THRESHOLDS, of_kwargs("ltp_learned", "threshold", **LEARNS)),
     Method("ToMe", methods.tome, list(range(32, 0, -1)), of_kwargs("tome", "r")),
@@ -92,7 +97,7 @@ class Settings:
 
 TUNING: dict[str, Any] = {
     "model": "vit_tiny_patch16_224",
-    "model_kwargs": {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4},
+    "model_kwargs": {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": DEPTH, "num_heads": 4},
     "data": "canvas",
     "block": 2,
     "init": str(CHECKPOINT),

@@ -167,7 +167,7 @@ class Nameless:
         (
             lambda: Plan.from_dict({"stages": [{"block": 1, "selector": {"name": "median"}}]}),
             ValueError,
-            "Plan: selector: expected one of .*top_k, top_p, threshold.*, got 'median'",
+            "Plan: selector: expected one of .*top_k, .*top_p, threshold.*, got 'median'",
         ),
         (
             lambda: Plan.from_dict({"stages": [{"block": 1, "keep": 0.5, "after": "party"}]}),

@@ -37,7 +37,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 def kept_shares(monkeypatch: pytest.MonkeyPatch) -> list[float | str]:
     """Tokens per image behind each training step, as shares of 17; "dense" where the model's own forward ran."""
     seen: list[float | str] = []
-    step = Trainer._step
+    step = Trainer.step
 
     def spy(self, images, labels, where):
         losses = step(self, images, labels, where)
@@ -46,7 +46,7 @@ def kept_shares(monkeypatch: pytest.MonkeyPatch) -> list[float | str]:
         seen.append(len(selections[0].indices) / (len(images) * 17) if selections else "dense")
         return losses
 
-    monkeypatch.setattr(Trainer, "_step", spy)
+    monkeypatch.setattr(Trainer, "step", spy)
     return seen
 
 
