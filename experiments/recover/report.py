@@ -23,9 +23,11 @@ def write(document: dict[str, Any], settings: Settings, out: Path) -> None:
 def as_text(document: dict[str, Any], settings: Settings) -> str:
     rows: list[Row] = document["rows"]
     s, wanted = settings, len(settings.variants) * settings.seeds
+    written = f"*Written by `make recover` from results.json, {len(rows)} of {wanted} runs. {about(document)}*"
+    table = "\n".join([header(COLUMNS), *(line(variant, rows, s) for variant in s.variants if of(rows, variant))])
     lines = [
         "# Prune and recover, on a dense task",
-        f"*Written by `python -m recover` from results.json, {len(rows)} of {wanted} runs. {about(document)}*",
+        written if rows else "Not run yet: `make recover`.",
         f"Where is the digit in each of {s.frames} frames of {s.side} x {s.side} pixels? It swings over a still, "
         "dimmed photo, and a tenth of the frames does not show it. Digits and photos are those of "
         "`sait.data.Canvas`, with its splits. A frame is a token of timm's VisionTransformer: "
@@ -35,7 +37,7 @@ def as_text(document: dict[str, Any], settings: Settings) -> str:
         "`hot`: `sait.methods.hot`, density peaks ahead of one block, learned queries behind the last. `interpolated`: "
         "the same choice at the same block, and straight lines between the places of the frames that stay, in training "
         "and test.",
-        "\n".join([header(COLUMNS), *(line(variant, rows, s) for variant in s.variants if of(rows, variant))]),
+        *([table] if rows else []),
     ]
     if compared := [text for keep in s.keeps for text in compare(rows, keep)]:
         lines += ["## Compared, seed by seed", "\n".join(compared)]

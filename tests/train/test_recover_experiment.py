@@ -42,7 +42,8 @@ def test_from_runs_to_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_report_of_nothing_yet() -> None:
     text = report.as_text({"rows": []}, FULL)
-    assert "0 of 15 runs" in text
+    assert "Not run yet: `make recover`." in text
+    assert "| error, pixels |" not in text
     assert "Compared" not in text
 
 
