@@ -52,7 +52,7 @@ def test_what_a_competitor_costs_is_of_the_cores_there_are() -> None:
 
 def test_a_run_of_one_condition_is_not_shown_among_the_others(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(document(ROWS[0])))
-    names = ("density", "end-to-end", "losses", "floor", "adaptive", *serving.COLUMNS)
+    names = ("results", "density", "end-to-end", "losses", "floor", "adaptive", *serving.COLUMNS)
     page = "".join(marker.format(name) for name in names for marker in report.MARKERS)
     written = report.updated_performance(page, tmp_path)
     assert WRITTEN["alone"] in written

@@ -437,6 +437,7 @@ def test_optimized_and_explained() -> None:
 @full_only(lambda: True)  # half a minute
 @torch.no_grad()
 def test_compiled_it_computes_the_same() -> None:
+    torch._dynamo.reset()
     model, x = ours("vit"), zoo.images("vit")
     assert far(torch.compile(copy.deepcopy(model), backend="eager")(x), model(x)) < 1e-5
 

@@ -317,6 +317,7 @@ def new(heads: int | None = None) -> methods.NewQueries:
 
 
 def test_optimized_and_compiled_compute_the_same() -> None:
+    torch._dynamo.reset()
     x = zoo.images("gap")
     one_op = sait.Plan([sait.Stage(1, 0.5)], "column", recover=new())
     for plan, together in ((methods.hot(KEEP), "one by one, because the stage at block 1 drops"), (one_op, "one op")):
