@@ -28,8 +28,11 @@ class Experiment:
         about: what it says of itself under --help.
         full, quick: its two sizes, any objects.
         runs: all that there is to do at a size.
-        rows: does one run at a size.
+        rows: does one run at a size; trainings may be left in the folder.
         markdown: the report, of what results.json holds.
+        plots: draws what it shows into the folder of the report.
+        prepare: fetches what runs need; it ends the process where that cannot be had.
+        groups: parts the runs into those that wait for others.
         timed: experiments that measure time: done one by one, when all else is done.
     """
 
@@ -38,8 +41,11 @@ class Experiment:
     full: Any
     quick: Any
     runs: Callable[[Any], Iterator[Run]]
-    rows: Callable[[Run, Any], Iterator[Row]]
+    rows: Callable[[Run, Any, Path], Iterator[Row]]
     markdown: Callable[[dict[str, Any]], str]
+    plots: Callable[[dict[str, Any], Path], None] = lambda document, out: None
+    prepare: Callable[[], None] = lambda: None
+    groups: Callable[[Sequence[Run]], Sequence[Sequence[Run]]] = lambda runs: [runs]
     timed: tuple[str, ...] = ("speed",)
 
 
@@ -50,6 +56,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None
     parser = argparse.ArgumentParser(prog=name, description=experiment.about)
     parser.add_argument("--quick", action="store_true", help="a small size, which proves the chain and no figure")
     parser.add_argument("--results", type=Path, help=f"by default experiments/{name}/results.json")
+    parser.add_argument("--runs", type=Path, help=f"folder of the trainings; by default runs/{name}")
     parser.add_argument("--out", type=Path, help="folder of the report; by default docs")
     parser.add_argument("--only", action="append", help="experiment, experiment/variant or experiment/variant/seed")
     parser.add_argument("--minutes", type=float, help="begin no run later than this")
@@ -58,6 +65,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None
     parser.add_argument("--report", action="store_true", help="only write the report")
     parser.add_argument("--no-report", action="store_true", help="write none")
     options = parser.parse_args(arguments)
+    options.runs = options.runs or (quick_folder if options.quick else ROOT / "runs" / name)
     options.results = options.results or (quick_folder if options.quick else here) / "results.json"
     out = options.out or (quick_folder if options.quick else ROOT / "docs")
     every = list(experiment.runs(experiment.quick if options.quick else experiment.full))
@@ -69,11 +77,13 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None
         print("\n".join(f"{'done' if run in finished else 'open'}  {run.name}" for run in wanted))
         return
     if not options.report:
+        experiment.prepare()
         begin_all(experiment, wanted, options)
     if not options.no_report:
         out.mkdir(parents=True, exist_ok=True)
-        text = experiment.markdown(recorded.read(options.results))
-        (out / f"{name}.md").write_text(text, encoding="utf-8")
+        document = recorded.read(options.results)
+        (out / f"{name}.md").write_text(experiment.markdown(document), encoding="utf-8")
+        experiment.plots(document, out)
 
 
 def matches(run: Run, only: str) -> bool:
@@ -92,9 +102,10 @@ def begin_all(experiment: Experiment, wanted: Sequence[Run], options: argparse.N
             return
         began = time.monotonic()
         if options.jobs == 1:
-            recorded.append(options.results, run, list(experiment.rows(run, size)))
+            recorded.append(options.results, run, list(experiment.rows(run, size, options.runs)))
         else:
-            words = ["--only", run.name, "--results", str(options.results), "--no-report"]
+            folders = ["--results", str(options.results), "--runs", str(options.runs)]
+            words = ["--only", run.name, *folders, "--no-report"]
             words += ["--quick"] if options.quick else []
             environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
             if subprocess.run([sys.executable, "-m", experiment.name, *words], env=environment).returncode:
@@ -103,9 +114,10 @@ def begin_all(experiment: Experiment, wanted: Sequence[Run], options: argparse.N
         print(f"{run.name}: {time.monotonic() - began:.0f} s", flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(begin, [run for run in wanted if run.experiment not in experiment.timed]))
+        for group in experiment.groups([run for run in wanted if run.experiment not in experiment.timed]):
+            list(pool.map(begin, group))
     for run in wanted:
         if run.experiment in experiment.timed:
             begin(run)
     if failed:
-        sys.exit(f"{experiment.name}: failed: {', '.join(failed)}")
+        sys.exit(f"{experiment.name}: failed: {', '.join(dict.fromkeys(failed))}")

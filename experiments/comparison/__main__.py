@@ -8,12 +8,13 @@ machine to itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import runner
 from recorded import Row, Run
 
 from comparison import report, speed, tuned
-from comparison.settings import FULL, QUICK, ROOT, Settings
+from comparison.settings import FULL, QUICK, Settings
 
 
 def runs(settings: Settings) -> Iterator[Run]:
@@ -26,8 +27,7 @@ def runs(settings: Settings) -> Iterator[Run]:
     yield Run("speed", "all", 0)
 
 
-def rows(run: Run, settings: Settings) -> Iterator[Row]:
-    folder = ROOT / "runs" / ("comparison" if settings == FULL else "comparison-quick")
+def rows(run: Run, settings: Settings, folder: Path) -> Iterator[Row]:
     if run.experiment == "speed":
         return speed.rows(settings, folder)
     return tuned.rows(run.variant, run.seed, settings, folder)

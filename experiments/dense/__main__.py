@@ -7,6 +7,7 @@ are in results.json when it is finished, and it is not repeated. "speed" comes l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import runner
 from recorded import Row, Run
@@ -23,7 +24,7 @@ def runs(settings: Settings) -> Iterator[Run]:
     yield Run("speed", "all", 0)
 
 
-def rows(run: Run, settings: Settings) -> Iterator[Row]:
+def rows(run: Run, settings: Settings, folder: Path) -> Iterator[Row]:
     return speed.rows(settings) if run.experiment == "speed" else segmentation.rows(run.variant, run.seed, settings)
 
 

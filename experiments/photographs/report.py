@@ -24,12 +24,6 @@ EXPERIMENTS = ("untrained", "finetune", "adaptive", "segmentation", "speed", "co
 PREDICTED = Path(__file__).with_name("predicted.md")
 
 
-def write(document: dict[str, Any], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "photographs.md").write_text(markdown(document), encoding="utf-8")
-    plot(document["rows"], out)
-
-
 def markdown(document: dict[str, Any]) -> str:
     rows = document["rows"]
     tuned, untrained, speed, segmented = (of(rows, name) for name in ("finetune", "untrained", "speed", "segmentation"))

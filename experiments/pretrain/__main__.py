@@ -8,6 +8,7 @@ itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import runner
 from recorded import Row, Run
@@ -24,7 +25,7 @@ def runs(settings: Settings) -> Iterator[Run]:
     yield Run("speed", "all", 0)
 
 
-def rows(run: Run, settings: Settings) -> Iterator[Row]:
+def rows(run: Run, settings: Settings, folder: Path) -> Iterator[Row]:
     return speed.rows(settings) if run.experiment == "speed" else training.rows(run.variant, run.seed, settings)
 
 

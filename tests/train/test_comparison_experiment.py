@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import runner
 from comparison import __main__ as command
 from comparison import report, tuned
@@ -32,9 +31,8 @@ def test_every_method_is_a_config_of_its_own_arithmetic(tmp_path: Path) -> None:
 
 
 @full_only(lambda: True)  # a minute
-def test_from_runs_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "ROOT", tmp_path)
-    words = ["--quick", "--results", str(tmp_path / "results.json"), "--out", str(tmp_path)]
+def test_from_runs_to_tables(tmp_path: Path) -> None:
+    words = ["--quick", "--results", str(tmp_path / "results.json"), "--out", str(tmp_path), "--runs", str(tmp_path)]
     command.main(words)
     document = json.loads((tmp_path / "results.json").read_text())
     assert {row["variant"] for row in document["rows"]} == {run.variant for run in command.runs(QUICK)}

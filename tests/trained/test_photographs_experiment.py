@@ -10,6 +10,7 @@ import intervals
 import numpy as np
 import pytest
 import recorded
+import runner
 from photographs import __main__ as command
 from photographs import adaptive, finetune, headline, report
 from photographs.settings import FULL, QUICK
@@ -94,10 +95,10 @@ def test_a_readme_without_runs_says_so() -> None:
 def test_runs_are_chosen_by_name() -> None:
     runs = list(command.runs(FULL))
     assert len(runs) == len(set(runs)) == 15 + 18 + 3 + 9 + 3
-    assert [run.name for run in runs if command.matches(run, "finetune/sait")] == [
+    assert [run.name for run in runs if runner.matches(run, "finetune/sait")] == [
         f"finetune/sait/{seed}" for seed in range(3)
     ]
-    assert sum(command.matches(run, "untrained") for run in runs) == 15
+    assert sum(runner.matches(run, "untrained") for run in runs) == 15
 
 
 def test_rows_of_a_run_replace_older_ones_of_it(tmp_path: Path) -> None:
