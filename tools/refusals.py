@@ -50,7 +50,7 @@ GROUPS = {
     "Models": (
         Refusal(
             "A model that is no plain Vision Transformer",
-            'sait.sparsify(timm.create_model("swin_tiny_patch4_window7_224"), block=3, keep=0.45)',
+            'model = timm.create_model("swin_tiny_patch4_window7_224")\nsait.sparsify(model, block=3, keep=0.45)',
         ),
         Refusal("A model inside another", "sait.sparsify(torch.nn.DataParallel(model), block=3, keep=0.45)"),
         Refusal(
@@ -171,7 +171,7 @@ def page() -> str:
     for group, refusals in GROUPS.items():
         parts.append(f"## {group}\n")
         for refusal in refusals:
-            told = textwrap.fill(said(refusal.code), 110, break_long_words=False, break_on_hyphens=False)
+            told = textwrap.fill(said(refusal.code), 76, break_long_words=False, break_on_hyphens=False)
             about = f"\n{refusal.about}\n" if refusal.about else ""
             parts.append(f"### {refusal.title}\n\n```python\n{refusal.code}\n```\n\n```text\n{told}\n```\n{about}")
     return "\n".join([*parts, FOLLOWED])
