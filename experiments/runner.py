@@ -52,7 +52,6 @@ class Experiment:
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
     """Does what is not done yet, and writes the report of what there is."""
     here, name = ROOT / "experiments" / experiment.name, experiment.name
-    quick_folder = ROOT / "runs" / f"{name}-quick"
     parser = argparse.ArgumentParser(prog=name, description=experiment.about)
     parser.add_argument("--quick", action="store_true", help="a small size, which proves the chain and no figure")
     parser.add_argument("--results", type=Path, help=f"by default experiments/{name}/results.json")
@@ -65,9 +64,9 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None
     parser.add_argument("--report", action="store_true", help="only write the report")
     parser.add_argument("--no-report", action="store_true", help="write none")
     options = parser.parse_args(arguments)
-    options.runs = options.runs or (quick_folder if options.quick else ROOT / "runs" / name)
-    options.results = options.results or (quick_folder if options.quick else here) / "results.json"
-    out = options.out or (quick_folder if options.quick else ROOT / "docs")
+    options.runs = options.runs or ROOT / "runs" / (f"{name}-quick" if options.quick else name)
+    options.results = options.results or (options.runs if options.quick else here) / "results.json"
+    out = options.out or (options.runs if options.quick else ROOT / "docs")
     every = list(experiment.runs(experiment.quick if options.quick else experiment.full))
     wanted = [run for run in every if not options.only or any(matches(run, only) for only in options.only)]
     if not wanted:
