@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from helpers import run_python
+from sait.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -24,6 +27,25 @@ def test_example_runs(page: str, example: str) -> None:
     # No test may depend on a download; the smallest DeiT says the same in a fifth of the time.
     example = example.replace("pretrained=True", "pretrained=False").replace("deit_small", "deit_tiny")
     exec(compile(example, page, "exec"), {})
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, line) of each command of ours in a block."""
+    found = []
+    for page in (ROOT / "README.md", *PAGES):
+        blocks = page.read_text(encoding="utf-8").split("\n```")[1::2]  # every other fence opens one
+        lines = (line for block in blocks for line in block.split("\n"))
+        found += [(page.name, line) for line in lines if line.startswith("sait ")]
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda text: text.split("  ")[0])
+def test_commands_have_their_options(page: str, line: str) -> None:
+    name, *words = shlex.split(line, comments=True)[1:]
+    command = typer.main.get_command(app).commands[name]
+    known = {option for parameter in command.params for option in parameter.opts}
+    used = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert used <= known | {"--help"}, page
 
 
 def test_every_page_is_in_the_menu() -> None:

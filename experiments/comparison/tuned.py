@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import sait
 import torch
 from intervals import pack
+from methods import closest
 from recorded import Row
 from sait import Plan, checkpoint
 from sait.bench.plain import share
@@ -96,15 +97,6 @@ def cost_of(method: Method, model: Any, images: Tensor, setting: Any) -> float:
     if plan.ragged:
         sparse(images)
     return macs(sparse)
-
-
-def closest(settings: Sequence[Any], cost: Callable[[Any], float], wanted: float) -> Any:
-    """Of settings whose cost ascends the one whose cost is closest to what is wanted."""
-    low, high = 0, len(settings) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(settings[middle]) < wanted else (low, middle)
-    return min((settings[low], settings[high]), key=lambda setting: abs(cost(setting) - wanted))
 
 
 @functools.cache

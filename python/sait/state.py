@@ -305,6 +305,17 @@ def gates(model: nn.Module) -> list[On]:
 
 
 @contextlib.contextmanager
+def _collecting(state: State, name: str) -> Iterator[list[Any]]:
+    """A new list under this name, which forwards fill; afterwards what was there before."""
+    before, found = getattr(state, name), []  # type: Any, list[Any]
+    setattr(state, name, found)
+    try:
+        yield found
+    finally:
+        setattr(state, name, before)
+
+
+@contextlib.contextmanager
 def record_gates(model: nn.Module) -> Iterator[list[On]]:
     """Collects the gates of every block that has some, in the forwards of this block of code: what losses on what runs
     learn from. Not for a model that another thread runs meanwhile.
@@ -319,12 +330,8 @@ def record_gates(model: nn.Module) -> Iterator[list[On]]:
     Raises:
         TypeError: the model is not sparse.
     """
-    state = state_of(model, "record_gates")
-    before, state.opened = state.opened, []
-    try:
-        yield state.opened
-    finally:
-        state.opened = before
+    with _collecting(state_of(model, "record_gates"), "opened") as found:
+        yield found
 
 
 @contextlib.contextmanager
@@ -346,9 +353,5 @@ def record_scores(model: nn.Module) -> Iterator[list[Tensor]]:
     Raises:
         TypeError: the model is not sparse.
     """
-    state = state_of(model, "record_scores")
-    before, state.recorded = state.recorded, []
-    try:
-        yield state.recorded
-    finally:
-        state.recorded = before
+    with _collecting(state_of(model, "record_scores"), "recorded") as found:
+        yield found
