@@ -49,8 +49,17 @@ FORWARD = {
     (4, 128, 8): Launch(32, 32, 1, 4, 1),
     (4, 256, 8): Launch(32, 32, 1, 8, 1),
 }
-# A thread holds the biases of its columns, too, for which four blocks of logits leave no registers.
-FORWARD_BIASED = FORWARD | {(2, 80, 9): Launch(64, 64, 2, 4, 2)}
+# A thread holds the biases of its columns, too: four blocks of logits leave no registers for them, nor does an output
+# of 256 columns beside one of 64 x 64, on Blackwell and by Triton 3.6.
+FORWARD_BIASED = {
+    (2, 80, 9): Launch(64, 64, 2, 4, 2),
+    (2, 80, 8): FORWARD[2, 80, 8],
+    (2, 128, 9): FORWARD[2, 128, 9],
+    (2, 256, 10): Launch(64, 32, 1, 8, 1),
+    (2, 256, 8): FORWARD[2, 256, 8],
+    (4, 128, 8): FORWARD[4, 128, 8],
+    (4, 256, 8): FORWARD[4, 256, 8],
+}
 
 
 def compact_attention(
