@@ -23,12 +23,12 @@ import torch
 import typer
 from rich.console import Console
 from sait.bench import measure
-from sait.cli import options
-from sait.cli.options import DType
 from sait.data.photos import Preprocessing, preprocessing_of, sample_photos
 from sait.embed import Report, Settings, embed
 from sait.embed.decode import normalized
 from sait.embed.subject import Subject, prepared
+from sait_cli import options
+from sait_cli.options import DType
 from torch import Tensor
 
 KIND, GOAL = "embed", 0.95

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from sait import cost
 from sait.bench import measure, throughput
-from sait.cli import options
-from sait.cli.options import DType
 from sait.cost import Rows
+from sait_cli import options
+from sait_cli.options import DType
 
 KIND, ADAPTIVE = "end-to-end", "adaptive"
 BLOCK, KEEP, MASS = 3, 0.45, 0.9  # of twelve blocks; see block_of

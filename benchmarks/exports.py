@@ -17,8 +17,8 @@ import typer
 from report.exports import KIND, table
 from rich.console import Console
 from sait.bench import measure
-from sait.cli import options
 from sait.exports import formats
+from sait_cli import options
 from torch import Tensor
 
 BLOCK, KEEP = 3, 0.45

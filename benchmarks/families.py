@@ -21,9 +21,9 @@ import typer
 from harness import DEVICE
 from rich.console import Console
 from sait.bench import measure
-from sait.cli import options
-from sait.cli.options import DType
 from sait.families import family_of
+from sait_cli import options
+from sait_cli.options import DType
 from torch import Tensor
 
 import sait_kernels as sk

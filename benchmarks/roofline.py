@@ -16,9 +16,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from sait import Plan, Stage, cost
-from sait.cli import options
-from sait.cli.options import DType
 from sait.cost import Rows, plan_rows
+from sait_cli import options
+from sait_cli.options import DType
 from torch import nn
 
 

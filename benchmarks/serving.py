@@ -28,8 +28,8 @@ from peers import BASELINE, PEERS, Setting
 from rich.console import Console
 from rich.table import Table
 from sait.bench import measure, throughput
-from sait.cli import options
-from sait.cli.options import DType
+from sait_cli import options
+from sait_cli.options import DType
 
 KIND = "serving"
 NAMES = ["timm", "plain", "plain-compiled", "openvino-pruned", "ours-optimized"]

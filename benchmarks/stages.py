@@ -21,8 +21,8 @@ import timm
 import torch
 import typer
 from rich.console import Console
-from sait.cli.options import DType
 from sait.environment import environment
+from sait_cli.options import DType
 from torch.utils.flop_counter import FlopCounterMode
 
 import sait_kernels as sk

@@ -52,7 +52,7 @@ PICTURED = ("--keep", "0.45", "--keep", "0.15", "--mass", "0.9", "--mass", "0.7"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "canvas.yaml")
+    parser.add_argument("--config", default="canvas", help="a YAML file, or one of the package by its name")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "paper", help="folder of the trainings")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of tables, plots and figures")
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="folder for those of seed 0")
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     pictured = relative(options.checkpoints / "sait-canvas.safetensors")
     words = ["--model", pictured, *PICTURED, "--out", str(options.out)]
-    subprocess.run([sys.executable, "-m", "sait.cli", "show", *words], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "sait_cli", "show", *words], check=True, cwd=ROOT)
 
 
 def train_all(config: Path, runs: Path, seeds: Sequence[int], jobs: int) -> None:
@@ -102,7 +102,7 @@ def train_all(config: Path, runs: Path, seeds: Sequence[int], jobs: int) -> None
             job.result()
 
 
-def train(name: str, seed: int, config_file: Path, runs: Path) -> None:
+def train(name: str, seed: int, config_file: str, runs: Path) -> None:
     """Runs ``sait train`` until the variant's checkpoint is there, whole; its output goes to log.txt beside it."""
     out = folder(name, seed, runs)
     changes = dict(VARIANTS[name])
@@ -110,14 +110,14 @@ def train(name: str, seed: int, config_file: Path, runs: Path) -> None:
         changes["teacher"] = relative(folder("plain", seed, runs) / MODEL)
     if is_trained(name, seed, config_file, runs):
         return
-    words = ["--config", relative(config_file), "--out", relative(out), "--seed", str(seed)]
+    words = ["--config", config_file, "--out", relative(out), "--seed", str(seed)]
     words += [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     words += ["--resume"] if (out / STATE).exists() else []
     Console(stderr=True, highlight=False).print(shlex.join(["sait", "train", *words]), soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "log.txt").open("a") as log:
         subprocess.run(
-            [sys.executable, "-m", "sait.cli", "train", *words],
+            [sys.executable, "-m", "sait_cli", "train", *words],
             check=True,
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -126,13 +126,13 @@ def train(name: str, seed: int, config_file: Path, runs: Path) -> None:
         )
 
 
-def is_trained(name: str, seed: int, config_file: Path, runs: Path) -> bool:
+def is_trained(name: str, seed: int, config_file: str, runs: Path) -> bool:
     """Whether the variant's checkpoint is that of the last epoch."""
     path, config = folder(name, seed, runs) / MODEL, read_config(config_file, {})
     return path.exists() and checkpoint.read(path).metadata["metrics"][-1]["epoch"] == config.epochs
 
 
-def model_rows(name: str, seed: int, config_file: Path, runs: Path, images: int) -> list[dict[str, Any]]:
+def model_rows(name: str, seed: int, config_file: str, runs: Path, images: int) -> list[dict[str, Any]]:
     """What one model shows, from rows.json beside its checkpoint where that has been measured on as many images."""
     path = folder(name, seed, runs) / MODEL
     cache = path.with_name("rows.json")
@@ -157,7 +157,7 @@ def folder(name: str, seed: int, runs: Path) -> Path:
     return runs / f"{name.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
 
 
-def accuracy_rows(name: str, seed: int, path: Path, config_file: Path, images: int) -> Iterator[dict[str, Any]]:
+def accuracy_rows(name: str, seed: int, path: Path, config_file: str, images: int) -> Iterator[dict[str, Any]]:
     """Every density; for SaiT also, for each mass, the fixed number of patches that is its mean."""
     model = sait.load(path)
     config = read_config(config_file, {"canvas_eval_images": images})

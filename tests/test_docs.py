@@ -10,7 +10,7 @@ import pytest
 import typer
 import yaml
 from helpers import run_python
-from sait.cli import app
+from sait_cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

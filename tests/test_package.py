@@ -16,7 +16,7 @@ from helpers import run_python
 from wheels import CONFIG
 
 ROOT = Path(__file__).parents[1]
-SOURCES = {"sait_kernels": ROOT / "sait_kernels", "sait": ROOT / "python" / "sait"}
+SOURCES = {folder.name: folder for folder in (ROOT / "sait_kernels", ROOT / "python/sait", ROOT / "python/sait_cli")}
 
 
 def module_names() -> list[str]:
@@ -53,6 +53,7 @@ def test_a_wheel_has_every_module_and_each_is_found(installed: Path) -> None:
     found = {str(file.relative_to(installed)) for file in installed.rglob("*.py")}
     wanted = {str(f.relative_to(folder.parent)) for folder in SOURCES.values() for f in folder.rglob("*.py")}
     assert found == wanted
+    assert {file.stem for file in (installed / "sait/train/configs").iterdir()} == {"canvas", "deit_small_imagenet"}
     imports = [name for name in module_names() if not name.startswith("sait_kernels.triton") and "__main__" not in name]
     assert {"sait.methods.fusion", "sait.families.timm_vit", "sait.bench.plain", "sait.train.distill"} <= set(imports)
     program = "import importlib.util, sys\n"
@@ -127,7 +128,7 @@ LAYERS = (
     ("sait.searches",),
     ("sait.train",),
     ("sait.embed",),
-    ("sait.cli",),
+    ("sait_cli",),
 )
 
 
@@ -154,6 +155,15 @@ def test_arrows_point_one_way() -> None:
             assert not any(other.startswith("sait.families") for other in others), name
         if name.startswith("sait.families"):
             assert not any(other.startswith("sait.methods") for other in others), name
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    """What takes seconds is imported by the command that needs it: --help and completion answer at once."""
+    slow = {"torch", "triton", "timm", "sait", "sait_kernels", "matplotlib", "numpy"}
+    program = f"import sys, sait_cli; sait_cli.options; print(sorted({slow} & set(sys.modules)))"
+    assert run_python("-c", program).stdout == "[]\n"
+    program = "import sys, sait_cli.info as i; i.info(None); print(sorted({'timm', 'sait'} & set(sys.modules)))"
+    assert run_python("-c", program).stdout.endswith("[]\n")
 
 
 def test_only_families_know_the_names_of_libraries() -> None:

@@ -46,7 +46,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def begin(source: Path, out: Path, part: int, more: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "sait.cli", "embed", source, "--out", out, "--model", CHECKPOINT, "--mass", "0.9"]
+    words = [sys.executable, "-m", "sait_cli", "embed", source, "--out", out, "--model", CHECKPOINT, "--mass", "0.9"]
     return subprocess.Popen([*words, "--part", str(part), *more])
 
 

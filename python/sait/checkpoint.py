@@ -21,6 +21,7 @@ from sait.sparsify import LEARNED, sparsify
 from sait.state import State, sparse_family, state_of
 
 FORMAT = 1
+CONVERT = "convert it: build the model, model.load_state_dict({}), sait.sparsify, sait.save."
 KEY = "sait"  # the metadata's only entry, a JSON document: safetensors takes strings only
 
 
@@ -101,12 +102,15 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     except (SafetensorError, json.JSONDecodeError) as error:
         if start == b"PK" or start[:1] == b"\x80":  # a safetensors file may begin so, too, but it was read
             raise ValueError(
-                f"{path} is a pickle, as torch.save writes them, and no safetensors file. If you trust it, convert it: "
-                "build the model, model.load_state_dict(torch.load(path, weights_only=True)), sait.sparsify, sait.save."
+                f"{path} is a pickle, as torch.save writes them, and no safetensors file. If you trust it, "
+                + CONVERT.format("torch.load(path, weights_only=True)")
             ) from error
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}.") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is no checkpoint of sait: its metadata name no model of format {FORMAT}.")
+        raise ValueError(
+            f"{path} is no checkpoint of sait: its metadata name no model of format {FORMAT}. "
+            "To make one of weights alone, " + CONVERT.format("safetensors.torch.load_file(path)")
+        )
     return Checkpoint(tensors, metadata)
 
 

@@ -12,7 +12,7 @@ import json
 
 import embed
 import schema
-from sait.cli.options import DType
+from sait_cli.options import DType
 
 
 def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import schema
 import timm
 import torch
 from sait.bench import measure
-from sait.cli.options import DType
+from sait_cli.options import DType
 
 TINY = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 4, "num_classes": 10}
 

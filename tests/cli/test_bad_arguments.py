@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sait.cli import main
+from sait_cli import main
 
 NO_IMAGE = str(Path(__file__))
 

@@ -10,8 +10,8 @@ import timm
 import torch
 from PIL import Image
 from sait.bench import peers
-from sait.cli import main
 from sait.data import photos
+from sait_cli import main
 from schema import check_results
 
 import sait_kernels

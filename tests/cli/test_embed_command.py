@@ -16,9 +16,9 @@ import timm
 import torch
 import typer
 from PIL import Image
-from sait.cli import embed as command
-from sait.cli import main
 from sait.embed import read, run
+from sait_cli import embed as command
+from sait_cli import main
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 FEW = "--batch 4 --part 4 --workers 0"

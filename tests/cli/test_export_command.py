@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import sait
 import torch
-from sait.cli import main
 from sait.exports import formats
+from sait_cli import main
 
 CHECKPOINT = str(Path(__file__).parents[2] / "checkpoints" / "sait-canvas.safetensors")
 

@@ -11,8 +11,8 @@ import pytest
 import sait
 import timm
 from PIL import Image
-from sait.cli import main
 from sait.train.data import Half
+from sait_cli import main
 from schema import check_results
 
 CANVAS = "checkpoints/sait-canvas.safetensors"

@@ -11,8 +11,8 @@ import sait
 import timm
 from PIL import Image
 from sait.calibrate import LEVEL
-from sait.cli import main, options
 from sait.train.data import class_names
+from sait_cli import main, options
 from schema import check_results
 
 SMALL = "--model test_vit --weights random"

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from sait.cli import options
+from sait_cli import options
 
 MODEL = "test_vit"
 

@@ -9,8 +9,6 @@ import torch
 from sait.train.config import Config, TrainingError, from_dict, parse_change, read_config
 from sait.train.trainer import create_student
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-
 
 def test_changes_win_over_the_file(tmp_path):
     path = tmp_path / "config.yaml"
@@ -62,10 +60,18 @@ def test_changes_on_the_command_line():
 
 
 @pytest.mark.parametrize("name", ["canvas", "deit_small_imagenet"])
-def test_the_configs_of_the_repository_are_valid(name):
-    config = read_config(CONFIGS / f"{name}.yaml", {})
+def test_the_configs_of_the_package_are_known_by_name(name, tmp_path, monkeypatch):
+    config = read_config(name, {})
     assert config.mode == "alternate"
     assert config.density == ("keep", [0.3, 0.7])
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("epochs: 7\n")
+    assert read_config(name, {}).epochs == 7, "a file that is there is meant"
+
+
+def test_a_config_that_is_not_there():
+    with pytest.raises(TrainingError, match=r"cannot read camvas: .*Known by name: canvas, deit_small_imagenet\.$"):
+        read_config("camvas", {})
 
 
 def test_keep_is_a_share_in_a_file():

@@ -76,9 +76,9 @@ def test_both_processes_measure_what_one_does(together, tmp_path):
 def test_eval_shares_the_images(together, tmp_path):
     """13 images: the shares of two processes differ in size, and none is counted twice."""
     model, words = together / "model.safetensors", ["--images", "13", "--batch", "4", "--keep", "0.5", "--json"]
-    both = torchrun("-m", "sait.cli", "eval", model, *words, tmp_path / "both.json")
+    both = torchrun("-m", "sait_cli", "eval", model, *words, tmp_path / "both.json")
     assert both.returncode == 0, both.stderr
-    command = [sys.executable, "-m", "sait.cli", "eval", model, *words, tmp_path / "one.json"]
+    command = [sys.executable, "-m", "sait_cli", "eval", model, *words, tmp_path / "one.json"]
     subprocess.run(command, check=True, capture_output=True)
     found = [json.loads((tmp_path / name).read_text())["rows"] for name in ("both.json", "one.json")]
     for got, want in zip(*found, strict=True):

@@ -11,7 +11,8 @@ import timm
 import torch
 import yaml
 from safetensors.torch import save_file
-from sait.cli import main
+from sait.train.config import Config, read_config
+from sait_cli import main
 
 
 def typed(words: str) -> int:
@@ -37,6 +38,23 @@ def test_train(trained, tmp_path, capsys):
     for words_ in ("epoch 1 (dense): loss", "epoch 2 (sparse): loss", "epoch 3 (dense)", "keep 0.5"):
         assert words_ in printed.err
     assert typed(f"{words} --resume") == 0  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("words", "config"),
+    [
+        ("train", read_config("canvas", {})),
+        ("train --out x --epochs 3", read_config("canvas", {"out": "x", "epochs": 3})),
+        ("train --set data=photos --set epochs=3", Config(data="photos", epochs=3)),
+        ("train --model vit_small_patch16_224", Config(model="vit_small_patch16_224")),
+        ("train --config deit_small_imagenet --device cpu", read_config("deit_small_imagenet", {"device": "cpu"})),
+    ],
+)
+def test_a_training_begins_with_a_config_of_the_package(words, config, monkeypatch):
+    asked = []
+    monkeypatch.setattr("sait.train.train", lambda config, *_, **__: asked.append(config))
+    assert typed(words) == 0
+    assert asked == [config]
 
 
 def test_eval(trained, tmp_path, capsys):
@@ -114,7 +132,7 @@ def test_a_run_that_stops_is_one_line_too(trained, tmp_path, capsys, monkeypatch
 
 
 def test_eval_of_a_model_for_other_classes(tmp_path, capsys, monkeypatch):
-    from sait.cli import options
+    from sait_cli import options
 
     model = timm.create_model("test_vit", num_classes=7).eval()
     monkeypatch.setattr(options, "load_model", lambda *_: (model, "random weights"))

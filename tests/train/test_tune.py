@@ -8,11 +8,11 @@ import pytest
 import short
 import small
 import torch
-from sait.cli import main
 from sait.state import Density
 from sait.train.data import expected_by, open_data
 from sait.train.evaluate import Result
 from sait.train.tune import Setting, fastest, frontier, steps, tune
+from sait_cli import main
 
 
 def setting(block: int | None, accuracy: float, images_per_s: float) -> Setting:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sait.cli import main
 from sait.data import photographs
 from sait.data.photographs import open_photograph
+from sait_cli import main
 
 
 def test_grey_sixteen_bits_and_cmyk(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from sait import weights
-from sait.cli import main, options
 from sait.data.photos import photo_batch
 from sait.saliency import SaliencyDecoder, saliency
+from sait_cli import main, options
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

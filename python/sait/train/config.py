@@ -19,6 +19,7 @@ from sait.methods.plan import Plan, Stage
 
 MODES = ("alternate", "dense", "sparse")
 AMP = ("none", "bf16")
+SHIPPED = Path(__file__).with_name("configs")
 CANVAS_MODEL = {"img_size": 64, "patch_size": 8}
 Range = float | list[float] | None
 
@@ -251,8 +252,13 @@ class Config:
 _TYPES = typing.get_type_hints(Config)
 
 
+def shipped() -> list[str]:
+    """Names of the configs that the package brings along."""
+    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+
+
 def read_config(path: str | Path | None, changes: Mapping[str, Any]) -> Config:
-    """The config of a YAML file, or the default one, with changes.
+    """The config of a YAML file, of one of `shipped` by its name, or the default one, with changes.
 
     Raises:
         TrainingError: the file cannot be read, is no mapping, or has a key that there is not or a value of a wrong
@@ -260,10 +266,14 @@ def read_config(path: str | Path | None, changes: Mapping[str, Any]) -> Config:
     """
     values: dict[str, Any] = {}
     if path is not None:
+        named = Path(path)
+        if str(path) in shipped() and not named.is_file():
+            named = SHIPPED / f"{path}.yaml"
         try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            found = yaml.safe_load(named.read_text(encoding="utf-8"))
         except OSError as error:
-            raise TrainingError(f"config: cannot read {path}: {error.strerror}.") from error
+            message = f"config: cannot read {path}: {error.strerror}. Known by name: {', '.join(shipped())}."
+            raise TrainingError(message) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise TrainingError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(found, dict):

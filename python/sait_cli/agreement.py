@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from sait.cli import options
-from sait.cli.options import DType
+from sait_cli import options
+from sait_cli.options import DType
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-
     from sait.calibrate import Calibration
     from sait.methods import Plan
+    from torch import Tensor
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -43,7 +42,6 @@ def batches(
 ) -> Iterator[Tensor]:
     """(B, 3, height, width), opened as they are needed."""
     import torch
-
     from sait.data.photos import to_tensor
 
     for start in range(0, len(files), batch):

@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sait.cli import options, plans, published
-from sait.cli.options import DType
+from sait_cli import options, plans, published
+from sait_cli.options import DType
 
 if TYPE_CHECKING:
     from sait.bench.throughput import Figure
@@ -160,7 +160,8 @@ def _of_file(
 ) -> tuple[Any, str, list[Plan], Callable[[Any], Any]]:
     """(the unpatched model, its weights in words, the plan of a file, what its left out parts leave of a model)."""
     import sait
-    from sait.cli.eval import load
+
+    from sait_cli.eval import load
 
     if name.endswith(".safetensors"):
         loaded, described = load(name, 0, "column", [])[0], "trained weights"

@@ -21,10 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from torch import Tensor, nn
-
     from sait.data.photos import Preprocessing
     from sait.state import Density
+    from torch import Tensor, nn
 
 HUB_SECONDS = 5.0
 
@@ -47,6 +46,7 @@ class Backend(StrEnum):
     cuda = "cuda"
 
 
+WEIGHT_FILES = {".safetensors", ".pth", ".pt", ".bin", ".ckpt"}
 DEFAULT_MODEL = "deit_small_patch16_224"
 NUMBERS = " A number of patches is for Python: sait.set_density(model, keep=100)."
 
@@ -188,15 +188,13 @@ def model_name(given: str | None, weights: str) -> str:
 
 def load_model(name: str, weights: str) -> tuple[nn.Module, str]:
     """(the timm model in eval mode, its weights in words)."""
+    import sait  # noqa: F401  (registers its models with timm)
     import timm
     import torch
-
-    import sait  # noqa: F401  (registers its models with timm)
     from sait import weights as trained
 
     if not timm.is_model(name):
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
-        bad("--model", f"timm knows no {name!r}; " + (f"near: {near}." if near else "see timm.list_models()."))
+        bad("--model", f"timm knows no {name!r}" + _what_is_there(name))
     try:
         torch.manual_seed(0)
         model = timm.create_model(name).eval()
@@ -215,6 +213,17 @@ def load_model(name: str, weights: str) -> tuple[nn.Module, str]:
         return timm.create_model(name, checkpoint_path=weights).eval(), f"weights of {Path(weights).name}"
     except Exception as error:  # whatever a damaged or foreign file makes the unpickler and the model say
         bad("--weights", f"{weights} does not load into {name}: {one_line(error)[:200]}")
+
+
+def _what_is_there(name: str) -> str:
+    import timm
+
+    if Path(name).suffix in WEIGHT_FILES or os.sep in name:
+        return ", and there is no such file."
+    transformers = [model for model in timm.list_models() if "_patch" in model]
+    begun = [model for model in transformers if model.startswith(name)]
+    near = begun or difflib.get_close_matches(name, transformers, n=3, cutoff=0.4)
+    return f"; near: {', '.join(near[:3])}." if near else "; see timm.list_models()."
 
 
 def load_decoder(weights: str) -> nn.Module | None:
@@ -269,7 +278,6 @@ def load_images(model: nn.Module, batch: int, size: tuple[int, int] | None = Non
 
     Of this size, or of the one that the model was trained with."""
     import torch
-
     from sait.data.photos import photo_batch
 
     expected = preprocessing(model)

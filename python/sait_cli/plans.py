@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sait.cli import options
+from sait_cli import options
 
 if TYPE_CHECKING:
     from sait.searches import PlanFile

@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sait.cli import eval, options, published
-from sait.cli import search as searching
-from sait.cli.agreement import are_images
-from sait.cli.options import DType
-from sait.cli.train import training
+from sait_cli import eval, options, published
+from sait_cli import search as searching
+from sait_cli.agreement import are_images
+from sait_cli.options import DType
+from sait_cli.train import training
 
 if TYPE_CHECKING:
     from sait.methods import Plan
@@ -248,8 +248,9 @@ def _by_agreement(
 ) -> None:
     """The same without labels."""
     import sait
-    from sait.cli import agreement as by_agreement
     from sait.state import state_of
+
+    from sait_cli import agreement as by_agreement
 
     if not paths:
         options.bad("IMAGES", "expected pictures or folders of them, got none.")

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sait.cli import options
-from sait.cli.options import DType
-from sait.cli.subject import BlockOf, MassShare, ModelName, ScoreOf, Share, sparse_model
+from sait_cli import options
+from sait_cli.options import DType
+from sait_cli.subject import BlockOf, MassShare, ModelName, ScoreOf, Share, sparse_model
 
 EXAMPLES = """\
 Examples:

@@ -1,7 +1,7 @@
 """The command line ``sait``: bench, show, train, eval, tune, export, embed, predict, info.
 
-One file per command; what it needs is imported when it runs. Even --help loads torch and timm: ``import sait`` does, to
-register its models with timm.
+One file per command; what it needs is imported when it runs. A package beside ``sait``, whose import takes seconds:
+neither --help nor the completion of a shell loads torch or timm.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 import typer
 
-from sait.cli import bench, embed, eval, export, info, show, train, tune
+from sait_cli import bench, embed, eval, export, info, show, train, tune
 
 app = typer.Typer(
     help="Vision Transformers that drop the tokens they do not need. "
     "Try: sait bench, sait show, sait train, sait eval, sait tune, sait export, sait embed, sait predict, sait info.",
+    epilog="Exit codes: 0 done; 1 a run that could not go on; 2 an argument that cannot be; 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sait.cli import options, plans, published
-from sait.cli.options import DType
-from sait.cli.train import training
+from sait_cli import options, plans, published
+from sait_cli.options import DType
+from sait_cli.train import training
 
 if TYPE_CHECKING:
     from sait.train.evaluate import Result
@@ -26,7 +26,7 @@ Examples:
 * sait eval runs/sait/model.safetensors --method evit --method tome --pairs 4
 * sait eval runs/sait/model.safetensors --plan plan.json
 * sait eval deit_small_patch16_224 --data imagenet --block 3 --keep 0.7 --keep 0.45
-* torchrun --nproc-per-node 2 -m sait.cli eval runs/sait/model.safetensors
+* torchrun --nproc-per-node 2 -m sait_cli eval runs/sait/model.safetensors
 """
 
 

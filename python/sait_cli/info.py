@@ -24,21 +24,21 @@ def info(
     """Versions, what was built, and which backend serves which op on this machine."""
     if model is not None:
         return explain(model)
-    import timm
+    from importlib import metadata
 
     import sait_kernels.info
 
-    for name, version in (("sait", sait_kernels.__version__), ("timm", timm.__version__)):
+    for name, version in (("sait", sait_kernels.__version__), ("timm", metadata.version("timm"))):
         print(f"{name:>14}  {version}")
     sait_kernels.info.main()
     return None
 
 
 def explain(name: str) -> None:
+    import sait
     import torch
 
-    import sait
-    from sait.cli import options
+    from sait_cli import options
 
     try:
         vit = sait.load(name) if Path(name).is_file() else sparse(name)
@@ -54,8 +54,9 @@ def explain(name: str) -> None:
 def sparse(name: str) -> Any:
     """The model with random weights and a stage that it can run."""
     import sait
-    from sait.cli import options
     from sait.families import family_of
+
+    from sait_cli import options
 
     vit: Any = options.load_model(name, "random")[0]
     family = family_of(type(vit))

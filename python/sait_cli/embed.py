@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sait.cli import options
-from sait.cli.options import DType
-from sait.cli.subject import BlockOf, MassShare, ModelName, ScoreOf, Share, sparse_model
+from sait_cli import options
+from sait_cli.options import DType
+from sait_cli.subject import BlockOf, MassShare, ModelName, ScoreOf, Share, sparse_model
 
 EXAMPLES = """\
 Examples:
@@ -24,7 +24,7 @@ Examples:
 * sait embed photos --out features --weights $(python -m sait.weights) --mass 0.9 --dtype bf16 --batch 128
 * sait embed shards --out features --model runs/sait/model.safetensors --device cuda --store fp16
 * sait embed images.parquet --column image --out features --shard 2/8
-* torchrun --nproc-per-node 8 -m sait.cli embed shards --out features --device cuda
+* torchrun --nproc-per-node 8 -m sait_cli embed shards --out features --device cuda
 * sait embed shards --out /shared/features --device cuda --engine ray
 """
 EXAMPLES_OF_PREDICT = """\

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sait.cli import options
+from sait_cli import options
 
 if TYPE_CHECKING:
     from sait.methods import Plan
@@ -101,8 +101,9 @@ def for_bench(context: typer.Context, path: str, plans: Sequence[Plan]) -> tuple
     """(the model of a checkpoint, no longer sparse; the first block where it drops tokens; its score; the plans with
     what it has learned)."""
     import sait
-    from sait.cli.show import load_checkpoint
     from sait.sparsify import SparseModel
+
+    from sait_cli.show import load_checkpoint
 
     model, block, score = load_checkpoint(path)
     if not isinstance(model, SparseModel):

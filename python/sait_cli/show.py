@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from sait.cli import options, plans, published
-from sait.cli.options import DType
+from sait_cli import options, plans, published
+from sait_cli.options import DType
 
 if TYPE_CHECKING:
     from sait.state import Density
@@ -63,9 +63,8 @@ def show(
     decoder draw the saliency map below each panel: of the dense model, and of the pruned ones with their dropped
     patches sent home.
     """
-    import torch
-
     import sait
+    import torch
     from sait.data.photos import canvas_examples, draw_kept, draw_map, fit_to_grid, sheet, to_tensor
     from sait.saliency import saliency
     from sait.sparsify import name_of, run_as

@@ -6,13 +6,12 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from sait.cli import options
+from sait_cli import options
 
 if TYPE_CHECKING:
     from sait.train.processes import Processes
@@ -20,17 +19,24 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 Examples:
 
-* sait train --config configs/canvas.yaml --out runs/plain --set mode=dense
-* sait train --config configs/canvas.yaml --out runs/sait --teacher runs/plain/model.safetensors
-* sait train --config configs/canvas.yaml --out runs/sait --teacher runs/plain/model.safetensors --resume
-* sait train --config configs/canvas.yaml --out runs/column --set score=column --set "keep=[0.2, 0.8]" --seed 1
-* sait train --config configs/canvas.yaml --out runs/dyn --method dynamicvit --set keep=0.7 --init plain.safetensors
-* torchrun --nproc-per-node 8 -m sait.cli train --config configs/deit_small_imagenet.yaml --data imagenet
+* sait train
+* sait train --config canvas --out runs/plain --set mode=dense
+* sait train --config canvas --out runs/sait --teacher runs/plain/model.safetensors
+* sait train --config canvas --out runs/sait --teacher runs/plain/model.safetensors --resume
+* sait train --config canvas --out runs/column --set score=column --set "keep=[0.2, 0.8]" --seed 1
+* sait train --config canvas --out runs/dyn --method dynamicvit --set keep=0.7 --init plain.safetensors
+* torchrun --nproc-per-node 8 -m sait_cli train --config deit_small_imagenet --data imagenet
 """
 
 
 def train(
-    config: Annotated[Path | None, typer.Option(help="A YAML file; see configs/ for two.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="A YAML file, or canvas or deit_small_imagenet, which come along. "
+            "\\[default: canvas, where neither data nor model is named]"
+        ),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="A folder with train/ and val/, or canvas or stamps.")] = None,
     model: Annotated[str | None, typer.Option(help="Any timm Vision Transformer.")] = None,
     method: Annotated[
@@ -70,9 +76,10 @@ def train(
     }
     with training(None) as _:
         changes = dict(map(parse_change, change or []))
-        chosen: Config = read_config(
-            config, changes | {key: value for key, value in named.items() if value is not None}
-        )
+        changes |= {key: value for key, value in named.items() if value is not None}
+        if config is None and not {"data", "model"} & set(changes):
+            config = "canvas"
+        chosen: Config = read_config(config, changes)
     options.check_device(chosen.device, None)
     with training(chosen.device) as processes, options.progress() as bar:
         assert processes is not None

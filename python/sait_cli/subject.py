@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sait.cli import options
+from sait_cli import options
 
 ModelName = Annotated[
     str | None,

@@ -15,14 +15,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sait.cli import agreement as by_agreement
-from sait.cli import eval, options
-from sait.cli.options import DType
-from sait.cli.train import training
+from sait_cli import agreement as by_agreement
+from sait_cli import eval, options
+from sait_cli.options import DType
+from sait_cli.train import training
 
 if TYPE_CHECKING:
     import torch
-
     from sait.searches import Found, PlanFile
     from sait.train.data import Data
 

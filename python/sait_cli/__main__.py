@@ -1,0 +1,5 @@
+"""``python -m sait_cli``: what torchrun starts."""
+
+from sait_cli import main
+
+main()
