@@ -204,7 +204,7 @@ def _fastest(op: str, first: Tensor, given: Mapping[str, Any]) -> str:
             return name
     why = library.problem or f"it has no kernel for tensors on {device!r}"
     raise RuntimeError(
-        f"{op}: {why}. Move the arguments to a served device, or use "
+        f"{op}: {why.rstrip('.')}. Move the arguments to a served device, or use "
         '`with sait_kernels.backend("reference")`, which is plain torch and slow.'
     )
 
