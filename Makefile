@@ -181,10 +181,6 @@ WHEEL_TESTS ?= 3.12:torch==2.11.0,torchvision==0.26.0 3.11:torch==2.14.1,torchvi
 wheel-test: wheel
 	$(BIN)/python tools/wheel_test.py --dist dist $(WHEEL_TESTS)
 
-OTHER_MODELS := --model deit_tiny_patch16_224 --model deit_base_patch16_224 --model vit_small_patch14_dinov2@224 \
-	--model vit_small_patch16_dinov3
-OPTIMIZED := --peer ours-optimized-dense --peer ours-optimized
-
 bench: install $(VENV)/.requirements-dev
 	$(BIN)/python -m pytest benchmarks --save-results $(RESULTS)
 
@@ -192,14 +188,9 @@ bench: install $(VENV)/.requirements-dev
 end-to-end: install $(VENV)/.requirements-dev
 	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) $(ARGUMENTS)
 
-end-to-end-models: install $(VENV)/.requirements-dev
-	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) --part models $(OTHER_MODELS) --batch 16 \
-		--peer openvino --peer openvino-pruned $(OPTIMIZED) $(ARGUMENTS)
-
-end-to-end-large: install $(VENV)/.requirements-dev
-	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) --part large --quick \
-		--model vit_large_patch16_224 --model vit_small_patch16_384 --batch 1 --batch 4 \
-		--peer openvino --peer openvino-pruned --peer ours-dense --peer ours $(OPTIMIZED) $(ARGUMENTS)
+# What benchmarks/parts.py says.
+end-to-end-models end-to-end-large: end-to-end-%: install $(VENV)/.requirements-dev
+	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) --part $* $(ARGUMENTS)
 
 end-to-end-adaptive: install $(VENV)/.requirements-dev
 	$(BIN)/python benchmarks/end_to_end.py --save-results $(RESULTS) --adaptive --batch 4 --batch 16 $(ARGUMENTS)

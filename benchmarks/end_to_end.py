@@ -22,6 +22,7 @@ import spread
 import torch
 import typer
 from harness import DEVICE, NOT_REACHED, ON_GPU
+from parts import PARTS
 from peers import AUTOTUNED, BASELINE, PEERS, Made, Setting
 from rich.console import Console
 from rich.table import Table
@@ -263,9 +264,14 @@ def load(model: str, weights: str) -> tuple[Any, str]:
 
 def main(
     models: Annotated[
-        list[str], typer.Option("--model", help="Any timm Vision Transformer, or <model>@<side>; repeatable.")
-    ] = MODELS,
-    batches: Annotated[list[int], typer.Option("--batch", help="Images at a time; repeatable.", min=1)] = BATCHES,
+        list[str],
+        typer.Option(
+            "--model", help=f"Any timm Vision Transformer, or <model>@<side>; repeatable; {MODELS} by default."
+        ),
+    ] = [],  # noqa: B006
+    batches: Annotated[
+        list[int], typer.Option("--batch", help=f"Images at a time; repeatable; by default {BATCHES}.", min=1)
+    ] = [],  # noqa: B006
     dtypes: Annotated[list[DType], typer.Option("--dtype", help="Repeatable.")] = DTYPES,
     names: Annotated[
         list[str], typer.Option("--peer", help=f"Some of {', '.join(PEERS)}; repeatable.", callback=known)
@@ -282,7 +288,11 @@ def main(
         float, typer.Option(help="Peers that would start too late for this time are left out, and named.", min=0)
     ] = math.inf,
     part: Annotated[
-        str | None, typer.Option(help="Name of a run that stands beside others of the device: a file of its own.")
+        str | None,
+        typer.Option(
+            help="Name of a run that stands beside others of the device: a file of its own. "
+            f"{' and '.join(PARTS)}, without --model, are what parts.py says."
+        ),
     ] = None,
 ) -> None:
     """Whole models against every peer: timm eager is the baseline, and always measured."""
@@ -290,6 +300,11 @@ def main(
     if save is not None:
         options.make_folder(save, "--save-results")
     kind = ADAPTIVE if adaptive else KIND
+    if part in PARTS and not models:
+        known_part = PARTS[part]
+        models, quick = [*known_part.models], quick or known_part.quick
+        batches, names = batches or [*known_part.batches], names or [*known_part.peers]
+    models, batches = models or MODELS, batches or BATCHES
     chosen = list(dict.fromkeys([BASELINE, *(names or default_peers(adaptive)), *(AUTOTUNED if max_autotune else ())]))
     samples = repeats or (QUICK_REPEATS if quick else REPEATS)
     console = Console(highlight=False, width=None if Console().is_terminal else 140)

@@ -158,7 +158,8 @@ def updated_performance(page: str, results: Path) -> str:
     peers = newest(results, performance.KIND)
     page = insert(page, "results", sections(newest(results), markdown))
     page = insert(page, "density", sections(with_models(newest(results)), performance.density))
-    page = insert(page, "end-to-end", sections(peers, performance.everything))
+    compared = [sections(peers, performance.everything), performance.unmeasured(peers)]
+    page = insert(page, "end-to-end", "\n\n".join(filter(None, compared)))
     page = insert(page, "losses", sections(peers, performance.losses))
     uneven = [performance.adaptive(document) for document in newest(results, performance.ADAPTIVE)]
     page = insert(page, "adaptive", "\n\n".join(uneven or [NO_ADAPTIVE_YET]))

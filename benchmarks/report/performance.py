@@ -8,7 +8,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from report.tables import Document, Row, number, provenance, render, unique, weights
+from parts import PARTS
+
+from report.tables import Document, Row, number, on_gpu, provenance, render, unique, weights
 
 KIND, ADAPTIVE = "end-to-end", "adaptive"
 MODEL = "deit_small_patch16_224"
@@ -130,6 +132,18 @@ def overview(document: Document) -> list[str]:
             lines.append(line)
     header = ["model", "batch", "dtype", "ours", "best pruned", "best dense", "ours img/s", "× pruned", "× dense"]
     return [render(header, lines, text=6)] if lines else []
+
+
+def unmeasured(documents: Sequence[Document]) -> str:
+    """The settings that a part of `make end-to-end` promises and no document of a CPU has."""
+    rows = [row for document in documents if not on_gpu(document) for row in document["rows"] if "error" not in row]
+    there = {(row["model"], row["batch"], row["dtype"]) for row in rows}
+    lines = []
+    for name, part in PARTS.items():
+        left = [setting for setting in part.settings() if setting not in there]
+        words = "; ".join(f"{model}, batch {batch}, {dtype}" for model, batch, dtype in left)
+        lines += [f"- `make end-to-end-{name}`: {words}"] if left else []
+    return "\n".join(["Not measured on a CPU:", "", *lines]) if lines else ""
 
 
 def losses(document: Document) -> str:

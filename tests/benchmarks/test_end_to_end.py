@@ -12,6 +12,7 @@ from typing import Any
 import costs
 import end_to_end
 import harness
+import parts
 import pytest
 import sait
 import spread
@@ -242,6 +243,25 @@ def test_models_of_several_sizes(tmp_path: Path) -> None:
     written = performance.everything(document)
     for words in ("**test_vit, batch 1, fp32**", "**vit_tiny_patch16_384, batch 1, fp32**"):
         assert words in written
+
+
+def test_a_part_measures_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the report names what of it has not been measured on a CPU."""
+    part = parts.Part(("test_vit",), (1, 2), ("ours-optimized",), quick=True)
+    monkeypatch.setitem(end_to_end.PARTS, "models", part)
+    monkeypatch.setattr(performance, "PARTS", {"models": part})
+    run("--part", "models", "--batch", 2, "--dtype", "fp32", "--save-results", tmp_path)
+    document = json.loads(next(tmp_path.iterdir()).read_text())
+    check_results(document)
+    found = [(row["model"], row["batch"], row["peer"]) for row in document["rows"]]
+    assert found == [("test_vit", 2, "timm"), ("test_vit", 2, "ours-optimized")]
+    named = performance.unmeasured([document]).splitlines()[2:]
+    assert named == [
+        "- `make end-to-end-models`: test_vit, batch 1, bf16; test_vit, batch 2, bf16; test_vit, batch 1, fp32"
+    ]
+    document["rows"] += [document["rows"][0] | {"batch": batch, "dtype": dtype} for _, batch, dtype in part.settings()]
+    assert performance.unmeasured([document]) == ""
+    assert performance.unmeasured([document | {"device": "NVIDIA H100"}]) != "", "a GPU's figures are no CPU's"
 
 
 def test_a_model_may_have_a_side_of_its_own(tmp_path: Path) -> None:
