@@ -23,7 +23,7 @@ from sait_kernels.triton.score_tokens import (
     score_tokens,
     strides,
 )
-from sait_kernels.triton.select import LONGEST, Rule, blocks, choose_image, choose_rows, select_rows
+from sait_kernels.triton.select import LONGEST, KeepRule, blocks, choose_image, choose_rows, select_rows
 
 
 def prune_attention(
@@ -42,7 +42,7 @@ def prune_attention(
     max_keep: int | None = None,
     static: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rule = Rule(rate, count, mass, min_keep, max_keep, static)
+    rule = KeepRule(rate, count, mass, min_keep, max_keep, static)
     if kind == "column":
         scores = score_tokens(q, k, None, cu_seqlens, max_seqlen, kind, num_prefix, scale)
         indices, kept = select_rows("prune_attention", scores, cu_seqlens, max_seqlen, num_prefix, rule)
@@ -57,7 +57,7 @@ def _class_rows(
     v: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    rule: Rule,
+    rule: KeepRule,
     kind: str,
     num_prefix: int,
     scale: float | None,

@@ -23,28 +23,28 @@ from sait_kernels.triton.tail import zero_tail
 
 
 @dataclass(frozen=True)
-class Launch:
+class LogitTile:
     block: int  # tokens on either side of a tile of logits
     num_warps: int
 
 
 # (element size, head_dim at most) -> forward, backward. 64 x 64 logits of four warps are one wgmma on Hopper and 32
 # registers a thread. float32 multiplies without matrix instructions, out of registers: smaller tiles.
-LAUNCHES = {
-    (2, 64): (Launch(64, 4), Launch(64, 4)),
-    (2, 128): (Launch(64, 4), Launch(64, 8)),
-    (2, 256): (Launch(64, 8), Launch(32, 4)),
-    (4, 64): (Launch(32, 4), Launch(32, 4)),
-    (4, 256): (Launch(16, 8), Launch(16, 8)),
+LOGIT_TILES = {
+    (2, 64): (LogitTile(64, 4), LogitTile(64, 4)),
+    (2, 128): (LogitTile(64, 4), LogitTile(64, 8)),
+    (2, 256): (LogitTile(64, 8), LogitTile(32, 4)),
+    (4, 64): (LogitTile(32, 4), LogitTile(32, 4)),
+    (4, 256): (LogitTile(16, 8), LogitTile(16, 8)),
 }
 # The interpreter pays for each operation, whatever its size.
 if INTERPRETED:
-    LAUNCHES = {(size, 256): (Launch(128, 4), Launch(128, 4)) for size in (2, 4)}
+    LOGIT_TILES = {(size, 256): (LogitTile(128, 4), LogitTile(128, 4)) for size in (2, 4)}
 
 
 def launch_of(D: int, itemsize: int, backward: bool) -> dict[str, Any]:
     """Constants and options of a launch."""
-    launch = next(pair for (size, width), pair in LAUNCHES.items() if size == itemsize and width >= D)[backward]
+    launch = next(pair for (size, width), pair in LOGIT_TILES.items() if size == itemsize and width >= D)[backward]
     block_d = max(16, next_power_of_2(D))
     return {"D": D, "BLOCK_D": block_d, "BLOCK": launch.block, "num_warps": launch.num_warps, "num_stages": 2}
 

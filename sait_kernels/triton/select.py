@@ -29,7 +29,7 @@ NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Rule:
+class KeepRule:
     """How many patches of an image stay: a share, a number, or between two numbers as many as carry a mass.
 
     ``static``: with a mass, in a size known beforehand.
@@ -46,7 +46,7 @@ class Rule:
 def select_topk(
     scores: Tensor, cu_seqlens: Tensor, max_seqlen: int, rate: float | None, count: int | None, num_prefix: int
 ) -> tuple[Tensor, Tensor]:
-    return select_rows("select_topk", scores, cu_seqlens, max_seqlen, num_prefix, Rule(rate, count))
+    return select_rows("select_topk", scores, cu_seqlens, max_seqlen, num_prefix, KeepRule(rate, count))
 
 
 def select_mass(
@@ -59,12 +59,12 @@ def select_mass(
     max_keep: int | None,
     static: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    rule = Rule(mass=mass, least=min_keep, most=max_keep, static=static)
+    rule = KeepRule(mass=mass, least=min_keep, most=max_keep, static=static)
     return select_rows("select_mass", scores, cu_seqlens, max_seqlen, num_prefix, rule)
 
 
 def select_rows(
-    op: str, scores: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_prefix: int, rule: Rule
+    op: str, scores: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_prefix: int, rule: KeepRule
 ) -> tuple[Tensor, Tensor]:
     scores = scores.contiguous()
 
@@ -82,7 +82,7 @@ def blocks(longest: int) -> dict[str, Any]:
 
 
 def choose_rows(
-    op: str, launch: Callable[..., None], cu: Tensor, total: int, max_seqlen: int, num_prefix: int, rule: Rule
+    op: str, launch: Callable[..., None], cu: Tensor, total: int, max_seqlen: int, num_prefix: int, rule: KeepRule
 ) -> tuple[Tensor, Tensor]:
     """(indices, cu_seqlens) of the rows that stay; ``launch`` runs a kernel that ends in choose_image.
 
@@ -121,7 +121,7 @@ def choose_rows(
     return indices, kept
 
 
-def _too_many(op: str, patches: int, image: int, rule: Rule) -> str:
+def _too_many(op: str, patches: int, image: int, rule: KeepRule) -> str:
     return (
         f"{op}: keep: expected at most {patches}, the patches of image {image}, got {rule.count}. "
         "Pass a share such as 0.45, or a smaller number."

@@ -28,7 +28,7 @@ def read(out: str | os.PathLike[str], columns: Sequence[str] | None = None) -> p
     return pq.read_table(os.fspath(out), columns=columns)
 
 
-class Parts:
+class RunFolder:
     """The folder of a run.
 
     Args:

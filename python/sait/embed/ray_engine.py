@@ -20,7 +20,7 @@ from sait.embed import engine
 from sait.embed.decode import workers_for
 from sait.embed.errors import BadInput
 from sait.embed.job import Job
-from sait.embed.parts import Parts
+from sait.embed.parts import RunFolder
 from sait.embed.report import Totals
 
 CALLS = 8  # of an actor at least: at the end the others wait for the eighth of its work, at most
@@ -95,7 +95,7 @@ class _Maker:
         import ray
 
         self._job: Job = ray.get(job)
-        self._subject, self._parts = self._job.subject(), Parts(Path(out))
+        self._subject, self._parts = self._job.subject(), RunFolder(Path(out))
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         found: Totals | BadInput
