@@ -13,7 +13,7 @@ from sait.execution.apart import check_apart
 from sait.execution.embedding import embed
 from sait.execution.encoder import all_packed, encode
 from sait.execution.gated import run_gated
-from sait.execution.optimize import Way, block_for, products_for
+from sait.execution.optimize import Way, block_for, gemms_for
 from sait.families.base import Family
 from sait.methods.base import On, Seen
 from sait.methods.fusion import Attended, attend, score, select
@@ -92,7 +92,7 @@ def run(
     stages = {} if plan is None else {stage.block: stage for stage in plan.stages}
     blocks, kept, gates = family.blocks(model), [], []  # type: Any, list[Selection], list[On]
     last = len(blocks) - 1 if prefix_is_enough else None
-    way, again = products_for(tokens.x), family.checkpoints(model)
+    way, again = gemms_for(tokens.x), family.checkpoints(model)
     for i, block in enumerate(blocks):
         stage = stages.get(i)
         if homes is not None and stage is not None:

@@ -1,4 +1,4 @@
-"""optimize: the linear layers of a sparse model's blocks as fused products, for inference.
+"""optimize: the linear layers of a sparse model's blocks as fused GEMMs, for inference.
 
 LayerNorm, bias, GELU, LayerScale, residual and the gather of the kept rows all happen inside the products: on a CPU of
 packed weights, on a GPU of the modules' own. A block asks before each forward whether that is what its modules would
@@ -105,13 +105,13 @@ def deoptimize(model: Any) -> Any:
 
 @torch.inference_mode()
 def runs_fused(block: Any, family: Family) -> bool:
-    """Whether inference on tokens of the weights' type, where these lie, computes the block by fused products."""
+    """Whether inference on tokens of the weights' type, where these lie, computes the block by fused GEMMs."""
     x = next(block.parameters()).new_empty(0)
-    return block_for(block, family, products_for(x), x).is_fused
+    return block_for(block, family, gemms_for(x), x).is_fused
 
 
-class Products:
-    """A block of fused products: what PackedBlock and FusedBlock have in common. They are made of a block's
+class FusedGemms:
+    """A block of fused GEMMs: what PackedBlock and FusedBlock have in common. They are made of a block's
     plain_parts, and watched."""
 
     is_fused = True
@@ -172,7 +172,7 @@ class Products:
         raise NotImplementedError
 
 
-class PackedBlock(Products):
+class PackedBlock(FusedGemms):
     """On a CPU: products of packed weights, and of vectors in float32, as they are when this is made."""
 
     def __init__(self, view: BlockView, mlp: FeedForward, family: Family) -> None:
@@ -248,7 +248,7 @@ class PackedBlock(Products):
         return sk.packed_linear(hidden, fc2.packed, x.shape[1], fc2.bias, **around)
 
 
-class FusedBlock(Products):
+class FusedBlock(FusedGemms):
     """On a GPU: products of the modules' own weights, so there is nothing to keep up to date but what is made of
     several parameters, or of a part of one."""
 
@@ -303,13 +303,13 @@ class FusedBlock(Products):
 class Packed(NamedTuple):
     """A block's products of packed weights, and what tells whether they still are."""
 
-    products: PackedBlock
+    gemms: PackedBlock
     watch: Watch
     parameters: WatchOfParameters
 
 
 class Optimized:
-    """What optimize leaves on a block: its fused products, made at the first forward and again after a change."""
+    """What optimize leaves on a block: its fused GEMMs, made at the first forward and again after a change."""
 
     def __init__(self) -> None:
         # One assignment each, so that threads that share a model see products and their own watch.
@@ -328,7 +328,7 @@ class Optimized:
                 watches = Watch(block, HOLDER), WatchOfParameters(block)  # first: what changes meanwhile shows later
                 made = Packed(PackedBlock(*found, family), *watches)
             self.made = made
-        return None if made is None or made.products.dtype != x.dtype else made.products
+        return None if made is None or made.gemms.dtype != x.dtype else made.gemms
 
     def forget(self) -> None:
         """Weights are being trained: whoever updates them, they are packed anew."""
@@ -350,26 +350,26 @@ class Optimized:
         found = plain_parts(block, family)
         made = None
         if found is not None:
-            products = FusedBlock(*found, family)
-            made = (products, Watch(block, HOLDER), None if products.follows else WatchOfParameters(block))
+            gemms = FusedBlock(*found, family)
+            made = (gemms, Watch(block, HOLDER), None if gemms.follows else WatchOfParameters(block))
         self._fused = made
         return None if made is None else made[0]
 
 
-Way = Callable[[Optimized, Any, Family, Tensor], Products | None]
+Way = Callable[[Optimized, Any, Family, Tensor], FusedGemms | None]
 
 
 def plain_parts(block: Any, family: Family) -> tuple[BlockView, FeedForward] | None:
-    """The block's parts, if fused products compute the same."""
+    """The block's parts, if fused GEMMs compute the same."""
     view = family.view(block)
     mlp = family.feed_forward(view.mlp)
-    if mlp is None or why_no_products(block, view, mlp, family) is not None:
+    if mlp is None or why_not_fused(block, view, mlp, family) is not None:
         return None
     return view, mlp
 
 
-def why_no_products(block: Any, view: BlockView, mlp: FeedForward | None, family: Family) -> str | None:
-    """Why fused products would not compute what the block does; None: they do."""
+def why_not_fused(block: Any, view: BlockView, mlp: FeedForward | None, family: Family) -> str | None:
+    """Why fused GEMMs would not compute what the block does; None: they do."""
     reason = why_no_plain_block(block, view, mlp, family)
     if reason is None and mlp is not None and not all(lies_in_rows(layer.weight) for layer in _linears(view, mlp)):
         return "a weight is quantised, or does not lie in rows"
@@ -385,8 +385,8 @@ def _are_all(found: tuple[BlockView, FeedForward], x: Tensor) -> bool:
     return all((layer.weight.device, layer.weight.dtype) == (x.device, x.dtype) for layer in _linears(*found))
 
 
-def products_for(x: Tensor) -> Way | None:
-    """Which fused products serve a forward of tokens like these, if any do; the same for all its blocks."""
+def gemms_for(x: Tensor) -> Way | None:
+    """Which fused GEMMs serve a forward of tokens like these, if any do; the same for all its blocks."""
     if why_not_here(x) is not None:
         return None
     if _by_packing(x):
@@ -395,7 +395,7 @@ def products_for(x: Tensor) -> Way | None:
 
 
 def why_not_here(x: Tensor) -> str | None:
-    """Why no fused products serve tokens like these, here and now; None: some do."""
+    """Why no fused GEMMs serve tokens like these, here and now; None: some do."""
     if torch.is_grad_enabled():
         return "gradients are enabled: use torch.inference_mode() or torch.no_grad()"
     if in_forward_mode():
@@ -419,15 +419,15 @@ def _by_packing(x: Tensor) -> bool:
 
 
 def block_for(block: Any, family: Family, way: Way | None, x: Tensor) -> Block:
-    """How this forward computes the block: by fused products, if it was optimized and they compute the same; else by
+    """How this forward computes the block: by fused GEMMs, if it was optimized and they compute the same; else by
     its modules."""
     optimized = vars(block).get(HOLDER)
     if optimized is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         optimized.forget()
     if optimized is not None and way is not None:
-        products = way(optimized, block, family, x)
-        if products is not None:
-            return products
+        gemms = way(optimized, block, family, x)
+        if gemms is not None:
+            return gemms
     return PlainBlock(family.view(block), family)
 
 
