@@ -291,14 +291,13 @@ def choose_image(
     RULE says how many patches stay, and where the rows are written:
 
     - "equal": `least` patches, or if that is 0 a `share` of them. The batch has as many rows as images of `longest`
-    tokens,
-      and p_indices has the capacity for what these keep. The rows are written behind those of the images before, and
-      p_kept gets the cu_seqlens. If images are shorter, p_indices is filled up with the batch's number of rows.
+      tokens, and p_indices has the capacity for what these keep. The rows are written behind those of the images
+      before, and p_kept gets the cu_seqlens. If images are shorter, p_indices is filled up with the batch's number of
+      rows.
     - "given": p_kept holds the cu_seqlens; they say both how many and where.
     - "mass": the fewest patches whose cumulative score (top-p) reaches `share` of the image's sum, but at least `least`
-    and
-      at most `most`. They are written from the image's own first row on, and p_kept[b] gets their number; _pack then
-      moves them together.
+      and at most `most`. They are written from the image's own first row on, and p_kept[b] gets their number; _pack
+      then moves them together.
     """
     b = tl.program_id(0)
     begin = tl.load(p_cu + b)
@@ -351,8 +350,8 @@ def choose_image(
         high, above = tl.where(enough, high, middle - 1), tl.where(enough, above, count)
         weight_above = tl.where(enough, weight_above, weight)
 
-    # All keys above `high` stay, and of those in [low, high], in the order of their indices, as many until it is
-    # enough. If the search ended at low == high these tie and weigh the same; in the other cases all of them stay.
+    # All keys above `high` stay, and of those in [low, high] the first ones, by index, until there are enough. If the
+    # search ended at low == high, these tie and weigh the same; in the other cases all of them stay.
     weight_of_tie = _weights(low, best, share).to(tl.float64)
     ties, kept = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for first in range(0, n, BLOCK):

@@ -111,7 +111,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(module.os, "fsync", full)
-        with pytest.raises(BadInput, match=r"No space left on device; make room there, and the same command goes on\."):
+        with pytest.raises(BadInput, match=r"No space left on device; free some space, and the same command goes on\."):
             parts.write(0, some())
     assert list(tmp_path.iterdir()) == []
     parts.write(0, some())

@@ -49,7 +49,8 @@ class RunFolder:
             raise BadInput("out", f"cannot write into {folder}: {reason(error)}; take another folder.") from error
 
     def claim(self, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        """Writes what the parts are made of and by, or finds that those that are there were made so.
+        """Writes down by what settings the parts are made; or checks that the parts that are there were made by the
+        same.
 
         Args:
             settings: what decides the rows.
@@ -125,7 +126,7 @@ class RunFolder:
         except OSError as error:
             half.unlink(missing_ok=True)
             raise BadInput(
-                "out", f"cannot write {path}: {reason(error)}; make room there, and the same command goes on."
+                "out", f"cannot write {path}: {reason(error)}; free some space, and the same command goes on."
             ) from error
 
 
@@ -168,7 +169,7 @@ def table(
 
 
 def _sync(path: Path) -> None:
-    """To the disk: a rename may otherwise be there after a crash, and what it names not."""
+    """Flushes it to the disk: else a rename may survive a crash while the file's content does not."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

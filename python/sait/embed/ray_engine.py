@@ -51,7 +51,7 @@ def run(
         The sums, how many actors there were, and how many processes that decode.
 
     Raises:
-        BadInput: Ray is not installed or cannot be reached, has no room for the actors, or what an actor says.
+        BadInput: Ray is not installed or cannot be reached, the cluster is too small for the actors, or an actor's own.
     """
     try:
         import ray
@@ -118,7 +118,7 @@ def _resources(cluster: dict[str, float], nodes: int, actors: int | None, device
     if on_gpu and not gpus:
         raise BadInput("device", "the cluster of Ray has no GPU; take cpu.")
     actors = actors or (gpus if on_gpu else nodes)
-    room = gpus if on_gpu else cpus
-    if actors > room:
-        raise BadInput("actors", f"expected at most {room}, for the cluster has no more {device}, got {actors}.")
+    most = gpus if on_gpu else cpus
+    if actors > most:
+        raise BadInput("actors", f"expected at most {most}, for the cluster has no more {device}, got {actors}.")
     return actors, {"num_cpus": max(1, cpus // actors), "num_gpus": int(on_gpu)}

@@ -19,7 +19,7 @@ from sait_kernels import Selection
 
 
 class Together:
-    """A model's packed blocks as one sk.PackedEncoder, and what tells whether they still are."""
+    """A model's packed blocks as one sk.PackedEncoder, and what tells whether it is still up to date."""
 
     def __init__(self, blocks: Sequence[Any], made: Sequence[Packed]) -> None:
         first = made[0].gemms
@@ -27,7 +27,7 @@ class Together:
         self.packed = _together([one.gemms for one in made])  # None where the blocks are not alike
         self._classes, self._made = tuple(map(type, blocks)), tuple(made)
         self._watched = sum((one.watch.watched + one.parameters.watched for one in made), ())
-        # One assignment, so that threads that share a model see a plan and its own stages.
+        # One assignment, so that threads that share a model see a plan together with its own stages.
         self._stages: tuple[Plan, list[sk.EncoderStage]] | None = None
 
     def are(self, blocks: Sequence[Any]) -> bool:
@@ -74,8 +74,8 @@ def all_packed(model: Any, family: Family, x: Tensor) -> Together | None:
 def encode(
     together: Together | None, plan: Plan | None, tokens: Tokens, prefix_is_enough: bool
 ) -> tuple[Tokens, tuple[Selection, ...]] | None:
-    """As the loop over the blocks: what leaves the last one, and for each stage who was left behind it. None: they
-    have to run one by one."""
+    """The same as the loop over the blocks: what leaves the last one, and for each stage the tokens left behind it.
+    None: they have to run one by one."""
     if together is None or together.packed is None or why_not_together(plan, tokens) is not None:
         return None
     stages = [] if plan is None else together.stages(plan)
@@ -103,7 +103,7 @@ def encode(
 
 
 def packed_blocks(model: Any, family: Family, x: Tensor) -> Iterator[PackedBlock | None]:
-    """Each block's products, as they are asked for; None of one that has none."""
+    """Each block's packed GEMMs, one block at a time as they are asked for; None of a block that has none."""
     for block in family.blocks(model):
         optimized = vars(block).get(HOLDER)
         yield None if optimized is None else optimized.packed(block, family, x)

@@ -1,8 +1,8 @@
 """optimize: the linear layers of a sparse model's blocks as fused GEMMs, for inference.
 
-LayerNorm, bias, GELU, LayerScale, residual and the gather of the kept rows all happen inside the products: on a CPU of
-packed weights, on a GPU of the modules' own. A block asks before each forward whether that is what its modules would
-do; where it is not, they run as they are.
+LayerNorm, bias, GELU, LayerScale, residual and the gather of the kept rows are all fused into the GEMMs: on a CPU those
+of packed weights, on a GPU those of the modules' own weights. Before each forward a block asks whether that is what its
+modules would compute; if not, the modules run as they are.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ HOLDER = "_sait_optimized"  # the attribute of a block that optimize sets
 def optimize(model: Any) -> Any:
     """Fuses the linear layers of a sparse model's blocks with what surrounds them, in place; undone by deoptimize.
 
-    Fewer passes over memory, and on a CPU faster products: benchmarks/end_to_end.py tells what that gains on a machine.
+    Fewer passes over memory, and on a CPU faster GEMMs: benchmarks/end_to_end.py tells what that gains on a machine.
     The weights stay the parameters: state_dict and training are as before. At each forward it matters where the input
     lies:
 
@@ -54,12 +54,12 @@ def optimize(model: Any) -> Any:
       only a write through ``weight.data`` or a NumPy array that changes a few values in the middle of inference can
       miss it: call optimize again after that.
     - On a GPU norm_linear and linear_residual read the modules' own weights; float32 (exact, without TF32), bfloat16 or
-      float16. Under torch.compile, too: who calls optimize asks for these kernels; compiled code saves the host's time
-      between them. No GPU has measured this. Known is a count: five launches a block in place of ten, so it should pay
-      where launches are the time, with small batches, and best in a graph (sait.graphed). Against it stands that
-      norm_linear reads its rows twice for each 128 columns of its result: in DeiT-S at batch 256 a call takes 0.7 GB
-      (QKV) or 0.9 GB (MLP) out of the L2 cache, and one expects some 0.9 times the speed of the model without
-      optimize. It is not recommended for large batches until that is measured.
+      float16. The same kernels run under torch.compile, which saves the CPU overhead between them. This has not been
+      measured on a GPU. Only a count is known: five launches a block in place of ten, so it should pay where launches
+      take most of the time: with small batches, and best in a graph (sait.graphed). On the other hand norm_linear reads
+      its rows twice for each 128 columns of its result: in DeiT-S at batch 256 a call takes 0.7 GB (QKV) or 0.9 GB
+      (MLP) out of the L2 cache, and one expects some 0.9 times the speed of the model without optimize. It is not
+      recommended for large batches until that is measured.
 
     Where a timm model's head reads prefix tokens only (class token pooling, distilled heads), its last block computes
     these alone: for them the others are keys and values. ``forward_features`` returns them all.
@@ -68,7 +68,7 @@ def optimize(model: Any) -> Any:
     inside or not, with rotary positions or without, in plain inference: eval mode, no gradient, no autocast, no
     torch.export. Blocks with gated attention, hooks or changed modules run their modules, and so does a dense model
     (set_density without arguments), which is the unpatched one bit for bit; keep=1.0 keeps all tokens in fused
-    products.
+    GEMMs.
 
     >>> import sait, timm
     >>> model = sait.sparsify(timm.create_model("deit_tiny_patch16_224"), block=3, keep=0.45).eval()
@@ -111,8 +111,8 @@ def runs_fused(block: Any, family: Family) -> bool:
 
 
 class FusedGemms:
-    """A block of fused GEMMs: what PackedBlock and FusedBlock have in common. They are made of a block's
-    plain_parts, and watched."""
+    """A block of fused GEMMs: what PackedBlock and FusedBlock have in common. They are made of a block's plain_parts,
+    which are then watched for changes."""
 
     is_fused = True
 
@@ -173,7 +173,7 @@ class FusedGemms:
 
 
 class PackedBlock(FusedGemms):
-    """On a CPU: products of packed weights, and of vectors in float32, as they are when this is made."""
+    """On a CPU: GEMMs of packed weights, with vectors in float32, all copied when this is made."""
 
     def __init__(self, view: BlockView, mlp: FeedForward, family: Family) -> None:
         super().__init__(view, mlp, family)
@@ -249,8 +249,8 @@ class PackedBlock(FusedGemms):
 
 
 class FusedBlock(FusedGemms):
-    """On a GPU: products of the modules' own weights, so there is nothing to keep up to date but what is made of
-    several parameters, or of a part of one."""
+    """On a GPU: GEMMs of the modules' own weights, so nothing has to be kept up to date but what is made of several
+    parameters, or of a part of one."""
 
     def __init__(self, view: BlockView, mlp: FeedForward, family: Family) -> None:
         super().__init__(view, mlp, family)
@@ -301,7 +301,7 @@ class FusedBlock(FusedGemms):
 
 
 class Packed(NamedTuple):
-    """A block's products of packed weights, and what tells whether they still are."""
+    """A block's GEMMs of packed weights, and what tells whether they are still up to date."""
 
     gemms: PackedBlock
     watch: Watch
@@ -312,7 +312,7 @@ class Optimized:
     """What optimize leaves on a block: its fused GEMMs, made at the first forward and again after a change."""
 
     def __init__(self) -> None:
-        # One assignment each, so that threads that share a model see products and their own watch.
+        # One assignment each, so that threads that share a model see GEMMs together with their own watch.
         self.made: Packed | None = None
         self._fused: tuple[FusedBlock, Watch, WatchOfParameters | None] | None = None
 

@@ -1,4 +1,4 @@
-"""Whether a module is still what it was when somebody looked at it closely, at the price of a glance."""
+"""Whether a module is still what it was when it was checked closely, by a check that is cheap."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def held(
     empty: Sequence[Any] = (),
     tensors: Sequence[Tensor] = (),
 ) -> Any:
-    """What these are now, to be compared later: what dictionaries hold, the first but for one key, the classes of
-    objects, that others are empty, and the version and place of tensors."""
+    """The state of these now, to be compared later: what dictionaries hold (the first of them without one key), the
+    classes of objects, that other dictionaries are empty, and the version and place of tensors."""
     if library.module is None:
         return Unknown()
     return library.module.Held(dictionaries, by_identity, ignored, list(objects), list(empty), list(tensors))

@@ -1,4 +1,4 @@
-"""What the loop knows of a model: how images become tokens, what its blocks are made of, and what becomes of the rest.
+"""What the loop knows of a model: how images become tokens, what its blocks are made of, and what follows the blocks.
 
 A family is one library's kind of Vision Transformer. Its file is the only place where that library's names are read.
 """
@@ -104,7 +104,7 @@ class Cost(NamedTuple):
     name: str
     moved: float  # elements read and written
     weights: float  # elements that a batch reads once
-    macs: float  # multiply-accumulates of its products
+    macs: float  # multiply-accumulates of its GEMMs
 
 
 class SparseForward:

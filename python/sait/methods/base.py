@@ -1,4 +1,4 @@
-"""What a method is made of: a scorer, a selector, at times something that happens afterwards.
+"""What a method is made of: a scorer, a selector, and sometimes something that happens afterwards.
 
 The protocols are all that the loop knows of a method. ``register`` gives a class the name by which plans are saved and
 options find it.
@@ -28,7 +28,7 @@ class Seen(NamedTuple):
 
 
 class Merging(NamedTuple):
-    """What a selector returns that says where dropped rows go: a Selection, and the row that each becomes part of."""
+    """What a selector that merges returns: a Selection, and for each row the kept row that it becomes part of."""
 
     indices: Tensor  # (S,) int32: the row that each of those that stay was; in any order behind the prefix rows
     cu_seqlens: Tensor  # (B + 1,) int32
@@ -102,7 +102,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Selector(Protocol):
-    """Chooses by scores who stays.
+    """Chooses by scores which tokens stay.
 
     What else is read where it has it: ``reads``, as of a Scorer; ``macs(tokens, num_prefix, head_dim)``, its
     multiply-accumulates for an image; ``merges``, whether it returns a Merging; ``keeps_all``, whether it drops nothing
