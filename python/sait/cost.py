@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     projected: float
     left: float  # rows of the MLP; they enter the next block
     choosing: float = 0  # not rows: multiply-accumulates of the scores
-    capacity: float | None = None  # of a static plan: rows of the projection to q, k and v, beside ``entering``
+    capacity: float | None = None  # of a static plan: rows of the projection to q, k and v
     gates: Usage | None = None  # if the block has some; the rows above are then those that are on
     passing: float = 0.0  # rows that are off in this block; they go on unchanged
 

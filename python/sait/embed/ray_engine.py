@@ -51,7 +51,8 @@ def run(
         The sums, how many actors there were, and how many processes that decode.
 
     Raises:
-        BadInput: Ray is not installed or cannot be reached, the cluster is too small for the actors, or an actor's own.
+        BadInput: Ray is not installed or cannot be reached, the cluster is too small for the actors, or
+            an actor raised it.
     """
     try:
         import ray
