@@ -85,7 +85,7 @@ def run(
         family: says what its blocks are.
         plan: what is dropped where; None: nothing.
         tokens: what enters the first block.
-        recorded: grows by the scores of each stage; None: nobody wants them.
+        recorded: a list to which the scores of each stage are appended; None: they are not wanted.
         prefix_is_enough: the last block may leave prefix tokens only.
         collector: scatters the results of the blocks that it wants back to full maps, and ends the loop after the last.
 
@@ -155,7 +155,7 @@ def step(
 
 
 def drop(tokens: Tokens, stage: Stage, wants_scores: bool) -> tuple[Tokens, Tensor | None]:
-    """A stage ahead of its block: whoever does not stay is not seen by it."""
+    """A stage ahead of its block, which does not see the tokens that are dropped."""
     if stage.keeps_all and not wants_scores:
         return tokens, None
     seen = Seen(tokens.packed, tokens)

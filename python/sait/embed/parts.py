@@ -57,7 +57,8 @@ class RunFolder:
             about: what else is worth knowing: versions, dates.
 
         Raises:
-            BadInput: the folder has parts of other settings, named with both values, or parts of nobody.
+            BadInput: the folder has parts made by other settings (the message names both values), or parts without the
+                document that says by which.
         """
         path = self._folder / DOCUMENT
         wanted = json.loads(json.dumps(settings))

@@ -63,7 +63,7 @@ def _fuses(x: Tensor) -> bool:
 
 
 def is_plain(layer: Any) -> bool:
-    """A linear layer, and nobody listening."""
+    """Whether it is a plain linear layer without hooks."""
     return is_linear(layer) and (type(layer) is LinearParameters or not has_hooks(layer))
 
 

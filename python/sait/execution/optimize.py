@@ -164,7 +164,7 @@ class FusedGemms:
         return self.feed_forward(self.add(out, x, selection))
 
     def add(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
-        """(S, A), (T, C) -> (S, C): x + scale1(proj(out)) of those who stay."""
+        """(S, A), (T, C) -> (S, C): x + scale1(proj(out)) of the rows that stay."""
         raise NotImplementedError
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -331,7 +331,7 @@ class Optimized:
         return None if made is None or made.gemms.dtype != x.dtype else made.gemms
 
     def forget(self) -> None:
-        """Weights are being trained: whoever updates them, they are packed anew."""
+        """Call while weights are being trained: they are packed anew afterwards, however they were updated."""
         self.made = None
 
     def traced(self, block: Any, family: Family, x: Tensor) -> FusedBlock | None:

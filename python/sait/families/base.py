@@ -38,7 +38,7 @@ class LinearParameters:
 
 
 class BlockView(NamedTuple):
-    """What a pre-norm transformer block is made of, under the same names whoever wrote it.
+    """What a pre-norm transformer block is made of, under the same names for every library.
 
     With y = proj(norm(attention(q_norm(q), k_norm(k), v)) * sigmoid(gate(normed))):
     x1 = x + drop_path1(scale1(y)), and the block's result is x1 + drop_path2(scale2(mlp(norm2(x1)))).

@@ -41,7 +41,7 @@ class Merging(NamedTuple):
 
 
 class On(NamedTuple):
-    """What of a block runs, for each image: of gates in eval mode true or false, in training 0 or 1 with a gradient."""
+    """Which parts of a block run, for each image: true or false in eval mode, in training 0 or 1 with a gradient."""
 
     tokens: Tensor | None = None  # (T,), of the rows that enter the block; None: all are on, as in the other two
     heads: Tensor | None = None  # (B, H)
@@ -165,9 +165,9 @@ class After(Protocol):
 class Gates(Protocol):
     """Decides for each image what of a block runs: which tokens, heads and sub-layers.
 
-    Whoever is off in a block passes it by unchanged, and the next block sees it again: nothing is dropped. A head that
-    is off adds nothing to its image. An nn.Module's parameters become the sparse model's; while it is in training mode
-    everything is computed and multiplied by the gates, which so get gradients; else what is off is not computed.
+    A token that is off in a block passes it unchanged, and the next block sees it again: nothing is dropped. A head
+    that is off adds nothing to its image. An nn.Module's parameters become the sparse model's. In training mode
+    everything is computed and multiplied by the gates, so that these get gradients; else what is off is not computed.
 
     What else is read where it has it: ``needs_prefix``, as of a Scorer; ``check(channels, heads)``, which raises where
     a block is of other sizes; ``macs(tokens, channels, heads)``, its multiply-accumulates for an image;

@@ -102,7 +102,7 @@ class RandomScore:
 @register("unscored")
 @dataclass(frozen=True)
 class Unscored:
-    """Zeros: for a selector that looks for itself, such as Pairs."""
+    """Zeros: for a selector that needs no scores, such as Pairs."""
 
     reads = ()
 
