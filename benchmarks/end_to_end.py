@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 
 @dataclass
-class Figure:
+class TimedPeer:
     """One peer of one setting."""
 
     name: str
@@ -73,7 +73,7 @@ def compare(
     repeats: int,
     advance: Callable[[], object] = lambda: None,
     until: float = math.inf,
-) -> tuple[list[Figure], dict[str, str]]:
+) -> tuple[list[TimedPeer], dict[str, str]]:
     """Times the peers in turn.
 
     Args:
@@ -97,7 +97,7 @@ def prepare(
     names: Iterable[str],
     advance: Callable[[], object] = lambda: None,
     until: float = math.inf,
-) -> tuple[list[Figure], dict[str, str]]:
+) -> tuple[list[TimedPeer], dict[str, str]]:
     """As ``compare``, without the times: peers that have run once and whose logits were checked."""
     torch._dynamo.reset()  # a code object is compiled for so many models only
     names = list(names)
@@ -114,7 +114,7 @@ def prepare(
             check(logits, PEERS[name].dense is None)
             if made.kept is not None:
                 check_kept(logits, made.kept)
-            figures.append(Figure(name, made, made.rows or seen_rows(setting, made)))
+            figures.append(TimedPeer(name, made, made.rows or seen_rows(setting, made)))
         except Exception as error:  # another engine may raise anything, and the others are to be measured all the same
             if name == BASELINE:
                 raise
@@ -135,7 +135,7 @@ def seen_rows(setting: Setting, made: Made) -> list[Rows]:
     return cost.plan_rows(setting.vit, sait.Plan([sait.Stage(setting.block, mass=setting.mass)]), kept)
 
 
-def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str], common: Row) -> list[Row]:
+def rows_of(setting: Setting, figures: Sequence[TimedPeer], failed: dict[str, str], common: Row) -> list[Row]:
     """Rows of the results file; ``common`` has what they share: model, batch, dtype, weights."""
     by_name = {figure.name: figure for figure in figures}
     baseline = by_name[BASELINE]
@@ -182,7 +182,7 @@ def rows_of(setting: Setting, figures: Sequence[Figure], failed: dict[str, str],
     return [*rows, *(failed_row(name, reason, common) for name, reason in failed.items())]
 
 
-def timed_row(setting: Setting, figure: Figure, seconds: float, baseline: float, common: Row) -> Row:
+def timed_row(setting: Setting, figure: TimedPeer, seconds: float, baseline: float, common: Row) -> Row:
     """What every row of a peer has that ran, with seconds of its own and of the baseline."""
     peer = PEERS[figure.name]
     return {
@@ -205,7 +205,7 @@ def failed_row(name: str, reason: str, common: Row) -> Row:
     return {"name": "model", "group": peer.group, "peer": name, "case": peer.label, **common, "error": reason}
 
 
-def add_costs(rows: Sequence[Row], setting: Setting, figures: Sequence[Figure]) -> None:
+def add_costs(rows: Sequence[Row], setting: Setting, figures: Sequence[TimedPeer]) -> None:
     """What a forward takes beside its time; where a machine does not let it be counted, the fields are absent."""
     by_name = {row["peer"]: row for row in rows}
     for figure in figures:

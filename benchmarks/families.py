@@ -36,7 +36,7 @@ TRANSFORMERS = "transformers' own forward"
 SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 224, "patch_size": 16}
 
 
-class Subject(NamedTuple):
+class FamilyModel(NamedTuple):
     """A model of a family."""
 
     label: str
@@ -46,18 +46,18 @@ class Subject(NamedTuple):
     score: str = "cls"
 
 
-def of_timm(name: str, side: int = 224, score: str = "cls", **kwargs: Any) -> Subject:
-    return Subject(name, lambda: timm.create_model(name, **kwargs), TIMM, side, score)
+def of_timm(name: str, side: int = 224, score: str = "cls", **kwargs: Any) -> FamilyModel:
+    return FamilyModel(name, lambda: timm.create_model(name, **kwargs), TIMM, side, score)
 
 
-def of_transformers(name: str, side: int = 224, score: str = "cls", **config: Any) -> Subject:
+def of_transformers(name: str, side: int = 224, score: str = "cls", **config: Any) -> FamilyModel:
     def make() -> Any:
         import transformers
 
         cls: Any = getattr(transformers, name)
         return cls(cls.config_class(**{**SMALL, **config}))
 
-    return Subject(name, make, TRANSFORMERS, side, score)
+    return FamilyModel(name, make, TRANSFORMERS, side, score)
 
 
 SUBJECTS = (
@@ -93,12 +93,12 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).abs().max() / exact.abs().max())
 
 
-def sparse(model: Any, subject: Subject) -> Any:
+def sparse(model: Any, subject: FamilyModel) -> Any:
     return sait.sparsify(model, sait.Plan([sait.Stage(BLOCK, KEEP)], subject.score))
 
 
 @torch.inference_mode()
-def errors(subject: Subject, model: Any, images: Tensor) -> dict[str, float]:
+def errors(subject: FamilyModel, model: Any, images: Tensor) -> dict[str, float]:
     """By case; a choice that rounding decided otherwise than float64 says so by the size of its error."""
     wide = copy.deepcopy(model).double()
     found = {"dense": error(logits(model(images)), logits(wide(images.double())))}
@@ -112,7 +112,7 @@ def errors(subject: Subject, model: Any, images: Tensor) -> dict[str, float]:
     return found
 
 
-def rows_of(subject: Subject, model: Any, dtype: DType, batch: int, repeats: int) -> list[dict[str, Any]]:
+def rows_of(subject: FamilyModel, model: Any, dtype: DType, batch: int, repeats: int) -> list[dict[str, Any]]:
     """Dense in our kernels, pruned and optimized against the library's own forward, all in turn."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, subject.side, subject.side, generator=generator)
@@ -201,7 +201,7 @@ def page(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def chosen(names: Iterable[str]) -> list[Subject]:
+def chosen(names: Iterable[str]) -> list[FamilyModel]:
     known = {subject.label: subject for subject in SUBJECTS}
     for name in names:
         if name not in known:

@@ -154,7 +154,7 @@ PARTS = {
 }
 
 
-class Run:
+class StepRunner:
     """Steps of one part: carries them out, and writes down what came of each."""
 
     def __init__(self, part: str, folder: Path, until: float) -> None:
@@ -271,7 +271,7 @@ def new_folder(results: Path, device: str, part: str) -> Path:
     raise FileExistsError(f"{parent}: too many runs of {part} in one second")
 
 
-def library(arch: str) -> Callable[[Run], bool]:
+def library(arch: str) -> Callable[[StepRunner], bool]:
     """Whether there is a library: that of SAIT_LIBRARY if it loads here, else one built for this GPU alone.
 
     Asked before each part, found out before the first. A build repeats only what has changed.
@@ -292,7 +292,7 @@ def library(arch: str) -> Callable[[Run], bool]:
     if os.environ.get("SAIT_LIBRARY"):
         os.environ["SAIT_LIBRARY"] = str(Path(os.environ["SAIT_LIBRARY"]).resolve())
 
-    def usable(run: Run) -> bool:
+    def usable(run: StepRunner) -> bool:
         if not found:
             loads = Step("library", [PYTHON, "-c", check], 60)
             brought = bool(os.environ.get("SAIT_LIBRARY")) and run.do(loads)
@@ -312,7 +312,7 @@ def carry_out(
     minutes: float = MINUTES,
     looked_at: Sequence[str] = (),
     parts: Mapping[str, Part] = PARTS,
-    prepare: Callable[[Run], bool] = lambda run: True,
+    prepare: Callable[[StepRunner], bool] = lambda run: True,
 ) -> list[Path]:
     """Carries the parts out one after the other.
 
@@ -336,7 +336,7 @@ def carry_out(
         part = parts[name]
         folder = new_folder(results, device, name)
         folders.append(folder)
-        run = Run(name, folder, min(end, time.monotonic() + 60 * part.minutes))
+        run = StepRunner(name, folder, min(end, time.monotonic() + 60 * part.minutes))
         steps = part.steps(folder, looked_at)
         run.promise(steps)
         ready = prepare(run)

@@ -28,7 +28,7 @@ class Roofs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class RooflineCost:
     """One stage of a model: the bytes that it has to move, and the floating-point operations of its products."""
 
     name: str
@@ -39,7 +39,7 @@ class Part:
         return max(self.bytes / (roofs.copy_tbps * 1e12), self.flop / (roofs.matmul_tflops * 1e12))
 
 
-def parts(model: Any, rows: Sequence[Rows], batch: int, itemsize: int) -> list[Part]:
+def parts(model: Any, rows: Sequence[Rows], batch: int, itemsize: int) -> list[RooflineCost]:
     """The stages of a model, as sait.cost has them, for a batch of elements of so many bytes.
 
     Raises:
@@ -48,17 +48,17 @@ def parts(model: Any, rows: Sequence[Rows], batch: int, itemsize: int) -> list[P
     if not isinstance(model.patch_embed.proj, nn.Conv2d) or model.attn_pool is not None:
         raise ValueError("roofline: model: expected patches embedded by one convolution and no attention pooling.")
     return [
-        Part(part.name, (batch * part.moved + part.weights) * itemsize, 2 * batch * part.macs)
+        RooflineCost(part.name, (batch * part.moved + part.weights) * itemsize, 2 * batch * part.macs)
         for part in cost.parts(model, rows)
     ]
 
 
-def gmac(found: Iterable[Part], batch: int) -> float:
+def gmac(found: Iterable[RooflineCost], batch: int) -> float:
     """1e9 multiply-accumulates of an image."""
     return sum(part.flop for part in found) / 2 / batch / 1e9
 
 
-def by_kind(found: Iterable[Part], roofs: Roofs) -> dict[str, float]:
+def by_kind(found: Iterable[RooflineCost], roofs: Roofs) -> dict[str, float]:
     """Seconds of each kind of stage, those of all blocks together."""
     totals: dict[str, float] = {}
     for part in found:
@@ -67,12 +67,12 @@ def by_kind(found: Iterable[Part], roofs: Roofs) -> dict[str, float]:
     return totals
 
 
-def floor(found: Iterable[Part], roofs: Roofs) -> float:
+def floor(found: Iterable[RooflineCost], roofs: Roofs) -> float:
     """Seconds of the whole model."""
     return sum(part.seconds(roofs) for part in found)
 
 
-def table(found: Sequence[Part], roofs: Roofs) -> Table:
+def table(found: Sequence[RooflineCost], roofs: Roofs) -> Table:
     shown = Table("stage", title="the least time of each stage", title_justify="left")
     for column in ("MB", "GFLOP", "µs", "bound by"):
         shown.add_column(column, justify="right")
@@ -85,7 +85,7 @@ def table(found: Sequence[Part], roofs: Roofs) -> Table:
     return shown
 
 
-def _figures(found: Sequence[Part], roofs: Roofs) -> list[str]:
+def _figures(found: Sequence[RooflineCost], roofs: Roofs) -> list[str]:
     moved, flop = sum(part.bytes for part in found), sum(part.flop for part in found)
     return [f"{moved / 1e6:.2f}", f"{flop / 1e9:.2f}", f"{floor(found, roofs) * 1e6:.1f}"]
 

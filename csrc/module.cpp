@@ -33,9 +33,9 @@ class Watched {
   virtual bool unchanged() const = 0;
 };
 
-// Some words of each of several pieces of memory, which somebody else keeps alive: at most kWords of one, evenly spread,
-// its first and last among them. An optimizer's step changes nearly every weight, so their hash tells that there was one
-// whoever made it.
+// A hash over samples of several pieces of memory, which somebody else keeps alive: at most kWords words of each,
+// evenly spread, the first and the last among them. An optimizer's step changes nearly every weight, so the hash shows
+// that there was one, whoever made it.
 class Sample : public Watched {
  public:
   explicit Sample(std::vector<std::pair<uintptr_t, int64_t>> pieces) : pieces_(std::move(pieces)), seen_(hash()) {}
@@ -44,7 +44,7 @@ class Sample : public Watched {
 
  private:
   uint64_t hash() const {
-    uint64_t lanes[kLanes] = {};  // in turns: each step of one waits for its last
+    uint64_t lanes[kLanes] = {};  // taken in turns, for each step of a lane has to wait for the lane's step before
     for (const auto& [address, bytes] : pieces_) {
       const char* data = reinterpret_cast<const char*>(address);
       const int64_t words = bytes / kWordBytes, taken = std::min(words, kWords);
@@ -75,9 +75,9 @@ class Sample : public Watched {
   uint64_t seen_;
 };
 
-// What some dictionaries hold, the first of them but for one key, of which classes some objects are, that other
-// dictionaries are empty, and where some tensors lie: a second look takes a third of what Python takes to compare the
-// same. All of it is kept alive.
+// Remembers what some dictionaries hold (the first of them without one key), the classes of some objects, that other
+// dictionaries are empty, and where some tensors lie; and tells whether all that is unchanged, in a third of the time
+// that Python takes for the same comparison. All of it is kept alive.
 class Held : public Watched {
  public:
   Held(const py::list& dictionaries, bool by_identity, const py::object& ignored, const py::list& objects,

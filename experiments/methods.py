@@ -73,7 +73,7 @@ def methods_of(depth: int) -> list[Method]:
 
 
 @dataclass
-class Subject:
+class ComparedModel:
     """A model, and what tells how good its results are.
 
     Attributes:
@@ -121,11 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     methods_report.write(json.loads(path.read_text(encoding="utf-8")), options.out)
 
 
-def subjects(images: int, canvas_only: bool) -> Iterator[Subject]:
+def subjects(images: int, canvas_only: bool) -> Iterator[ComparedModel]:
     model = sait.restore(sait.load(CHECKPOINT)).eval()
     canvas = Canvas("test", images, img_size=model.patch_embed.img_size[0])
     pictures, labels = canvas.batch(range(images))
-    yield Subject("canvas", model, pictures, "accuracy", lambda logits: (logits.argmax(1) == labels).double())
+    yield ComparedModel("canvas", model, pictures, "accuracy", lambda logits: (logits.argmax(1) == labels).double())
     if canvas_only:
         return
     from photographs.untrained import crops_of
@@ -137,7 +137,9 @@ def subjects(images: int, canvas_only: bool) -> Iterator[Subject]:
         Console(stderr=True).print(f"methods: photographs are left out: {error}")
         return
     dense = results(model, crops)
-    yield Subject("photographs", model, crops, "cosine", lambda got: F.cosine_similarity(got.double(), dense.double()))
+    yield ComparedModel(
+        "photographs", model, crops, "cosine", lambda got: F.cosine_similarity(got.double(), dense.double())
+    )
 
 
 @torch.inference_mode()
@@ -145,7 +147,7 @@ def results(model: Any, images: Tensor) -> Tensor:
     return torch.cat([model(some) for some in images.split(4 * BATCH)])
 
 
-def measured(subject: Subject, repeats: int) -> Iterator[Row]:
+def measured(subject: ComparedModel, repeats: int) -> Iterator[Row]:
     """Every method at each of SAVED, and the dense model first."""
     dense, console = macs(subject.model, img_size=side(subject)), Console(stderr=True)
     found: list[Row] = [row_of(subject, "dense", None, results(subject.model, subject.images), dense, [])]
@@ -170,7 +172,7 @@ def measured(subject: Subject, repeats: int) -> Iterator[Row]:
     return iter(found)
 
 
-def add_times(rows: Sequence[Row], subject: Subject, repeats: int) -> None:
+def add_times(rows: Sequence[Row], subject: ComparedModel, repeats: int) -> None:
     """Images a second of the settings that rows are of, all of them measured together."""
     every = {method.name: method for method in methods_of(len(subject.model.blocks))}
     shown = [row for row in rows if row["name"] == "methods" and "error" not in row]
@@ -184,7 +186,9 @@ def add_times(rows: Sequence[Row], subject: Subject, repeats: int) -> None:
             row[f"images_per_s_{key}"] = rate
 
 
-def row_of(subject: Subject, method: str, plan: Plan | None, got: Tensor, cost: float, counts: Sequence[Tensor]) -> Row:
+def row_of(
+    subject: ComparedModel, method: str, plan: Plan | None, got: Tensor, cost: float, counts: Sequence[Tensor]
+) -> Row:
     scores = subject.score(got)
     row: Row = {
         "name": "methods",
@@ -201,7 +205,7 @@ def row_of(subject: Subject, method: str, plan: Plan | None, got: Tensor, cost: 
     return row
 
 
-def setting_for(method: Method, subject: Subject, wanted: float) -> Plan:
+def setting_for(method: Method, subject: ComparedModel, wanted: float) -> Plan:
     """The plan whose multiply-accumulates are closest to those wanted, by bisection over the method's settings."""
 
     @torch.inference_mode()
@@ -227,21 +231,21 @@ def closest(settings: Sequence[Any], cost: Callable[[Any], float], wanted: float
     return min((settings[low], settings[high]), key=lambda setting: abs(cost(setting) - wanted))
 
 
-def running(subject: Subject, plan: Plan | None, dtype: torch.dtype = torch.float32) -> Any:
+def running(subject: ComparedModel, plan: Plan | None, dtype: torch.dtype = torch.float32) -> Any:
     """A model of its own: under optimize, or for None the dense one in all tokens through the kernels."""
     model = share(subject.model) if dtype == torch.float32 else copy.deepcopy(subject.model).to(dtype)
     return sait.optimize(sait.sparsify(model, methods.sait(1.0) if plan is None else plan))
 
 
 @torch.inference_mode()
-def rates(subject: Subject, plans: Sequence[Plan], dtype: torch.dtype, repeats: int) -> list[float]:
+def rates(subject: ComparedModel, plans: Sequence[Plan], dtype: torch.dtype, repeats: int) -> list[float]:
     """Images a second of the dense model and of each plan, interleaved, one batch."""
     images = subject.images[:BATCH].to(dtype)
     calls = [partial(running(subject, plan, dtype), images) for plan in (None, *plans)]
     return [round(BATCH / seconds, 2) for seconds in measure.interleave(calls, repeats)]
 
 
-def twin_rows(subject: Subject) -> Iterator[Row]:
+def twin_rows(subject: ComparedModel) -> Iterator[Row]:
     """How far ours, and its twin in plain torch in float32, are from the twin in float64, relative to the largest
     result."""
     sys.path.insert(0, str(ROOT / "tests" / "models"))
@@ -282,7 +286,7 @@ def far(got: Tensor, exact: Tensor) -> float:
     return float(f"{((got.double() - exact).abs().max() / exact.abs().max()).item():.2g}")
 
 
-def side(subject: Subject) -> tuple[int, int]:
+def side(subject: ComparedModel) -> tuple[int, int]:
     return subject.images.shape[-2], subject.images.shape[-1]
 
 

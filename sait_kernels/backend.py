@@ -210,7 +210,7 @@ def _fastest(op: str, first: Tensor, given: Mapping[str, Any]) -> str:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in the dtype that autocast asks of a matrix product; unchanged outside autocast."""
+    """The tensors in the dtype that autocast asks of a GEMM; unchanged outside autocast."""
     first = tensors[0]
     device = first.device.type if isinstance(first, Tensor) else None
     if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):

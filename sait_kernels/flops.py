@@ -1,8 +1,8 @@
-"""What torch's FlopCounterMode counts of each op: two operations for each multiply-accumulate of its products.
+"""What torch's FlopCounterMode counts of each op: two operations for each multiply-accumulate of its GEMMs.
 
 Images may have different lengths, so the formulas read the offsets; where these have no values (fake tensors), every
 image is as long as max_seqlen allows. Normalising, rotating,
-choosing and moving rows has no products, and of merging them torch counts none either.
+choosing and moving rows has no GEMMs, and of merging them torch counts none either.
 """
 
 from __future__ import annotations
@@ -105,34 +105,34 @@ def packed_encoder(op: Any, result: Any) -> int:
     return total
 
 
-def no_products(op: Any, result: Any) -> int:
+def no_gemms(op: Any, result: Any) -> int:
     return 0
 
 
 FORMULAS: dict[str, Formula] = {
     "compact_attention": compact_attention,
     "compact_attention_backward": compact_attention_backward,
-    "gather_add_norm": no_products,
-    "gather_add_norm_backward": no_products,
-    "gather_tokens": no_products,
+    "gather_add_norm": no_gemms,
+    "gather_add_norm_backward": no_gemms,
+    "gather_tokens": no_gemms,
     "linear_residual": linear_residual,
-    "merge_tokens": no_products,
-    "merge_tokens_backward": no_products,
-    "norm_heads": no_products,
+    "merge_tokens": no_gemms,
+    "merge_tokens_backward": no_gemms,
+    "norm_heads": no_gemms,
     "norm_linear": norm_linear,
-    "pack_linear": no_products,
+    "pack_linear": no_gemms,
     "packed_block": packed_block,
     "packed_embed": packed_embed,
     "packed_encoder": packed_encoder,
     "packed_linear": packed_linear,
     "prune_attention": prune_attention,
-    "rotate": no_products,
-    "rotate_backward": no_products,
-    "scatter_tokens": no_products,
+    "rotate": no_gemms,
+    "rotate_backward": no_gemms,
+    "scatter_tokens": no_gemms,
     "score_tokens": score_tokens,
     "score_tokens_backward": score_tokens_backward,
-    "select_mass": no_products,
-    "select_topk": no_products,
+    "select_mass": no_gemms,
+    "select_topk": no_gemms,
 }
 
 

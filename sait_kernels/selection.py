@@ -58,9 +58,10 @@ def image_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
 
 
 def rate_to_count(rate: float, patches: int) -> int:
-    """max(1, ceil(rate * patches)), with the product's rounding error taken off first: 0.55 of 100 is 55, not 56.
+    """max(1, ceil(rate * patches)), with the rounding error of rate * patches taken off first: 0.55 of 100 is 55, not
+    56.
 
-    The product of two doubles is off by at most patches * 2**-53, far below 1e-6 for any image; a rate given to six
+    In double that is off by at most patches * 2**-53, far below 1e-6 for any image; a rate given to six
     digits never lands that close above a whole number by intent.
     """
     return max(1, math.ceil(rate * patches - 1e-6))

@@ -19,32 +19,34 @@ from typing import NamedTuple
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
 
-class Setting(NamedTuple):
+class CpuSetting(NamedTuple):
     name: str
     environment: Mapping[str, str]
     needs: tuple[str, ...] = ()  # NumPy's names of CPU features
 
 
 BLAS = (
-    Setting("the BLAS chooses", {}),
-    Setting("OPENBLAS_CORETYPE=Prescott", {"OPENBLAS_CORETYPE": "Prescott"}, ("SSE3",)),
-    Setting("OPENBLAS_CORETYPE=Haswell", {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_L2_SIZE": "512"}, ("AVX2", "FMA3")),
-    Setting("OPENBLAS_CORETYPE=Zen", {"OPENBLAS_CORETYPE": "Zen"}, ("AVX2", "FMA3")),
-    Setting("OPENBLAS_CORETYPE=SkylakeX", {"OPENBLAS_CORETYPE": "SkylakeX"}, ("AVX512F", "AVX512DQ")),
-    Setting(
+    CpuSetting("the BLAS chooses", {}),
+    CpuSetting("OPENBLAS_CORETYPE=Prescott", {"OPENBLAS_CORETYPE": "Prescott"}, ("SSE3",)),
+    CpuSetting(
+        "OPENBLAS_CORETYPE=Haswell", {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_L2_SIZE": "512"}, ("AVX2", "FMA3")
+    ),
+    CpuSetting("OPENBLAS_CORETYPE=Zen", {"OPENBLAS_CORETYPE": "Zen"}, ("AVX2", "FMA3")),
+    CpuSetting("OPENBLAS_CORETYPE=SkylakeX", {"OPENBLAS_CORETYPE": "SkylakeX"}, ("AVX512F", "AVX512DQ")),
+    CpuSetting(
         "NumPy's baseline",
         {"NPY_DISABLE_CPU_FEATURES": " ".join(name for name in __cpu_dispatch__ if __cpu_features__.get(name))},
     ),
 )
 ISA = (
-    Setting("portable", {"SAIT_TEST_ISA": "portable", "ATEN_CPU_CAPABILITY": "default"}),
-    Setting("avx2", {"SAIT_TEST_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}, ("AVX2", "FMA3")),
-    Setting("avx512", {"SAIT_TEST_ISA": "avx512", "ATEN_CPU_CAPABILITY": "avx512"}, ("AVX512F", "AVX512BW")),
+    CpuSetting("portable", {"SAIT_TEST_ISA": "portable", "ATEN_CPU_CAPABILITY": "default"}),
+    CpuSetting("avx2", {"SAIT_TEST_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}, ("AVX2", "FMA3")),
+    CpuSetting("avx512", {"SAIT_TEST_ISA": "avx512", "ATEN_CPU_CAPABILITY": "avx512"}, ("AVX512F", "AVX512BW")),
 )
 TRITON = ["tests/ops", "tests/test_properties.py", "tests/test_backend.py", "-k", "triton"]
 
 
-def run(settings: Sequence[Setting], arguments: Sequence[str]) -> int:
+def run(settings: Sequence[CpuSetting], arguments: Sequence[str]) -> int:
     """The number of settings whose tests failed."""
     verdicts = []
     for setting in settings:

@@ -38,7 +38,7 @@ class Batch:
 
 
 @dataclass
-class Rows:
+class TokenRows:
     """A result with a row (or several values a row) for each token of an image; ``cu`` says where images start."""
 
     values: Tensor
@@ -50,24 +50,24 @@ class Rows:
         return self.values[begin:end]
 
 
-def run_everything(batch: Batch, keep: float = 0.45, mass: float = 0.8) -> dict[str, Rows]:
+def run_everything(batch: Batch, keep: float = 0.45, mass: float = 0.8) -> dict[str, TokenRows]:
     """name -> result. Gradients are those of the sum of squares, which is a sum over rows."""
-    results: dict[str, Rows] = {}
+    results: dict[str, TokenRows] = {}
     cu, longest = cu_of(batch.lengths), max(batch.lengths, default=0)
     starts = cu[:-1].repeat_interleave(cu.diff().long())  # first row of each row's image
 
     def note(name: str, cu: Tensor | None, out: Tensor, **inputs: tuple[Tensor, Tensor | None]) -> None:
-        results[name] = Rows(out.detach(), cu)
+        results[name] = TokenRows(out.detach(), cu)
         grads = torch.autograd.grad(
             out.float().square().sum(), [t for t, _ in inputs.values()], materialize_grads=True, retain_graph=True
         )
         for (argument, (_, rows)), grad in zip(inputs.items(), grads, strict=True):
-            results[f"{name}: d{argument}"] = Rows(grad, rows)
+            results[f"{name}: d{argument}"] = TokenRows(grad, rows)
 
     def note_selection(name: str, selection: sk.Selection) -> None:
         first = starts[selection.indices.long()]
-        results[f"{name}: indices"] = Rows(selection.indices - first, selection.cu_seqlens)
-        results[f"{name}: lengths"] = Rows(selection.cu_seqlens.diff(), torch.arange(len(cu)))
+        results[f"{name}: indices"] = TokenRows(selection.indices - first, selection.cu_seqlens)
+        results[f"{name}: lengths"] = TokenRows(selection.cu_seqlens.diff(), torch.arange(len(cu)))
 
     selections = {
         "select_topk": sk.select_topk(batch.scores, cu, longest, keep=keep),

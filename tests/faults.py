@@ -576,8 +576,8 @@ PYTHON = (
     Fault(
         "full maps: what a second stage drops is as it was at the first",
         "python/sait/tokens.py",
-        "self._base = self.home(tokens)",
-        "self._base = self.home(tokens) if self._base is None else self._base",
+        "self._base = self.scatter_back(tokens)",
+        "self._base = self.scatter_back(tokens) if self._base is None else self._base",
         "tests/models/test_maps.py",
     ),
     Fault(

@@ -192,7 +192,7 @@ def assert_model_as_exact_as_torch(
 ) -> None:
     """The same rule for the results of a whole model, where layers amplify what each rounds.
 
-    The worst of a few dozen results is then a matter of luck, and of the CPU's products: between two orders of the same
+    The worst of a few dozen results is then a matter of luck, and of the CPU's GEMMs: between two orders of the same
     sums it differs by a factor of two once in a few hundred models. So the worst of six orders counts, and in return
     the root mean square, which is hardly a matter of luck, is held to 1.5 times theirs. Orders that decide nothing any
     more are not computed.

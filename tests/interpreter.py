@@ -1,6 +1,6 @@
 """Triton's interpreter as tests need it: fast enough, the same numbers on every CPU, and no more exact than a GPU.
 
-It computes with NumPy, whose products are those of a BLAS and whose exponentials are vector code, both chosen for the
+It computes with NumPy, whose GEMMs are those of a BLAS and whose exponentials are vector code, both chosen for the
 CPU at hand: other CPUs round otherwise, and the same row differently by its place in a matrix.
 """
 

@@ -32,7 +32,7 @@ def test_python_threads(name: str) -> None:
         for _ in range(3):
             for got, expected in zip(pool.map(run, BATCHES), want, strict=True):
                 for what, rows in expected.items():
-                    if name == "reference":  # torch's products promise no bits
+                    if name == "reference":  # torch's GEMMs do not promise the same bits
                         torch.testing.assert_close(got[what].values, rows.values)
                     else:
                         assert_same_bits(what, got[what].values, rows.values)

@@ -140,7 +140,7 @@ def test_vmap_is_a_loop(op: str, backend: str) -> None:
 
 @pytest.mark.parametrize("optimized", [False, True])
 def test_models_in_forward_mode(optimized: bool) -> None:
-    """The products of a block fuse where no derivative is wanted, and a tangent is one."""
+    """The GEMMs of a block are fused where no derivative is wanted, and a tangent is one."""
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=64, num_heads=2, depth=3).eval()
     sait.sparsify(model, block=1, keep=1.0)

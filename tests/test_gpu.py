@@ -67,8 +67,8 @@ def adaptively(t: dict[str, Tensor], cu: Tensor) -> object:
     scores = sk.score_tokens(*heads[:2], *kept[1:])
     out = sk.compact_attention(*heads, *kept[1:], selection=sk.select_topk(scores, *kept[1:], keep=0.5))
     again = sk.select_mass(scores, *kept[1:], mass=0.5, static=True)
-    home = sk.scatter_tokens(sk.gather_tokens(residual, again), again, len(residual), base=normed)
-    return out, residual, scores, home, kept, again
+    full = sk.scatter_tokens(sk.gather_tokens(residual, again), again, len(residual), base=normed)
+    return out, residual, scores, full, kept, again
 
 
 OPS: dict[str, Callable[[dict[str, Tensor], Tensor], object]] = {

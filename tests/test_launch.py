@@ -8,8 +8,8 @@ import torch
 triton = pytest.importorskip("triton")
 
 from sait_kernels.triton.compact_attention import FORWARD, _forward_options  # noqa: E402
+from sait_kernels.triton.gemm_tiles import TILES, tiling  # noqa: E402
 from sait_kernels.triton.launch import capability, cdiv, next_power_of_2, on_device  # noqa: E402
-from sait_kernels.triton.products import TILES, tiling  # noqa: E402
 
 
 def test_the_same_as_tritons() -> None:

@@ -54,7 +54,7 @@ def on_every(names: Iterable[str], *examples: dict[str, Any], **strategies: st.S
 
 
 on_every_backend = partial(on_every, BACKENDS)
-# The reference is plain torch, whose matrix products give other bits at other addresses and on other thread counts.
+# The reference is plain torch, whose GEMMs give other bits at other addresses and on other thread counts.
 on_every_kernel = partial(on_every, KERNEL_BACKENDS)
 
 dtypes = st.sampled_from(DTYPES)

@@ -1,4 +1,4 @@
-"""Host time of a call and of a whole forward: what Python and torch's dispatcher take before a kernel is under way.
+"""CPU overhead of a call and of a whole forward: what Python and torch's dispatcher take before a kernel is under way.
 
 ``python tools/overhead.py --write docs/overhead.md``. Where torch sees a GPU, calls are enqueued there without
 waiting for them. Elsewhere the same code runs on tensors of the CPU, too small to take time, and nothing is launched:
@@ -307,7 +307,7 @@ def main() -> None:
         torch.set_num_threads(1)
         replace_kernels()
     page = (
-        "# Host time\n\n"
+        "# CPU overhead\n\n"
         "*Written by `python tools/overhead.py --write docs/overhead.md`.*\n\n"
         f"{where['device']}; python {platform.python_version()}, torch {torch.__version__}, "
         f"triton {triton.__version__}; {where['date'][:10]}.\n\n{WHAT[ON_GPU]}\n\n{table()}\n\n"

@@ -66,17 +66,18 @@ def functions(dump: str) -> Iterator[tuple[str, str]]:
 def chunk_loop(sass: str, head_dim: int) -> int:
     """How many instructions the loop over chunks of 48 keys has; 0 if there is none.
 
-    A loop is what lies between the target of a branch backwards and the branch. That over chunks is the shortest with
-    all matrix instructions of a chunk: 48 keys are 6 tiles of logits by head_dim / 16 steps, rounded up, and 3 steps by
-    head_dim / 8 tiles of the result. Code that was moved out of a loop branches back, too, over more than the loop.
+    A loop is what lies between the target of a backward branch and the branch. The loop over chunks is the shortest one
+    that has all matrix instructions of a chunk: 48 keys are 6 tiles of logits by head_dim / 16 steps, rounded up, and 3
+    steps by head_dim / 8 tiles of the result. Not simply the shortest with some: code that was moved out of a loop
+    branches back, too, over more than the loop.
     """
-    products = 6 * -(-head_dim // 16) + 3 * head_dim // 8
+    multiply_adds = 6 * -(-head_dim // 16) + 3 * head_dim // 8
     lines = [(int(address, 16), instruction) for address, instruction in _LINE.findall(sass)]
     found = []
     for end, branch in lines:
         if (target := _BRANCH.match(branch)) and (begin := int(target[1], 16)) <= end:
             body = [instruction for address, instruction in lines if begin <= address <= end]
-            if sum("HMMA" in instruction for instruction in body) >= products:
+            if sum("HMMA" in instruction for instruction in body) >= multiply_adds:
                 found.append(len(body))
     return min(found, default=0)
 

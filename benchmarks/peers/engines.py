@@ -22,7 +22,7 @@ from sait.exports import formats
 from torch import Tensor, nn
 
 
-class Engine(nn.Module):
+class EngineModule(nn.Module):
     """A module in an engine, on the CPU, with torch's number of threads.
 
     Args:
@@ -59,7 +59,7 @@ class Engine(nn.Module):
         raise NotImplementedError
 
 
-class OpenVino(Engine):
+class OpenVino(EngineModule):
     package, dtypes = "openvino", (torch.bfloat16, torch.float32)
 
     def convert(self, module: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
@@ -87,7 +87,7 @@ class OpenVino(Engine):
         return torch.from_numpy(self.of_thread.request.infer(inputs, share_inputs=True)[0])
 
 
-class OnnxRuntime(Engine):
+class OnnxRuntime(EngineModule):
     package, dtypes = "onnxruntime", (torch.float32,)  # its CPU kernels of bfloat16 convert to float32
 
     def convert(self, module: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
@@ -119,7 +119,7 @@ class Named(nn.Module):
         return self.module(images)
 
 
-def _dense(engine: type[Engine]) -> Callable[[Setting], Made]:
+def _dense(engine: type[EngineModule]) -> Callable[[Setting], Made]:
     def made(setting: Setting) -> Made:
         module = engine(setting.vit, setting.images, setting.streams)
         plan = f"dense, {engine.package} {module.version}"
@@ -128,7 +128,7 @@ def _dense(engine: type[Engine]) -> Callable[[Setting], Made]:
     return made
 
 
-def _pruned(engine: type[Engine]) -> Callable[[Setting], Made]:
+def _pruned(engine: type[EngineModule]) -> Callable[[Setting], Made]:
     def made(setting: Setting) -> Made:
         plain = PlainPruning(setting.vit, setting.block, setting.keep)
         module: Any = engine(plain, setting.images, setting.streams)

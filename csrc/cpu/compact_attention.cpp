@@ -1,8 +1,8 @@
 // compact_attention on the CPU: per image and head, K^T and V are packed once, then blocks of kept query rows run
 //   S = Q K^T,  P = exp(S - max S),  O = P V / sum P
-// as two matrix products around a one-pass softmax, all in cache: never N x N. Threads share images x heads.
+// as two GEMMs around a one-pass softmax, all in cache: never N x N. Threads share images x heads.
 //
-// bfloat16 uses bfloat16 products where the machine has them; everything else computes in float32.
+// bfloat16 uses bfloat16 GEMMs where the machine has instructions for them; everything else computes in float32.
 #include "sait/compact_attention.h"
 
 #define SAIT_KERNEL_FILE "cpu/compact_attention.cpp"
@@ -17,14 +17,14 @@ constexpr float kLog2e = 1.44269504088896341f;
 constexpr int64_t kMaxBlock = 126;  // whole tiles
 constexpr int64_t kKeyAlign = 16;  // keys are transposed in tiles of 16
 
-// Query rows per product: few enough for S and P to stay in the cache, in blocks of whole tiles and equal size.
+// Query rows per GEMM: few enough for S and P to stay in the cache, in blocks of whole tiles and equal size.
 inline int64_t block_rows(int64_t rows, int64_t ld) {
   const int64_t most = std::clamp<int64_t>(8192 / ld, 2 * kTileRows, kMaxBlock);
   const int64_t blocks = std::max<int64_t>(1, (rows + most - 1) / most);  // an image may keep no row
   return round_up((rows + blocks - 1) / blocks, kTileRows);
 }
 
-// Asks for rows [begin, end) of a head of q, k or v: short and far apart, they are nothing that the hardware foresees.
+// Prefetches rows [begin, end) of a head of q, k or v: short and far apart, they escape the hardware's prefetcher.
 template <typename T>
 inline void prefetch_rows(const T* head, int64_t row_stride, int64_t D, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
@@ -40,13 +40,13 @@ struct Task {
   const int32_t* indices;     // its kept rows, or nullptr for all
 };
 
-// Room for K^T, V and a block of Q of one image and head, n keys padded to ld.
+// Buffers for K^T, V and a block of Q of one image and head, n keys padded to ld.
 template <typename T>
 struct Packed {
   using Weight = T;
 
   T *keys, *values, *queries;
-  int64_t D, ld, used;  // used: columns of P that the second product reads
+  int64_t D, ld, used;  // used: columns of P that the second GEMM reads
 
   Packed(int64_t head_dim, int64_t n, int64_t padded)
       : keys(scratch<T, 0>(head_dim * padded)),
@@ -59,7 +59,7 @@ struct Packed {
 
 // As float: K^T (D, ld), V (ld, D), Q (rows, D).
 template <typename E>
-struct FloatProducts : Packed<float> {
+struct FloatGemms : Packed<float> {
   static constexpr bool kBFloat16Weights = false;
   using Packed<float>::Packed;
 
@@ -83,7 +83,7 @@ struct FloatProducts : Packed<float> {
 
 #if defined(SAIT_VEC_AVX512_BF16)
 // As bfloat16 in VNNI order: K^T (D / 2, ld, 2), V (ld / 2, D, 2); Q (rows, D), where it is if it can be.
-struct BFloat16Products : Packed<uint16_t> {
+struct BFloat16Gemms : Packed<uint16_t> {
   static constexpr bool kBFloat16Weights = true;
   using Packed<uint16_t>::Packed;
 
@@ -139,10 +139,10 @@ struct BFloat16Products : Packed<uint16_t> {
 };
 
 template <typename E>
-using ProductsOf = std::conditional_t<std::is_same_v<E, BF16>, BFloat16Products, FloatProducts<E>>;
+using GemmsOf = std::conditional_t<std::is_same_v<E, BF16>, BFloat16Gemms, FloatGemms<E>>;
 #else
 template <typename E>
-using ProductsOf = FloatProducts<E>;
+using GemmsOf = FloatGemms<E>;
 #endif
 
 // log2 of an attention weight: c (s - max s). In float the difference is taken first, so that the largest is exactly 0;
@@ -220,10 +220,10 @@ inline float weigh(const float* s, float top, int64_t n, int64_t ld, float scale
   return 1.f / sum(sum0 + sum1);
 }
 
-template <typename E, typename Products>
+template <typename E, typename Gemms>
 void attend(const CompactAttentionParams& p, const Task& task, int64_t part, int64_t parts) {
   using T = typename E::type;
-  using Weight = typename Products::Weight;
+  using Weight = typename Gemms::Weight;
   const int64_t D = p.head_dim, ld = round_up(task.keys, kKeyAlign);
   const int64_t block = block_rows(task.queries, ld);
   const int64_t blocks = (task.queries + block - 1) / block;
@@ -235,14 +235,14 @@ void attend(const CompactAttentionParams& p, const Task& task, int64_t part, int
   const T* v = static_cast<const T*>(p.v.data) + task.begin * p.v.row_stride + task.head * p.v.head_stride;
   T* out = static_cast<T*>(p.out) + task.first * p.heads * D + task.head * D;
 
-  Products products(D, task.keys, ld);
-  products.pack_keys_values(k, p.k.row_stride, v, p.v.row_stride, task.keys);
+  Gemms gemms(D, task.keys, ld);
+  gemms.pack_keys_values(k, p.k.row_stride, v, p.v.row_stride, task.keys);
   const float* bias = padded_bias(p, task.begin, task.keys, ld);
   const float factor = std::abs(p.scale), left = bias ? 1.f : factor;  // what the weights still have to scale by
   float* S = scratch<float, 3>(kMaxBlock * ld);
   float* O = scratch<float, 4>(kMaxBlock * D);
   Weight* P;
-  if constexpr (Products::kBFloat16Weights) P = scratch<uint16_t, 5>(kMaxBlock * ld);
+  if constexpr (Gemms::kBFloat16Weights) P = scratch<uint16_t, 5>(kMaxBlock * ld);
   else P = S;
 
   for (int64_t i0 = from * block; i0 < std::min(task.queries, to * block); i0 += block) {
@@ -253,18 +253,18 @@ void attend(const CompactAttentionParams& p, const Task& task, int64_t part, int
       prefetch_rows(k + p.k.head_stride, p.k.row_stride, D, begin, end);
       prefetch_rows(v + p.v.head_stride, p.v.row_stride, D, begin, end);
     }
-    // softmax takes the largest logit: with a negative scale that is the smallest product, so the sign goes into Q.
-    products.pack_queries(task.indices ? q : q + i0 * p.q.row_stride, p.q.row_stride,
-                          task.indices ? task.indices + i0 : nullptr, task.begin, rows, p.scale < 0);
-    products.logits(rows, S);
+    // softmax takes the largest logit. With a negative scale that is the smallest q . k, so Q takes the scale's sign.
+    gemms.pack_queries(task.indices ? q : q + i0 * p.q.row_stride, p.q.row_stride,
+                       task.indices ? task.indices + i0 : nullptr, task.begin, rows, p.scale < 0);
+    gemms.logits(rows, S);
     float top[kMaxBlock], inverse[kMaxBlock];
-    for (int64_t i = 0; i < rows; ++i) {  // of all, so that no row waits
+    for (int64_t i = 0; i < rows; ++i) {  // one loop over all rows, so that none waits for the one before
       top[i] = bias ? add_bias(S + i * ld, bias, ld, factor) : largest_of(S + i * ld, task.keys);
     }
     for (int64_t i = 0; i < rows; ++i) {
-      inverse[i] = weigh<Products::kBFloat16Weights>(S + i * ld, top[i], task.keys, ld, left, P + i * ld);
+      inverse[i] = weigh<Gemms::kBFloat16Weights>(S + i * ld, top[i], task.keys, ld, left, P + i * ld);
     }
-    products.output(rows, P, O);
+    gemms.output(rows, P, O);
     for (int64_t i = 0; i < rows; ++i) {
       const Vec scale = set(inverse[i]);
       T* row = out + (i0 + i) * p.heads * D;
@@ -289,7 +289,7 @@ void attend_range(const CompactAttentionParams& p, int64_t parts, int64_t begin,
   for (int64_t i = begin; i < end; ++i) {
     const Task task = task_at(p, i / parts / p.heads, i / parts % p.heads);
     if (task.queries == 0) continue;
-    attend<E, ProductsOf<E>>(p, task, i % parts, parts);
+    attend<E, GemmsOf<E>>(p, task, i % parts, parts);
   }
 }
 

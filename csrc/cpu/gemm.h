@@ -1,7 +1,7 @@
-// Matrix products and packing for the CPU kernels. Included once per instruction set, after vec.h.
+// GEMMs and packing for the CPU kernels. Included once per instruction set, after vec.h.
 //
-// A product is cut into tiles that stay in registers: 6 rows by 4 vectors are 24 sums, enough to hide the latency of a
-// multiply-add, and each step of theirs loads 10 operands for 24 multiply-adds. Nothing is compiled at run time,
+// A GEMM is cut into tiles that stay in registers: 6 rows by 4 vectors are 24 sums, enough to hide the latency of a
+// multiply-add, and each step of a tile loads 10 operands for 24 multiply-adds. Nothing is compiled at run time,
 // whatever the sizes.
 namespace sait::cpu::SAIT_ISA {
 
@@ -24,8 +24,9 @@ inline T* scratch(int64_t size) {
   return buffer.data();
 }
 
-// What products of type P take in one step: one input of a row of A and the row of B for it, or of bfloat16 two of each,
-// whose products are added in float. Two rows of B lie in pairs (VNNI order): element (k, n) at k / 2 * ldb + 2 * n + k % 2.
+// What a GEMM of type P takes in one step: one element of a row of A, and the row of B that belongs to it. For bfloat16
+// two of each, summed in float; there two rows of B lie in pairs (VNNI order): element (k, n) at
+// k / 2 * ldb + 2 * n + k % 2.
 template <typename P>
 struct Step {
   static constexpr int64_t kInputs = 1;
@@ -54,27 +55,27 @@ struct Step<BF16> {
 };
 #endif
 
-// What a product asks for meanwhile, a little with each step: what is multiplied next comes from the outer caches, or from
-// memory. Asked for in a loop of its own, it would cost the time that the loop takes.
+// What a GEMM prefetches on the way, a little with each step: the operands of the next one, from the outer caches or
+// from memory. A loop of its own for that would cost the time that the loop takes.
 struct Ahead {
   const char* data = nullptr;
   int64_t stride = 0;  // bytes from one step to the next
 
-  // A share of `bytes` from `from` on, for a product of `steps` steps.
+  // Part number `share` of `shares` equal parts of the `bytes` from `from` on, spread over a GEMM of `steps` steps.
   static Ahead share_of(const void* from, int64_t bytes, int64_t share, int64_t shares, int64_t steps) {
     const int64_t begin = bytes * share / shares, end = bytes * (share + 1) / shares;
     return {static_cast<const char*>(from) + begin, (end - begin + steps - 1) / steps};
   }
 };
 
-// C (R, V vectors) = A B in `steps` steps, += when accumulate; with kTail `tail` lanes of the last vector. What is added
-// to C is summed first, so that a long sum in parts is the more exact one.
+// C (R, V vectors) = A B in `steps` steps, += when accumulate; with kTail only `tail` lanes of the last vector. The
+// steps are summed on their own before they are added to C, so that a long sum taken in parts is more exact.
 template <typename P, int R, int V, bool kTail>
-[[gnu::noinline]] void tile_product(int64_t steps, const typename P::type* A, int64_t lda, const typename P::type* B,
-                                    int64_t ldb, float* C, int64_t ldc, bool accumulate, int tail, Ahead ahead) {
+[[gnu::noinline]] void tile_gemm(int64_t steps, const typename P::type* A, int64_t lda, const typename P::type* B,
+                                 int64_t ldb, float* C, int64_t ldc, bool accumulate, int tail, Ahead ahead) {
   using S = Step<P>;
   Vec c[R][V];
-#pragma GCC unroll 8  // everywhere, or the sums are in memory before and after the loop
+#pragma GCC unroll 8  // on every loop over the tile, or the sums lie in memory before and after the loop over k
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) c[i][j] = set(0.f);
@@ -110,9 +111,9 @@ template <typename P, int R, int V, bool kTail>
 template <typename P, int V, bool kTail>
 void column_of_tiles(int64_t M, int64_t steps, const typename P::type* A, int64_t lda, const typename P::type* B,
                      int64_t ldb, float* C, int64_t ldc, bool accumulate, int tail, Ahead ahead = {}) {
-  if (ahead.data == nullptr) ahead.data = reinterpret_cast<const char*>(B);  // is there already
+  if (ahead.data == nullptr) ahead.data = reinterpret_cast<const char*>(B);  // stride 0: a line that is in the cache
   const auto tile = [&](auto rows, int64_t i) {
-    tile_product<P, rows, V, kTail>(steps, A + i * lda, lda, B, ldb, C + i * ldc, ldc, accumulate, tail, ahead);
+    tile_gemm<P, rows, V, kTail>(steps, A + i * lda, lda, B, ldb, C + i * ldc, ldc, accumulate, tail, ahead);
   };
   int64_t i = 0;
   for (; i + kTileRows <= M; i += kTileRows) tile(Int<kTileRows>{}, i);
@@ -126,8 +127,8 @@ void column_of_tiles(int64_t M, int64_t steps, const typename P::type* A, int64_
   }
 }
 
-// In float a sum is taken in parts: its error grows with its length, and torch sums in parts, too. Of bfloat16 the
-// inputs' own rounding is far larger.
+// In float a sum is taken in parts: its error grows with its length, and torch sums in parts, too. With bfloat16 inputs
+// their own rounding is far larger than that error.
 constexpr int64_t kMaxSum = 256;
 template <typename P>
 constexpr int64_t parts_of_sum(int64_t K) {

@@ -1,6 +1,6 @@
-// merge_tokens on the CPU. The sources of a row form a chain, so that each is found without a sort: the first of row s is
-// first[s], the one behind source t is next[t], and -1 ends it. A product and a sum are rounded each, so that the numbers
-// are those of plain torch.
+// merge_tokens on the CPU. The sources of a row form a chain, so that each is found without a sort: the first of row s
+// is first[s], the one behind source t is next[t], and -1 ends it. Each multiplication and addition is rounded by
+// itself, so that the numbers are those of plain torch.
 #define SAIT_KERNEL_FILE "cpu/merge_tokens.cpp"
 #include "cpu/foreach_isa.h"
 #include "cpu/vec.h"
@@ -41,7 +41,7 @@ void merge_rows(const MergeTokensParams& p, const int32_t* first, const int32_t*
     const int32_t t = first[s];
     if (t < 0) {
       std::memset(out, 0, bytes);
-    } else if (next[t] < 0 && p.weight[t] == 1.f) {  // as most tokens are that nobody merges
+    } else if (next[t] < 0 && p.weight[t] == 1.f) {  // most tokens are so: not merged, a copy
       std::memcpy(out, static_cast<const T*>(p.x.data) + t * p.x.row_stride, bytes);
     } else {
       int64_t i = 0;

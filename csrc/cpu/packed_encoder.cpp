@@ -1,6 +1,6 @@
-// packed_encoder on the CPU. A thread takes an image, or a few short ones, through all blocks before it turns to the next:
-// their rows stay in its cache, the weights stream by, and no thread waits for another between two ops. What is left over,
-// fewer images than threads, all threads take through together.
+// packed_encoder on the CPU. A thread takes an image, or a few short ones, through all blocks before it turns to the
+// next: their rows stay in its cache, the weights stream by, and no thread waits for another between two ops. When
+// fewer images than threads are left over, all threads work on them together.
 //
 // It calls the kernels of the single ops, whose bits depend neither on the batch nor on the number of threads.
 #include "sait/packed_encoder.h"
@@ -23,11 +23,12 @@ namespace {
 
 constexpr int64_t kRowsOfTask = 64;  // short images are taken together up to here, so that a weight serves enough rows
 
-// Memory that only grows, and stays: none of it is given back and fetched anew between two calls.
+// Memory that only grows and is kept between calls, so that nothing is allocated anew. reserve(n) returns a buffer with
+// a capacity of at least n elements; growing loses what was in it.
 class Buffer {
  public:
   template <typename T = char>
-  T* room(int64_t elements) {
+  T* reserve(int64_t elements) {
     const size_t bytes = static_cast<size_t>(elements) * sizeof(T);
     if (bytes > size_) {
       constexpr size_t kAlign = 64;
@@ -62,11 +63,11 @@ class Group {
       : p_(p), work_(work), begin_(begin), images_(end - begin), bytes_(p.dtype == DType::kFloat32 ? 4 : 2) {
     const int32_t *cu = p.batch.cu_seqlens + begin, first = cu[0];
     total_ = cu[images_] - first;
-    cu_seqlens_ = work.cu_seqlens[0].room<int32_t>(images_ + 1);
+    cu_seqlens_ = work.cu_seqlens[0].reserve<int32_t>(images_ + 1);
     for (int64_t b = 0; b <= images_; ++b) cu_seqlens_[b] = cu[b] - first;
     x_ = {static_cast<const char*>(p.x.data) + first * p.x.row_stride * bytes_, p.x.row_stride};
     if (p.positions != nullptr) positions_ = p.positions + first;
-    rows_ = work.rows[0].room<int32_t>(total_);
+    rows_ = work.rows[0].reserve<int32_t>(total_);
     for (int64_t t = 0; t < total_; ++t) rows_[t] = static_cast<int32_t>(first + t);
   }
 
@@ -89,7 +90,7 @@ class Group {
   void block(int64_t i, const EncoderStage* stage) {
     const EncoderBlock& b = p_.blocks[i];
     const int64_t width = p_.heads * p_.head_dim;
-    char* qkv = work_.qkv.room(total_ * 3 * width * bytes_);
+    char* qkv = work_.qkv.reserve(total_ * 3 * width * bytes_);
     PackedLinearParams project{};
     project.x = x_, project.rows = total_, project.inputs = p_.channels, project.outputs = 3 * width;
     project.packed = b.qkv, project.bias = b.qkv_bias, project.dtype = p_.dtype, project.out = qkv;
@@ -99,7 +100,7 @@ class Group {
     HeadView q{qkv, 3 * width, p_.head_dim}, k = q, v = q;
     k.data = qkv + width * bytes_, v.data = qkv + 2 * width * bytes_;
     if (b.q_norm_weight != nullptr) {
-      char* normed = work_.normed.room(2 * total_ * width * bytes_);
+      char* normed = work_.normed.reserve(2 * total_ * width * bytes_);
       const auto norm = [&](HeadView& heads, const float* weight, const float* bias, char* out) {
         norm_heads({heads, weight, bias, p_.head_eps, total_, p_.heads, p_.head_dim, p_.dtype, out});
         heads = {out, width, p_.head_dim};
@@ -108,7 +109,7 @@ class Group {
       norm(k, b.k_norm_weight, b.k_norm_bias, normed + total_ * width * bytes_);
     }
     if (b.table != nullptr) {
-      char* turned = work_.turned.room(2 * total_ * width * bytes_);
+      char* turned = work_.turned.reserve(2 * total_ * width * bytes_);
       rotate({q, k, positions_, b.table, b.table_row_stride, b.table_head_stride, total_, p_.heads, p_.head_dim,
               p_.entries, p_.pairs, false, p_.dtype, turned, turned + total_ * width * bytes_});
       q = {turned, width, p_.head_dim}, k = {turned + total_ * width * bytes_, width, p_.head_dim};
@@ -118,10 +119,10 @@ class Group {
     Kept kept{nullptr, cu_seqlens_, total_};
     if (stage != nullptr) kept = select(*stage, q, k, v);
     else if (prefix) kept = prefix_rows();
-    char* attended = work_.attended.room(kept.rows * width * bytes_);
+    char* attended = work_.attended.reserve(kept.rows * width * bytes_);
     compact_attention({q, k, v, batch(), kept, total_, p_.heads, p_.head_dim, p_.dtype, p_.scale, attended});
 
-    char* out = work_.x[i % 2].room(kept.rows * p_.channels * bytes_);
+    char* out = work_.x[i % 2].reserve(kept.rows * p_.channels * bytes_);
     PackedBlockParams rest{};
     rest.proj.x = {attended, width}, rest.proj.rows = kept.rows, rest.proj.inputs = width;
     rest.proj.outputs = p_.channels, rest.proj.packed = b.proj, rest.proj.bias = b.proj_bias;
@@ -145,16 +146,16 @@ class Group {
     return {cu_seqlens_, images_, longest};
   }
 
-  int32_t* next_cu_seqlens() { return work_.cu_seqlens[++selections_ % 2].room<int32_t>(images_ + 1); }
+  int32_t* next_cu_seqlens() { return work_.cu_seqlens[++selections_ % 2].reserve<int32_t>(images_ + 1); }
 
-  // Each image writes its rows where its own lie, then they move together.
+  // Each image writes its kept rows where its own rows lie; then they are moved together.
   Kept select(const EncoderStage& stage, const HeadView& q, const HeadView& k, const HeadView& v) {
     const ScoreTokensParams params{
         q,          k,        v,        batch(), total_, p_.heads, p_.head_dim, p_.num_prefix,
         stage.kind, p_.dtype, p_.scale, nullptr, nullptr};
-    float* scores = work_.scores.room<float>(total_);
-    int32_t* spread = work_.spread.room<int32_t>(total_);
-    int32_t* lengths = work_.lengths.room<int32_t>(images_);
+    float* scores = work_.scores.reserve<float>(total_);
+    int32_t* spread = work_.spread.reserve<int32_t>(total_);
+    int32_t* lengths = work_.lengths.reserve<int32_t>(images_);
     parallel_for(images_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int32_t first = cu_seqlens_[b];
@@ -163,7 +164,7 @@ class Group {
             select_image(scores + first, first, cu_seqlens_[b + 1], p_.num_prefix, stage.rule, spread + first));
       }
     });
-    int32_t *cu = next_cu_seqlens(), *indices = work_.indices.room<int32_t>(total_);
+    int32_t *cu = next_cu_seqlens(), *indices = work_.indices.reserve<int32_t>(total_);
     cu[0] = 0;
     for (int64_t b = 0; b < images_; ++b) {
       std::copy_n(spread + cu_seqlens_[b], lengths[b], indices + cu[b]);
@@ -173,7 +174,7 @@ class Group {
   }
 
   Kept prefix_rows() {
-    int32_t *cu = next_cu_seqlens(), *indices = work_.indices.room<int32_t>(images_ * p_.num_prefix);
+    int32_t *cu = next_cu_seqlens(), *indices = work_.indices.reserve<int32_t>(images_ * p_.num_prefix);
     cu[0] = 0;
     for (int64_t b = 0; b < images_; ++b) {
       const int64_t length = std::min<int64_t>(p_.num_prefix, cu_seqlens_[b + 1] - cu_seqlens_[b]);
@@ -186,7 +187,7 @@ class Group {
   // The rows that go on from here.
   void keep(const Kept& kept) {
     const auto gathered = [&](Buffer(&buffers)[2], const int32_t* from) {
-      int32_t* to = buffers[selections_ % 2].room<int32_t>(kept.rows);
+      int32_t* to = buffers[selections_ % 2].reserve<int32_t>(kept.rows);
       for (int64_t t = 0; t < kept.rows; ++t) to[t] = from[kept.indices[t]];
       return to;
     };

@@ -1,9 +1,9 @@
 // packed_linear, packed_block and packed_embed on the CPU: a block of rows is normalised once, stays in the cache, and
-// meets one block of columns of the weight after the other. What follows the product is done on its float tile, before
-// the result is rounded and written once. packed_block does the same for its three layers in turn, and of many rows the
-// hidden ones stay in L2. packed_embed gathers its rows from images.
+// meets one block of columns of the weight after the other. What follows the GEMM is done on its float tile, before the
+// result is rounded and written once. packed_block does the same for its three layers in turn; it takes many rows in
+// blocks whose hidden rows stay in L2. packed_embed gathers its rows from images.
 //
-// bfloat16 uses bfloat16 products where the machine has them; everything else computes in float32.
+// bfloat16 uses bfloat16 GEMMs where the machine has instructions for them; everything else computes in float32.
 #define SAIT_KERNEL_FILE "cpu/packed_linear.cpp"
 #include "cpu/foreach_isa.h"
 #include "cpu/vec.h"
@@ -21,13 +21,13 @@ namespace linear {
 constexpr int64_t kMaxBlock = 102;
 constexpr int64_t kBlockBytes = 832 * 1024;
 
-// What products of rows of type E compute with.
+// The type in which the GEMM of rows of type E computes.
 #if defined(SAIT_VEC_AVX512_BF16)
 template <typename E>
-using Products = std::conditional_t<std::is_same_v<E, BF16>, BF16, F32>;
+using GemmType = std::conditional_t<std::is_same_v<E, BF16>, BF16, F32>;
 #else
 template <typename E>
-using Products = F32;
+using GemmType = F32;
 #endif
 
 // The value that a row of type E would hold.
@@ -37,7 +37,7 @@ inline Vec rounded(Vec a) {
   else return widen(narrow(a, E::dtype), E::dtype);
 }
 
-// Where a product reads its rows, and how far apart they are.
+// Where a GEMM reads its rows, and how far apart they are.
 template <typename P>
 struct Rows {
   const typename P::type* data;
@@ -102,8 +102,8 @@ inline const typename E::type* residual_of(const PackedLinearParams& p, int64_t 
   return static_cast<const typename E::type*>(p.residual.data) + row * p.residual.row_stride + column;
 }
 
-// Asks for a tile's part of the residual and of the result before its product: rows of 128 bytes that lie far apart are
-// nothing that the hardware foresees, and by the time the product is done they are there.
+// Prefetches a tile's part of the residual and of the result before its GEMM: rows of 128 bytes that lie far apart
+// escape the hardware's prefetcher. When the GEMM is done they are in the cache.
 template <typename E>
 inline void prefetch_tile(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t column) {
   using T = typename E::type;
@@ -132,7 +132,7 @@ void finish(const PackedLinearParams& p, int64_t first, int64_t rows, int64_t co
     const T* residual = residual_of<E>(p, t, column);
     T* out = static_cast<T*>(p.out) + t * p.outputs + column;
     for_each_vec(columns, [=](int64_t i, int n) {
-      Vec value = load(tile + (kGated ? kOutputs : 0) + i);
+      Vec value = load(tile + (kGated ? kOutputs : 0) + i);  // with a gate the tile holds its columns first
       if (bias != nullptr) value = value + load_lanes<F32>(bias + i, n);
       if constexpr (kGated) {
         Vec gate = load(tile + i);
@@ -160,7 +160,7 @@ auto finish_of(const PackedLinearParams& p) {
 // take one part, which stays in the cache, after the other.
 template <typename E>
 void multiply(const PackedLinearParams& p, int64_t first, int64_t last) {
-  using P = Products<E>;
+  using P = GemmType<E>;
   constexpr int64_t N = kPackedColumns, kInputs = Step<P>::kInputs;
   const int64_t outputs = packed_outputs(p.gated);
   const auto finish_tile = finish_of<E>(p);
@@ -234,7 +234,7 @@ template <typename E>
 void packed_linear(const PackedLinearParams& p) {
   const int64_t columns = blocks_of(p), threads = num_threads();
   const bool by_columns = goes_by_columns(p.rows, columns);
-  const Blocks blocks(p.rows, p.inputs * sizeof(typename Products<E>::type), by_columns ? 1 : threads);
+  const Blocks blocks(p.rows, p.inputs * sizeof(typename GemmType<E>::type), by_columns ? 1 : threads);
   const int64_t groups = by_columns ? threads : std::clamp<int64_t>(threads / blocks.count, 1, columns);
   parallel_for(groups * blocks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -271,7 +271,7 @@ void packed_block(const PackedBlockParams& p) {
     return;
   }
   const int64_t normed = p.fc2.norm_weight == nullptr ? 0 : hidden;  // lies beside the hidden rows
-  const Blocks blocks(rows, (channels + hidden + normed) * sizeof(typename Products<E>::type), num_threads());
+  const Blocks blocks(rows, (channels + hidden + normed) * sizeof(typename GemmType<E>::type), num_threads());
   parallel_for(blocks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const Layers<E> layers(p, blocks.first(block), blocks.rows_of(block), scratch<T, 2>(kMaxBlock * hidden));
@@ -304,12 +304,12 @@ void gather_patches(const PackedEmbedParams& p, const T* image, int64_t first, i
   }
 }
 
-// The patches of an image are gathered where their product finds them in the cache, and become rows of the batch.
+// Gathers the patches of an image into a buffer that stays in the cache for their GEMM, which writes rows of the batch.
 template <typename E>
 void packed_embed(const PackedEmbedParams& p) {
   using T = typename E::type;
   const PackedLinearParams& patches = p.linear;
-  const int64_t outputs = patches.outputs, row_bytes = patches.inputs * sizeof(typename Products<E>::type);
+  const int64_t outputs = patches.outputs, row_bytes = patches.inputs * sizeof(typename GemmType<E>::type);
   const Blocks blocks(patches.rows, row_bytes, p.count < num_threads() ? num_threads() : 1);
   parallel_tasks(p.count * blocks.count, [&](int64_t task) {
     const int64_t image = task / blocks.count, block = task % blocks.count;

@@ -1,5 +1,5 @@
-// rotate on the CPU: sine and cosine of a few channels stay in registers for all heads of a row, of q and of k. Two
-// products and their sum are rounded each, so that the numbers are those of plain torch.
+// rotate on the CPU: sine and cosine of a few channels stay in registers for all heads of a row, of q and of k. Both
+// multiplications and the addition are rounded one by one, so that the numbers are those of plain torch.
 #define SAIT_KERNEL_FILE "cpu/rotate.cpp"
 #include "cpu/foreach_isa.h"
 #include "cpu/vec.h"

@@ -1,4 +1,4 @@
-// score_tokens on the CPU. The class token's kinds read K once, row by row with all its heads. `column` runs blocks of
+// score_tokens on the CPU. The class token's scores read K once, row by row with all its heads. `column` runs blocks of
 // queries against all keys, softmax and column sums in cache: never N x N.
 #define SAIT_KERNEL_FILE "cpu/score_tokens.cpp"
 #include "cpu/foreach_isa.h"
@@ -60,7 +60,7 @@ inline void sum_heads(const float* rows, int64_t stride, int64_t heads, int64_t 
 
 // How a dot product advances: kStep elements at a time into one vector of partial sums.
 template <typename E>
-struct Product {
+struct DotProduct {
   static constexpr int kStep = kWidth;
   using Elements = Vec;
   static Elements load(const typename E::type* p, int n) { return load_lanes<E>(p, n); }
@@ -68,7 +68,7 @@ struct Product {
 };
 #if defined(SAIT_VEC_AVX512_BF16)
 template <>
-struct Product<BF16> {
+struct DotProduct<BF16> {
   static constexpr int kStep = 32;
   using Elements = __m512bh;
   static Elements load(const uint16_t* p, int n) {
@@ -83,7 +83,7 @@ struct Product<BF16> {
 // reduction for all of them.
 template <typename E>
 inline Vec dot_rows(const typename E::type* q, const typename E::type* k, const int64_t* offsets, int64_t D) {
-  using P = Product<E>;
+  using P = DotProduct<E>;
   Vec partial[kWidth];
   for (int r = 0; r < kWidth; ++r) partial[r] = set(0.f);
   int64_t d = 0;
@@ -153,7 +153,7 @@ void class_scores(const ScoreTokensParams& p, int64_t image, float* scores) {
   for (int64_t j = 0; j < x.n; ++j) scores[j] /= total;
 }
 
-// Both kinds have dL/dA_hj = c_j for all heads alike:
+// Both scores have dL/dA_hj = c_j for all heads alike:
 //   cls        c_j = g_j / H
 //   cls_value  with u_j = a_j r_j, a_j = sum_h A_hj, r_j = ||v_j||, U = sum of u over the patches, s_j = u_j / U:
 //              du_j = (g_j - [j is a patch] sum_i g_i s_i) / U,  c_j = du_j r_j,  dv_j = du_j a_j v_j / r_j
@@ -334,7 +334,7 @@ void score_image(const ScoreTokensParams& p, int64_t image, float* scores) {
   visit_dtype(p.dtype, [&](auto e) { scoring::score_image<decltype(e)>(p, image, scores); });
 }
 
-// Images, for the class token's kinds.
+// Images, for the class token's scores.
 void score_images(const ScoreTokensParams& p, int64_t first, int64_t last) {
   for (int64_t b = first; b < last; ++b) score_image(p, b, p.scores + p.batch.cu_seqlens[b]);
 }

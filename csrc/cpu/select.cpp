@@ -1,13 +1,14 @@
-// select_topk and select_mass on the CPU: how many patches stay, the score of the last of them, then one pass that
-// keeps what reaches it, already in ascending order.
+// select_topk and select_mass on the CPU, in three steps: how many patches stay (k), the score of the k-th best
+// (threshold), then one pass that keeps the patches that reach it, in ascending order of their rows.
 #define SAIT_KERNEL_FILE "cpu/select.cpp"
 #include "cpu/foreach_isa.h"
 #include "sait/select.h"
 
 namespace sait::cpu::SAIT_ISA {
 
-// Integers in the order of the scores. The bits of a float ascend with it as a signed integer where it is positive, and
-// descend where it is negative. NaN becomes -inf; adding 0 turns -0 into +0, so that the two tie.
+// Integers in the order of the scores. Read as a signed integer, the bits of a positive float grow with it; those of a
+// negative float shrink with it, so all but the sign is flipped. NaN becomes -inf; adding 0 turns -0 into +0, so that
+// the two tie.
 void order_keys(const float* scores, int64_t n, int32_t* keys) {
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
   for (int64_t i = 0; i < n; ++i) {
@@ -18,8 +19,8 @@ void order_keys(const float* scores, int64_t n, int32_t* keys) {
   }
 }
 
-// A key that at least k keys reach and at most k exceed, by bisection over the 2^32 values: each step counts all keys
-// without a branch on data, where a partition mispredicts every other one. 1 <= k <= n.
+// A bound that at least k keys reach (>=) and at most k keys exceed (>), by bisection over the 2^32 values. Each step
+// counts all keys without a branch on data; a partition would mispredict every other branch. 1 <= k <= n.
 int32_t threshold(const int32_t* keys, int64_t n, int64_t k) {
   int64_t low = std::numeric_limits<int32_t>::min(), high = std::numeric_limits<int32_t>::max();
   while (low < high) {
@@ -40,7 +41,8 @@ int32_t threshold(const int32_t* keys, int64_t n, int64_t k) {
 namespace sait::cpu {
 namespace {
 
-// A few microseconds, what waking a second thread costs, in rows; select_mass sorts.
+// Rows that take one thread a few microseconds, which is what waking a second thread costs; fewer for select_mass,
+// which sorts.
 constexpr int64_t kTopkGrain = 4096;
 constexpr int64_t kMassGrain = 512;
 
@@ -54,8 +56,9 @@ float score_of(int32_t key) {
   return score;
 }
 
-// The smallest k whose k best weights, summed from the best down, reach mass times their sum over all. Infinite scores
-// share all of it; without a positive score every patch weighs the same. Reorders the keys.
+// The smallest k for which the k best weights, summed from the best down, reach mass times the sum of all (top-p). A
+// weight is max(score, 0). If there are infinite scores, they alone weigh, all alike; if no score is positive, every
+// patch weighs 1. Sorts the keys, the best first.
 int64_t mass_patches(const KeepRule& rule, int32_t* keys, int64_t n) {
   std::sort(keys, keys + n, [](int32_t a, int32_t b) { return a > b; });
   const float best = score_of(keys[0]);
@@ -71,7 +74,7 @@ int64_t mass_patches(const KeepRule& rule, int32_t* keys, int64_t n) {
     positive += weight(i) > 0;
   }
   int64_t k = positive;
-  if (rule.mass < 1.0) {  // at mass 1 the smallest weights vanish in the sum, but they are there
+  if (rule.mass < 1.0) {  // mass 1 keeps every positive weight, also those too small to change the rounded sum
     double cumulative = 0;
     for (k = 0; k < n && cumulative < rule.mass * total; ++k) cumulative += weight(k);
   }
@@ -81,7 +84,7 @@ int64_t mass_patches(const KeepRule& rule, int32_t* keys, int64_t n) {
 
 }  // namespace
 
-// The product of two doubles is off by at most patches * 2^-53: 0.55 * 100 must give 55, not 56.
+// The 1e-6 takes off the rounding error of rate * patches, which is at most patches * 2^-53: 0.55 of 100 is 55, not 56.
 int64_t topk_patches(const KeepRule& rule, int64_t patches) {
   if (rule.count > 0) return rule.count;
   return std::max<int64_t>(1, static_cast<int64_t>(std::ceil(rule.rate * static_cast<double>(patches) - 1e-6)));
@@ -109,7 +112,8 @@ int64_t select_image(const float* scores, int64_t begin, int64_t end, int64_t nu
   const int32_t bound = threshold(keys.data(), n, k);
   int64_t ties = k;  // of the keys equal to the bound, the first `ties` stay
   for (int64_t i = 0; i < n; ++i) ties -= keys[i] > bound;
-  // Written without a branch on the scores; stopping at k keeps the last write inside the image's own rows.
+  // No branch on the scores: every key is written to kept[count], and count moves on only if the key stays. The loop
+  // ends at k, so no write goes beyond kept[k - 1].
   for (int64_t i = 0, count = 0; count < k; ++i) {
     const bool tie = keys[i] == bound;
     kept[count] = static_cast<int32_t>(begin + i);

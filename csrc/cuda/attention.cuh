@@ -1,18 +1,20 @@
 // Attention of 16 query rows, one warp, over keys and values in shared memory: what compact_attention and
 // prune_attention have in common.
 //
-// Keys are taken 48 at a time, always from the image's first row on, with a running softmax. So the bits of a row depend
-// on its image alone, whether the keys lie in shared memory all at once or pass through it. A whole row of logits in
-// registers (197 keys: 104 of them) would save the running part, and leave room for fewer warps; 48 keys are 24
-// registers. The tensor cores are the limit: 8 keys take 8 multiply_adds, about 50 cycles of a quarter SM, in which the
-// exponentials (32 cycles of a unit of their own) and some 30 other instructions find their place.
+// Keys are taken in chunks of 48, always from the image's first row on, with a running (online) softmax. So the bits of
+// a row depend on its image alone, whether the keys lie in shared memory all at once or pass through it. A whole row of
+// logits in registers (197 keys: 104 of them) would need no running softmax, but fewer warps would fit on an SM; 48
+// keys are 24 registers. The tensor cores are the limit: 8 keys take 8 multiply_adds, about 50 cycles of a quarter SM.
+// The exponentials (32 cycles of a unit of their own) and some 30 other instructions hide behind them.
 //
-// Full chunks have code of their own: six chains of products side by side and not a branch, 245 instructions at D = 64.
-// What is left of an image, and images of few tokens, go through the code for any number of keys, with 385. Both do the
-// same to each number in the same order, and leave no product that a compiler may fuse with a sum in one of them.
+// Full chunks have code of their own: six independent chains of multiply_adds and not a branch, 245 instructions at
+// D = 64. The rest of an image, and images of few tokens, go through the code for any number of keys, with 385. Both do
+// the same to each number in the same order, and neither has a multiplication that the compiler could fuse with an
+// addition in one and not in the other: the bits are the same.
 //
-// wgmma would be faster by the product, but takes 64 rows at once, 256 for 197 and 128 for the 90 that stay; and at 197
-// tokens reading q, k, v and writing the result takes an H200 36 us for 256 images, these products about 34.
+// wgmma would be faster for each GEMM, but takes 64 rows at once: it would compute 256 rows for 197, and 128 for the 90
+// that stay. And there is little to gain: at 197 tokens reading q, k, v and writing the result takes an H200 36 us for
+// 256 images, these GEMMs about 34.
 #pragma once
 
 #include <cfloat>
@@ -37,7 +39,7 @@ struct AttentionTraits {
   static constexpr int kKeys = 48;  // of a chunk
   static constexpr int kSteps = (kHeadDim + 15) / 16;  // multiply_adds over the head dimension
   static constexpr int kTiles = kHeadDim / 8;  // multiply_adds over the columns of the output
-  static constexpr int kColumns = 16 * kSteps;  // in shared memory, zeros behind the head dimension
+  static constexpr int kColumns = 16 * kSteps;  // of a row in shared memory: zeros behind the head dimension
   static constexpr int kStride = kColumns + 8;  // of a row there
   static constexpr int kRowBytes = 2 * kStride;
   // Blocks of 128 threads on an SM: as many as leave registers enough for no spill. At D = 64 full chunks take 139.
@@ -71,12 +73,13 @@ SAIT_DEVICE void transpose_in_quad(uint32_t (&words)[4]) {
   }
 }
 
-// exp2(factor * logit - largest) are the weights. A negative scale goes into the queries' signs. At a scale of 0 the
-// factor is so small that every logit counts the same, and keys beyond the image, at -inf, still count nothing.
+// The weights are exp2(factor * logit - largest) with factor > 0. A negative scale turns the signs of the queries. For
+// a scale of 0 a tiny factor takes its place: all logits then weigh the same, and keys beyond the image, whose logits
+// are -inf, still weigh nothing (0 * -inf would be NaN).
 SAIT_DEVICE float weight_factor(float scale) { return fmaxf(fabsf(scale) * 1.44269504f, FLT_MIN); }
 
-// Rows `first` to `first + 16` of the `count` that stay, gathered 16 bytes a lane; rows beyond are zeros.
-// kept_rows[i] is the row of the i-th in q; nullptr: row i itself.
+// Loads the queries of kept rows [first, first + 16) of `count`, 16 bytes a lane; rows from `count` on are zeros.
+// Kept row i is row kept_rows[i] of q; row i itself if kept_rows is nullptr.
 template <typename Traits>
 SAIT_DEVICE void load_queries(RowBlock<Traits>& rows, const typename Traits::Element* q, int64_t row_stride,
                               const int32_t* kept_rows, int first, int count, float scale) {
@@ -126,9 +129,10 @@ SAIT_DEVICE void copy_rows(typename Traits::Element* shared, const typename Trai
   }
 }
 
-// Goes on over n keys and values: kKeys of them where kFull says so, else at most that. copy_rows has put them there, so
-// that rows up to a multiple of 16 are finite. Of a full chunk six tiles of logits grow side by side, each by a step of
-// the head dimension at a time: five products that it does not depend on stand between a product and the next of its tile.
+// Updates the running softmax and sums by one chunk of n keys and values: n == kKeys if kFull, else n <= kKeys.
+// copy_rows has padded the rows with zeros to a multiple of 16, so all that is read is finite. In a full chunk the loop
+// over the head dimension is the outer one, over the six tiles of logits the inner one: between two multiply_adds of
+// the same tile there are five that do not depend on it.
 template <bool kFull, typename Traits>
 SAIT_DEVICE void attend(RowBlock<Traits>& rows, const typename Traits::Element* keys,
                         const typename Traits::Element* values, int n, float factor) {
@@ -240,12 +244,13 @@ SAIT_DEVICE void store_rows(const RowBlock<Traits>& rows, typename Traits::Eleme
   }
 }
 
-// The kept rows of one head of an image, 16 at a time and warp, over keys and values that copy_rows has been asked for:
-// all `tokens` of them, behind a commit. `q` and kept_rows are as for load_queries; row i goes to out + i * out_stride.
+// Attention of the kept rows of one head of an image, 16 rows a warp at a time. Keys and values are all `tokens` rows
+// that copy_rows was asked for and that were committed. `q` and kept_rows are as for load_queries; kept row i is
+// written to out + i * out_stride.
 //
-// 197 rows are 13 times 16: one of the four warps has one more than the others, and with it the quarter of the SM that
-// this warp runs on. Which one changes from block to block, by the golden ratio: taken in their order, the blocks of an SM
-// (every 132nd, on an H100) would all have the same.
+// 197 rows are 13 times 16, so one of the four warps has 4 turns and the others 3; and each warp runs on its own
+// quarter of the SM. Which warp has the extra turn changes from block to block, by the golden ratio. A plain block
+// number modulo 4 would give all blocks of an SM (every 132nd, on an H100) the same warp.
 template <typename Traits, int kThreads>
 SAIT_DEVICE void attend_all(const typename Traits::Element* keys, const typename Traits::Element* values, int tokens,
                             const typename Traits::Element* q, int64_t q_stride, const int32_t* kept_rows, int kept,
@@ -281,8 +286,8 @@ SAIT_DEVICE void attend_all(const typename Traits::Element* keys, const typename
 }
 
 // Calls run(AttentionTraits{}) for the dtype, the head dimension and the longest image; cudaErrorInvalidValue if no
-// kernel is built for them. Only at D = 64 full chunks take registers that a fourth block on an SM would have: images of
-// few tokens, which leave room for it in shared memory, do without.
+// kernel is built for them. At D = 64 the code for full chunks takes so many registers that a fourth block does not fit
+// on an SM. Images of few tokens leave shared memory for a fourth block, so they do without that code.
 template <typename Element, size_t... i, typename Run>
 int with_head_dim(int64_t head_dim, int64_t longest, std::index_sequence<i...>, Run run) {
   int result = cudaErrorInvalidValue;

@@ -1,7 +1,8 @@
 // What the first row of an image looks at, one head at a time: logits, softmax, and the sum over heads.
 //
-// score_tokens and the attention that prunes as it goes share these functions, and so the choice of rows is the same to
-// the last bit: every sum has one order, whoever computes it, and no product is left to be fused with a sum or not.
+// score_tokens and prune_attention share these functions, so that they choose the same rows to the last bit: every sum
+// has one order, whoever computes it, and no multiplication stands where the compiler could fuse it with an addition in
+// one kernel and not in the other.
 #pragma once
 
 #include <limits>
@@ -33,7 +34,7 @@ SAIT_DEVICE void widen(uint4 chunk, float (&x)[8], E) {
   }
 }
 
-// `sum` and the products of two chunks, one after the other.
+// sum + a[0] b[0] + a[1] b[1] + ..., one element of the two chunks after the other.
 template <int kElements>
 SAIT_DEVICE float add_products(const float (&a)[kElements], const float (&b)[kElements], float sum) {
 #pragma unroll
@@ -41,7 +42,7 @@ SAIT_DEVICE float add_products(const float (&a)[kElements], const float (&b)[kEl
   return sum;
 }
 
-// The partial sums of eight lanes, put together as sum_of_partials does.
+// The sum of eight lanes' partial sums, added in the same order as in sum_of_partials.
 SAIT_DEVICE float sum_of_lanes(float partial) {
   for (int mask = 1; mask < kPartialSums; mask *= 2) partial += shuffle_xor(partial, mask);
   return partial;
@@ -64,7 +65,8 @@ SAIT_DEVICE float sum_of_chunks(int head_dim, Term term) {
   return sum_of_partials(partials);
 }
 
-// What chunk c of a row adds to its dot product with the query, float32 and aligned to 16 bytes; and to that with itself.
+// Adds chunk c of a row to its dot product with the query (float32, aligned to 16 bytes). add_squares does so for the
+// dot product of the row with itself.
 template <typename E>
 SAIT_DEVICE float add_logit(const float* query, int c, uint4 chunk, float sum) {
   float x[kChunk<E>], y[kChunk<E>];
@@ -83,13 +85,14 @@ SAIT_DEVICE float add_squares(uint4 chunk, float sum) {
   return add_products(x, x, sum);
 }
 
-// query . key for one key, by one thread; row(c) returns its 16 bytes number c, from wherever they lie.
+// query . key for one key, by one thread; row(c) returns the c-th 16 bytes of the key, from wherever they lie.
 template <typename E, typename Row>
 SAIT_DEVICE float class_logit(const float* query, int head_dim, Row row) {
   return sum_of_chunks<E>(head_dim, [&](int c, float sum) { return add_logit<E>(query, c, row(c), sum); });
 }
 
-// scale log2(e) in two float32 numbers: as one it is off by up to 1e-7 for all tokens alike, and their sum with them.
+// scale log2(e) as the sum of two float32 numbers. One alone is off by up to 1e-7, for all tokens alike, and so would
+// be the sum over them.
 struct Exponent {
   float high, low;
 
@@ -100,9 +103,9 @@ struct Exponent {
   }
 };
 
-// exp(scale (s - s*)) for a logit s and the logit s* of the greatest exponent, to an ulp; 0 below 2^-125. The difference
-// is taken before it is scaled: near 0, where the exponential is large, it is exact. ex2.approx is off by two ulp, and
-// its unit takes 16 numbers a cycle and multiprocessor; this is 12 instructions, of which 128 are issued in that time.
+// exp(scale (s - s*)) for a logit s and the logit s* of the greatest exponent, to an ulp; 0 below 2^-125. The
+// difference is taken before it is scaled: near 0, where the exponential is large, it is exact. ex2.approx is off by
+// two ulp, and a multiprocessor computes 16 of them a cycle; this is 12 instructions, of which it issues 128 a cycle.
 SAIT_DEVICE float softmax_numerator(float logit, float shift, const Exponent& factor) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: what is added to it becomes a whole number
   const float difference = logit - shift;
@@ -115,7 +118,7 @@ SAIT_DEVICE float softmax_numerator(float logit, float shift, const Exponent& fa
   power = fmaf(power, rest, 2.402264625e-1f);
   power = fmaf(power, rest, 6.931471825e-1f);
   power = fmaf(power, rest, 1.f);
-  // A product, since adding up exponents would lose a NaN.
+  // Multiplies by 2^whole: adding to the exponent's bits would lose a NaN.
   const float result = power * float_of_bits((float_bits(whole) << 23) + 0x3f800000u);
   return difference * factor.high < -125.f ? 0.f : result;
 }
@@ -126,10 +129,11 @@ struct SumScratch {
   float greatest[kScoreThreads / kWarpSize];
 };
 
-// Sums and the greatest of the numbers that item(j) gives for j in [0, n), by a warp or by a block of kScoreThreads.
-// Partial sum t of 128 adds up the numbers t, t + 128, ...; 32 of them make a tree, and the four trees come in order. A
-// warp has all 128, four a lane, and a block has one a thread: the bits are the same. Trees are in double: beside a
-// weight of nearly 1 each of their seven levels would round away up to half an ulp of the largest score.
+// The sum and the greatest of the numbers item(j) for j in [0, n), by a warp or by a block of kScoreThreads. Both add
+// in the same order, so the bits are the same: there are 128 partial sums, of which number t adds up items t, t + 128,
+// ...; each 32 of them are added as a tree, and the four results one after the other. A warp holds four partial sums a
+// lane, a block one a thread. The trees are in double: in float, beside a weight of nearly 1, each of the seven levels
+// would round away up to half an ulp of the largest score.
 template <int kThreads>
 struct Team {
   static constexpr int kWarps = kScoreThreads / kWarpSize;
@@ -183,8 +187,9 @@ struct Team {
   }
 };
 
-// Turns n logits in shared or global memory into softmax(scale * logits), by the kThreads threads of a block or, with
-// 32, of a warp, which needs no scratch. The logits have to be visible to them, and their results are behind a barrier.
+// Turns n logits in shared or global memory into softmax(scale * logits), by the kThreads threads of a block, or by a
+// warp (kThreads == 32), which needs no scratch. The logits must be visible to these threads; the results are so behind
+// the next barrier.
 template <int kThreads>
 SAIT_DEVICE void softmax_in_place(float* logits, int n, float scale, SumScratch* scratch) {
   const float sign = scale < 0.f ? -1.f : 1.f;
@@ -203,7 +208,7 @@ SAIT_DEVICE void softmax_in_place(float* logits, int n, float scale, SumScratch*
 // over the patches, by all kScoreThreads threads. Values that are all zero have no importance to share out.
 SAIT_DEVICE void share_out(float* scores, int n, int num_prefix, SumScratch* scratch) {
   using Block = Team<kScoreThreads>;
-  sync_block();  // and no product that a score is can be fused with the sum
+  sync_block();  // also keeps the compiler from fusing the scores' last multiplication with the sum below
   const double patches = Block::sum(n, scratch, [=](int j) { return j < num_prefix ? 0.f : scores[j]; });
   const float total = patches < kTiny ? kTiny : static_cast<float>(patches);
   for (int j = Block::rank(); j < n; j += kScoreThreads) scores[j] /= total;

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kStreamingThreads, Traits::kHeadDim <= 64 ? 2 
     sync_block();
     if (first < head.kept) attend<false>(rows, current, current + kBuffer, left, factor);
   }
-  // Worked out again: kept in registers through the loop it would spill in the 128 that 16 warps on an SM leave.
+  // Computed a second time: kept through the loop it would spill, as 16 warps on an SM leave 128 registers a thread.
   const Head<Traits> end(p, blockIdx.x);
   if (first < end.kept) store_rows(rows, end.out, end.out_stride, first, end.kept);
 }

@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) add_norm(const Params p) {
           *gammas = static_cast<const V*>(p.gamma);
   const int64_t first = threadIdx.x % kWarpSize * kWidth;
 
-  // body(i, held) for each piece of the row from channel i on; `held` are its registers, or room for it.
+  // body(i, held) for each piece of the row, from channel i on. `held` are the registers that keep it between passes;
+  // if the row is not held, all pieces share one buffer, and each pass loads them anew.
   float held[kHolds ? kRounds : 1][kWidth];
   const auto for_each_piece = [&](auto body) {
     if constexpr (kHolds) {

@@ -1,4 +1,4 @@
-// out[i] = x[indices[i]], and home again: one warp per row of the result, 16 bytes a lane where the addresses allow, so
+// out[i] = x[indices[i]], and scattered back: one warp per row of the result, 16 bytes a lane where addresses allow, so
 // that a row of 384 bf16 (768 bytes) is one and a half instructions a lane. Only rows that end in the result are read.
 #include "sait/gather_tokens.h"
 

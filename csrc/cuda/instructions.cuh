@@ -118,7 +118,7 @@ SAIT_DEVICE float2 unpack(uint32_t pair, __nv_bfloat16) {
 }
 SAIT_DEVICE float2 unpack(uint32_t pair, __half) { return __half22float2(reinterpret_cast<const __half2&>(pair)); }
 SAIT_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
-// a b rounded on its own, where the compiler might fuse it with an addition and round once.
+// a b, rounded before anything is added: the compiler cannot fuse it with an addition, which would round once.
 SAIT_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 SAIT_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 SAIT_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }

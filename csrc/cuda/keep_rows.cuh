@@ -1,10 +1,12 @@
-// From the scores of an image to its rows among those of the batch, in one launch.
+// From the scores of an image to its kept rows, at their place among those of the batch, in one launch. A block takes
+// one image.
 //
-// Where images are of one length, their places are known. Else an image's place is the sum of the lengths before it: a
-// block publishes its image's length, and waits for the others of its 128 images and for the place of the first of them,
-// which the last of the 128 before has published. So each block reads 128 numbers whatever the batch, where a last block
-// that moved all rows would take 10 us for 256 images; and as images are dealt out in the order in which blocks start,
-// who waits does so for blocks that run.
+// In the known case (see KeptRowsParams) lengths alone tell where an image's rows start: behind the kept rows of all
+// images before. Else the blocks learn that from each other. Images form groups of 128. A block publishes how many
+// rows its image keeps. It then waits for these numbers of the images before its own in the group, and for where the
+// group starts, which the last image of the group before publishes. So a block reads at most 128 numbers, whatever the
+// batch. (Were the last block to move all rows, that would take 10 us for 256 images.) Waiting cannot deadlock: images
+// are dealt out by a ticket in the order in which blocks start, so a block waits only for blocks that run already.
 #pragma once
 
 #include "select_rows.cuh"
@@ -27,8 +29,9 @@ SAIT_DEVICE int sum_of_block(int value, KeepScratch& scratch) {
   return value;
 }
 
-// The rows that stay of the images before `image`, where that follows from their lengths: `rows` of max_seqlen tokens.
-// Only behind a tail are there shorter ones; then the lengths are read. scratch.sums is free behind the next barrier.
+// How many rows stay of the images before `image`, where lengths alone decide that: `rows` of each with max_seqlen
+// tokens. If one of them is shorter (the batch then ends in a tail), all their lengths are read. The caller may reuse
+// scratch.sums behind the next barrier.
 SAIT_DEVICE int rows_before(const Batch& batch, int64_t num_prefix, const KeepRule& rule, int64_t rows, int64_t image,
                             KeepScratch& scratch) {
   if (batch.cu_seqlens[image] == image * batch.max_seqlen) return static_cast<int>(image * rows);
@@ -42,14 +45,15 @@ SAIT_DEVICE int rows_before(const Batch& batch, int64_t num_prefix, const KeepRu
   return sum_of_block(sum, scratch);
 }
 
-// Writes `total`, no row, to indices [begin, size).
+// Writes `total`, which means "no row", to indices [begin, size).
 SAIT_DEVICE void fill_with_no_row(int32_t* indices, int64_t begin, int64_t size, int64_t total) {
   for (int64_t i = begin + threadIdx.x; i < size; i += kSelectThreads) indices[i] = static_cast<int32_t>(total);
 }
 
 namespace keeping {
 
-// The parts of KeptRowsParams::kept. A number that others wait for is published with 1 added: 0 is none yet.
+// The parts of KeptRowsParams::kept behind the cu_seqlens; see kept_size. They start as 0, which means "not published
+// yet": a number that others wait for is published with 1 added.
 struct Published {
   int32_t *too_few, *ticket, *lengths, *starts;
 };
@@ -65,7 +69,9 @@ SAIT_DEVICE int wait_for(const volatile int32_t* address) {
   return value - 1;
 }
 
-// Where an image's rows start, for all threads.
+// Where the image's rows start among all kept rows; every thread gets it. Thread t reads the length of the group's
+// image t if that comes before this one; the last thread, which never has such a length to read, reads where the group
+// starts.
 SAIT_DEVICE int start_of(const KeptRowsParams& p, int64_t image, int length, KeepScratch& scratch) {
   const Published published = parts_of(p);
   const int thread = static_cast<int>(threadIdx.x);
@@ -91,9 +97,10 @@ SAIT_DEVICE int64_t image_to_keep(const KeptRowsParams& p, KeepScratch& scratch)
   return scratch.image;
 }
 
-// Chooses the rows of an image by scores[0, n) in shared or global memory, visible to all kSelectThreads threads, and
-// writes them where they belong. `room` takes n numbers where p.rows is 0.
-SAIT_DEVICE void keep_rows(const KeptRowsParams& p, int64_t image, const float* scores, int32_t* room,
+// Chooses the rows of an image by scores[0, n), and writes them to their place in p.indices. The scores lie in shared
+// or global memory, visible to all kSelectThreads threads. `buffer` has a capacity of n numbers if p.rows is 0, and is
+// not used otherwise.
+SAIT_DEVICE void keep_rows(const KeptRowsParams& p, int64_t image, const float* scores, int32_t* buffer,
                            KeepScratch& scratch) {
   const int32_t begin = p.batch.cu_seqlens[image];
   const int n = p.batch.cu_seqlens[image + 1] - begin;
@@ -101,7 +108,7 @@ SAIT_DEVICE void keep_rows(const KeptRowsParams& p, int64_t image, const float* 
   const DeviceRule rule = rule_for(p.rule, n - prefix);
   const bool known = p.rows > 0;
   int start = known ? rows_before(p.batch, p.num_prefix, p.rule, p.rows, image, scratch) : 0;
-  int32_t* kept = known ? p.indices + start : room;
+  int32_t* kept = known ? p.indices + start : buffer;
   const int length = select_rows<kSelectThreads>(scores, n, prefix, rule, begin, scratch.select, kept);
   if (!known) start = keeping::start_of(p, image, length, scratch);
   if (threadIdx.x == 0) {
@@ -112,7 +119,7 @@ SAIT_DEVICE void keep_rows(const KeptRowsParams& p, int64_t image, const float* 
   if (p.fills && image == p.batch.images - 1) fill_with_no_row(p.indices, start + length, p.size, p.total);
   if (known) return;
   const int end = static_cast<int>(min(int64_t{start + length}, p.size));
-  for (int i = start + static_cast<int>(threadIdx.x); i < end; i += kSelectThreads) p.indices[i] = room[i - start];
+  for (int i = start + static_cast<int>(threadIdx.x); i < end; i += kSelectThreads) p.indices[i] = buffer[i - start];
 }
 
 }  // namespace sait::cuda

@@ -1,10 +1,10 @@
 // prune_attention in one launch, for devices with clusters of blocks.
 //
 // A block takes one head of an image, and the heads of an image are a cluster. Each block scores the keys against its
-// head's class query while the values are still on their way, and reads the other heads' scores from their shared memory.
-// From the mean all of them make the same choice, and each attends with the kept rows, keys and values still at hand.
-// So keys and values are read once, and nothing of a row that is dropped is computed or written. At 197 tokens of
-// D = 64 a block has 63 KB of shared memory, and three of them fit on an SM.
+// head's class query while the values are still loading, and reads the other heads' scores from their shared memory.
+// All of them make the same choice from the mean, and each computes the attention of the kept rows: keys and values
+// still lie in its shared memory. So keys and values are read once, and nothing of a row that is dropped is computed or
+// written. At 197 tokens of D = 64 a block has 63 KB of shared memory, and three of them fit on an SM.
 #include "sait/prune_attention.h"
 
 #include "attention.cuh"
@@ -18,7 +18,8 @@ namespace {
 
 constexpr int kThreads = kScoreThreads;
 constexpr int kMostHeads = 16;  // of a cluster, on a device that has them beyond 8
-// Two blocks of an SM. Beyond, one launch that scores and selects and one that attends have more warps at work.
+// Shared memory of a block with which two fit on an SM. For images that need more, two launches (score and select, then
+// attend) keep more warps at work.
 constexpr int kMostSharedBytes = 113 * 1024;
 
 // A block's shared memory, in this order; every part starts at a multiple of 16 bytes.
@@ -86,9 +87,9 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocks) prune(const PruneAt
     for (int h = 0; h < heads; ++h) sum += in_block(logits, h)[j];
     scores[j] = sum * (1.f / static_cast<float>(heads));
   }
-  // This block has what it needs of the others, which is all that they wait for at their end, since they may not leave
-  // before. Nothing that it wrote has to be seen by then, and so no fence stands here; and what it read has arrived: each
-  // sum was written to shared memory before, and a thread's instructions are issued in order.
+  // This block will not read the others' shared memory any more: that is what they wait for (cluster_wait) before they
+  // exit. A relaxed arrive, without a fence, is enough. None of this block's writes has to be visible by then, and its
+  // reads are complete: each sum that needed them was stored above, and a thread issues its instructions in order.
   cluster_arrive_relaxed();
   sync_block();
 
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocks) prune(const PruneAt
   }
   cluster_wait();
 #else
-  trap();  // prunes_in_one_launch has this code never run
+  trap();  // never reached: prunes_in_one_launch refuses such a device
 #endif
 }
 

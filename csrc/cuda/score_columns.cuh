@@ -1,4 +1,4 @@
-// score_tokens of kind `column`: attention received, in two passes over the logits; never N x N in memory.
+// score_tokens with the score `column`: attention received, in two passes over the logits; never N x N in memory.
 //
 // The first pass leaves two numbers of each query and head, the largest logit and one over the sum of the numerators;
 // the second adds up what each key receives, over the queries of one head after the other. A block takes 64 rows, a
@@ -82,11 +82,11 @@ SAIT_DEVICE void add_slice(Logits& logits, const unsigned char* a_tile, const un
 
 // A block's rows, a, against the columns, b, of one head.
 template <typename E>
-struct Products {
+struct TileGemm {
   const E *a, *b;
   int64_t a_stride, b_stride;
-  int first, n, chunks;  // of rows; of rows and columns; of a row
-  float sign;            // of the scale: the logit of the greatest exponent is the greatest
+  int first, n, chunks;  // the first row; how many rows and columns; 16-byte chunks of a row
+  float sign;            // of the scale: multiplied by it, the logit with the greatest exponent is the greatest logit
 
   // visit(column, logits) for every 64 columns.
   template <typename Visit>
@@ -139,17 +139,17 @@ __global__ void __launch_bounds__(kThreads, 4) row_statistics(ColumnParams p) {
   const int64_t head = blockIdx.y;
   const float sign = s.scale < 0.f ? -1.f : 1.f;
   const Exponent factor(sign * s.scale);
-  const Products<E> products{row_of<E>(s.q, at.begin, head),
-                             row_of<E>(s.k, at.begin, head),
-                             s.q.row_stride,
-                             s.k.row_stride,
-                             at.first,
-                             at.n,
-                             static_cast<int>(s.head_dim) / kChunk<E>,
-                             sign};
+  const TileGemm<E> gemm{row_of<E>(s.q, at.begin, head),
+                         row_of<E>(s.k, at.begin, head),
+                         s.q.row_stride,
+                         s.k.row_stride,
+                         at.first,
+                         at.n,
+                         static_cast<int>(s.head_dim) / kChunk<E>,
+                         sign};
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   float largest[2] = {kLowest, kLowest}, total[2] = {};  // of rows g and g + 8; the total over this lane's columns
-  products.each(shared_memory(), [&](int column, const Logits& logits) {
+  gemm.each(shared_memory(), [&](int column, const Logits& logits) {
     const auto outside = [&](int i, int j) { return column + 8 * i + lane % 4 * 2 + j >= at.n; };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -191,17 +191,17 @@ __global__ void __launch_bounds__(kThreads, 4) column_sums(ColumnParams p) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   float total[2] = {};
   for (int64_t head = 0; head < s.heads; ++head) {
-    const Products<E> products{row_of<E>(s.k, at.begin, head),
-                               row_of<E>(s.q, at.begin, head),
-                               s.k.row_stride,
-                               s.q.row_stride,
-                               at.first,
-                               at.n,
-                               static_cast<int>(s.head_dim) / kChunk<E>,
-                               sign};
+    const TileGemm<E> gemm{row_of<E>(s.k, at.begin, head),
+                           row_of<E>(s.q, at.begin, head),
+                           s.k.row_stride,
+                           s.q.row_stride,
+                           at.first,
+                           at.n,
+                           static_cast<int>(s.head_dim) / kChunk<E>,
+                           sign};
     const float* largest = s.head_sums + head * s.total + at.begin;
     const float* inverse = largest + s.heads * s.total;
-    products.each(shared_memory(), [&](int column, const Logits& logits) {
+    gemm.each(shared_memory(), [&](int column, const Logits& logits) {
       float sums[2] = {};  // on their own, as above
 #pragma unroll
       for (int i = 0; i < 2 * kPairs; ++i) {

@@ -1,4 +1,4 @@
-// score_tokens and score_select. The class token's kinds take one block per image: it reads K once, eight lanes a row,
+// score_tokens and score_select. The class token's scores take one block per image: it reads K once, eight lanes a row,
 // 16 bytes a lane, so that a row of 64 elements of 16 bits is one request of 128 bytes. A thread has 8 loads under way,
 // a block 16 KB; two of them, of 256 images on 132 multiprocessors, are what bandwidth x latency asks for (4.3 TB/s x
 // 1 us / 132 = 32 KB). Blocks of single heads would keep more multiprocessors busy with few images, but the mean over
@@ -27,9 +27,9 @@ struct alignas(16) ClassScratch {
   KeepScratch keep;
 };
 
-// Behind ClassScratch lie the queries of `heads` heads, float32, and rows of `row` floats: the scores where rows are to
-// be chosen, the norms for cls_value, and the logits of `heads` heads. Images that are too long for shared memory have
-// their rows in score.head_sums.
+// Shared memory, in this order: ClassScratch; the queries of `heads` heads, float32; then rows of `row` floats each:
+// one of scores if the kernel selects, one of norms for cls_value, and the logits of `heads` heads. For images that are
+// too long for shared memory these rows lie in score.head_sums.
 struct ClassParams {
   ScoreTokensParams score;
   KeptRowsParams keep;
@@ -46,9 +46,10 @@ struct ClassLayout {
 
 ClassLayout layout_of(const ScoreTokensParams& p, bool selects) {
   const int64_t longest = std::min(p.batch.max_seqlen, p.total);
-  const int64_t others = int64_t{selects} + (p.kind == ScoreKind::kClsValue), query = 4 * p.head_dim;
-  const int64_t room = kMostShared - static_cast<int64_t>(sizeof(ClassScratch)) - 4 * others * longest;
-  int64_t heads = std::min<int64_t>({p.heads, kHeadsAtOnce, room / (query + 4 * longest)});
+  const int64_t others = int64_t{selects} + (p.kind == ScoreKind::kClsValue);  // rows of scores and norms: 0, 1 or 2
+  const int64_t query = 4 * p.head_dim;
+  const int64_t left = kMostShared - static_cast<int64_t>(sizeof(ClassScratch)) - 4 * others * longest;
+  int64_t heads = std::min<int64_t>({p.heads, kHeadsAtOnce, left / (query + 4 * longest)});
   const bool in_shared = heads >= 1;
   if (!in_shared) heads = std::min<int64_t>(p.heads, kWarps);
   const int64_t rows = in_shared ? (others + heads) * longest : 0;
@@ -96,6 +97,7 @@ __global__ void __launch_bounds__(kScoreThreads, 4) score_images(ClassParams p) 
   const int chunks = head_dim / kChunk<E>, strips = (n + kStrip - 1) / kStrip;
   const bool values = s.kind == ScoreKind::kClsValue;
 
+  // The two optional rows come first: kSelects and `values`, as 0 or 1, say how many rows to step over.
   const int64_t row = p.in_shared ? p.row : s.total;
   float* rows = p.in_shared ? queries + p.heads * head_dim : s.head_sums + begin;
   float* scores = kSelects ? rows : s.scores + begin;
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(kScoreThreads, 4) score_images(ClassParams p) 
     share_out(scores, n, static_cast<int>(min(s.num_prefix, int64_t{n})), &scratch.sums);
     sync_block();
   }
-  // The logits are not needed any more.
+  // The logits are not needed any more, and lend their memory to the choice.
   if constexpr (kSelects) keep_rows(p.keep, image, scores, reinterpret_cast<int32_t*>(logits), scratch.keep);
 }
 

@@ -51,8 +51,9 @@ constexpr int kOutside = std::numeric_limits<int>::min();  // below the key of e
 constexpr int kGreatest = std::numeric_limits<int>::max();
 constexpr int kInfinite = 0x7f800000;  // the key of an infinite score
 
-// The bits of a float ascend with it as a signed integer where it is positive, and descend where it is negative. NaN
-// becomes -inf, and -0 becomes +0, so that they tie.
+// An integer in the order of the scores. Read as a signed integer, the bits of a positive float grow with it; those of
+// a negative float shrink with it, so all but the sign is flipped. NaN becomes -inf, and -0 becomes +0, so that they
+// tie.
 SAIT_DEVICE int key_of(float score) {
   int bits = static_cast<int>(float_bits(score));
   const int magnitude = bits & 0x7fffffff;
@@ -61,7 +62,9 @@ SAIT_DEVICE int key_of(float score) {
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-// What a key weighs towards a mass. At mass 1 whatever is positive counts, since the smallest vanish in a sum.
+// What a key weighs towards the mass: max(score, 0). If there are infinite scores, they alone weigh, all alike; if no
+// score is positive, every patch weighs 1. At mass 1 every positive weight counts as 1: the smallest would vanish in a
+// sum.
 SAIT_DEVICE float weight_of(int key, int best, double mass) {
   float weight = best > 0 ? float_of_bits(static_cast<uint32_t>(max(key, 0))) : 1.f;
   if (best == kInfinite) weight = key == best ? 1.f : 0.f;
@@ -126,7 +129,8 @@ struct Keys {
     }
   }
 
-  // From a number of each warp, the same in all its lanes, to that of the block. Every order of sums is fixed.
+  // Combines the warps' numbers, each the same in all lanes of its warp, into the block's; in the order of the warps,
+  // so that results are repeatable. Two halves of scratch.counts in turn need one barrier, not two.
   template <typename Combine>
   SAIT_DEVICE int of_block(int value, Combine combine) {
     if (alone) return value;
@@ -186,8 +190,9 @@ SAIT_DEVICE int select_rows(const float* scores, int n, int num_prefix, const De
   Keys<kThreads> keys(scores, n, num_prefix, scratch);
   int low = 0, high = 0, above = 0, ties = 0;
   if (n > num_prefix) {
-    // The keys from `low` on are enough, those above `high` are not. What is between them is settled when that is one
-    // key, when all are of one value, or when all of them have to stay.
+    // Invariant: the keys >= low are enough, the keys > high are not; the undecided ones are in [low, high]. The search
+    // ends when one undecided key is left, when all of them have the same value (low == high), or when all of them have
+    // to stay (those reached are no more than the least number).
     low = keys.least(), high = keys.greatest();
     const int best = high;
     Reached reached{n - num_prefix}, beyond;
@@ -209,7 +214,7 @@ SAIT_DEVICE int select_rows(const float* scores, int n, int num_prefix, const De
     }
     above = beyond.count;
     ties = reached.count - above;
-    if (low == high) {  // of one value: the fewest that are enough
+    if (low == high) {  // all undecided keys tie: `ties` becomes the fewest of them that are enough
       const double weight = weight_of(low, best, rule.mass);
       int few = 0;
       while (ties - few > 1) {
@@ -219,7 +224,8 @@ SAIT_DEVICE int select_rows(const float* scores, int n, int num_prefix, const De
     }
   }
 
-  // A row's place is the number of rows above `high` before it and, of those between the bounds, at most `ties`.
+  // The place of a row in `kept` is the number of kept rows before it: those above `high` (prefix rows count as such),
+  // and the first `ties` of those in [low, high].
   const auto is_above = [&](int token, int key) { return token < min(num_prefix, keys.end) || key > high; };
   const auto is_tie = [&](int key) { return key != kOutside && key >= low && key <= high; };
   int above_before = 0, ties_before = 0;
@@ -236,7 +242,7 @@ SAIT_DEVICE int select_rows(const float* scores, int n, int num_prefix, const De
     }
   }
   const uint32_t lanes_before = (1u << keys.lane) - 1;
-  int turn = 0;  // where each warp knows all, they write in turns
+  int turn = 0;  // if each warp holds all keys (alone), the warps write in turns
   keys.each([&](int token, int key) {
     const bool up = is_above(token, key), tie = is_tie(key);
     const uint32_t ups = ballot(up), equals = ballot(tie);

@@ -97,12 +97,12 @@ std::vector<EncoderBlock> check_blocks(const Tensor& x, const PackedEncoderParam
   return blocks;
 }
 
-// What is left of each image behind each stage at most: exactly that, unless `ragged`.
-struct Room {
+// How many rows of each image may be left behind each stage: exactly that many, unless `ragged`, when it is a bound.
+struct Capacity {
   std::vector<std::vector<int64_t>> offsets;  // of each stage, and of the result
   bool ragged = false;
 
-  Room(const PackedEncoderParams& p, const std::vector<EncoderStage>& stages) {
+  Capacity(const PackedEncoderParams& p, const std::vector<EncoderStage>& stages) {
     const int32_t* cu = p.batch.cu_seqlens;
     std::vector<int64_t> lengths(p.batch.images);
     for (int64_t b = 0; b < p.batch.images; ++b) lengths[b] = cu[b + 1] - cu[b];
@@ -128,7 +128,8 @@ struct Room {
   }
 };
 
-// Rows of images that have room for more, one image behind the other; the tensor itself where there is no such room.
+// Removes the gaps: each image has a capacity of offsets[b + 1] - offsets[b] rows and uses lengths[b] of them. Returns
+// the tensor itself if there is no gap.
 Tensor compacted(const Tensor& rows, const std::vector<int64_t>& offsets, const int32_t* lengths) {
   const size_t images = offsets.size() - 1;
   int64_t total = 0;
@@ -212,27 +213,27 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> packed_encoder(
                    "no stage in the last block", "one", "Leave out one of them.");
 
   const int64_t images = p.batch.images;
-  const Room room(p, stages);
+  const Capacity capacity(p, stages);
   if (prefix_only) stages.push_back({});
   const size_t count = stages.size();
   const auto ints = [&](Sizes sizes) { return allocate(x, sizes, ScalarType::Int); };
   std::vector<Tensor> rows, offsets;  // of each stage
   std::vector<int32_t> lengths((count + 1) * images);
   for (size_t i = 0; i < count; ++i) {
-    rows.push_back(ints({room.offsets[i].back()}));
-    stages[i].offsets = room.offsets[i].data();
+    rows.push_back(ints({capacity.offsets[i].back()}));
+    stages[i].offsets = capacity.offsets[i].data();
     stages[i].rows = rows[i].mutable_data_ptr<int32_t>();
     stages[i].lengths = &lengths[i * images];
   }
   p.stages = stages.data(), p.stage_count = static_cast<int64_t>(count);
   if (prefix_only) p.leaving = stages.back(), --p.stage_count;
-  Tensor out = allocate(x, {room.offsets.back().back(), p.channels});
-  p.offsets = room.offsets.back().data(), p.out = out.mutable_data_ptr(), p.lengths = &lengths[count * images];
+  Tensor out = allocate(x, {capacity.offsets.back().back(), p.channels});
+  p.offsets = capacity.offsets.back().data(), p.out = out.mutable_data_ptr(), p.lengths = &lengths[count * images];
   cpu::packed_encoder(p);
 
-  if (room.ragged) out = compacted(out, room.offsets.back(), p.lengths);
+  if (capacity.ragged) out = compacted(out, capacity.offsets.back(), p.lengths);
   for (size_t i = 0; i < count; ++i) {
-    if (room.ragged) rows[i] = compacted(rows[i], room.offsets[i], stages[i].lengths);
+    if (capacity.ragged) rows[i] = compacted(rows[i], capacity.offsets[i], stages[i].lengths);
     offsets.push_back(ints({images + 1}));
     int32_t* sum = offsets[i].mutable_data_ptr<int32_t>();
     sum[0] = 0;

@@ -71,7 +71,7 @@ inline void check_residual(const char* op, const char* like_name, const Tensor& 
 
 Tensor pack_linear(const Tensor& weight, const OptionalTensor& gate = std::nullopt);
 
-// What precedes and follows the product; nullptr is left out.
+// What precedes and follows the GEMM; nullptr is left out.
 struct Around {
   const Tensor* norm_weight = nullptr;
   const Tensor* norm_bias = nullptr;

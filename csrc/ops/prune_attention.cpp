@@ -12,7 +12,7 @@ namespace sait {
 namespace {
 
 #ifdef SAIT_WITH_CUDA
-// (indices, cu_seqlens) of the rows that stay, scored and selected: in one launch for the class token's kinds. The rows
+// (indices, cu_seqlens) of the rows that stay: scores and selects, in one launch for the class token's scores. The rows
 // of params.q, k and v are aligned().
 std::tuple<Tensor, Tensor> kept_rows_cuda(const char* op, ScoreTokensParams params, const KeepRule& rule,
                                           const Tensor& cu_seqlens, bool is_static) {
@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor> kept_rows(const char* op, const ScoreTokensParams& pa
 }
 
 #ifdef SAIT_WITH_CUDA
-// One launch where a fixed number of rows stays by the class token's attention, of as many rows as images of max_seqlen
-// tokens have, and the device has clusters; else one that scores and selects, and one that attends.
+// One launch if the score is `cls`, a rate or a count decides how many rows stay, all images have max_seqlen tokens
+// (is_full) and the device has clusters. Else one launch that scores and selects, and one that attends.
 std::tuple<Tensor, Tensor, Tensor> prune_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                                         const Tensor& cu_seqlens, ScoreTokensParams score,
                                                         const KeepRule& rule, bool is_static) {

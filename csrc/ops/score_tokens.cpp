@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens_backward(const Tensor& grad, con
   SAIT_CHECK_VALUE(grad.is_contiguous(), op, "grad", "a contiguous tensor", "stride " << grad.stride(0),
                    "Call .contiguous() on it.");
   const Tensor dq = allocate_like(q), dk = allocate_like(q);
-  // Given, but of a kind that does not look at it: zeros.
+  // v was given, but this score does not read it: zeros.
   const Tensor dv = params.kind == ScoreKind::kClsValue ? allocate_like(q)
                     : v                                 ? allocate_zeros(q, q.sizes())
                                                         : allocate(q, {0});

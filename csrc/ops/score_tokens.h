@@ -1,4 +1,4 @@
-// What score_tokens and prune_attention have in common: the kind of score, the launch.
+// What score_tokens and prune_attention have in common: which score, and the launch.
 #pragma once
 
 #include <string_view>

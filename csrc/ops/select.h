@@ -1,4 +1,5 @@
-// What select_topk, select_mass and prune_attention have in common: the rule, the room for what stays, the launch.
+// What select_topk, select_mass and prune_attention have in common: the rule, the capacity for the rows that stay, the
+// launch.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +32,7 @@ inline KeepRule mass_rule(const char* op, double mass, int64_t min_keep, std::op
   return {0, 0, mass, min_keep, max_keep.value_or(-1)};
 }
 
-// The patches of an image that a rate or a count keeps.
+// How many patches of an image a rate or a count keeps; an error if the image has fewer.
 inline int64_t checked_patches(const char* op, const KeepRule& rule, int64_t patches, int64_t image) {
   const int64_t k = patches > 0 ? cpu::topk_patches(rule, patches) : 0;
   SAIT_CHECK_VALUE(k <= patches, op, "keep", "at most " << patches << ", the patches of image " << image, k,
@@ -39,7 +40,8 @@ inline int64_t checked_patches(const char* op, const KeepRule& rule, int64_t pat
   return k;
 }
 
-// Where each image starts among the rows that a rate or a count keeps: (images + 1,) int32. cu_seqlens on the CPU.
+// (images + 1,) int32: where each image starts among the rows that a rate or a count keeps. Takes cu_seqlens on the
+// CPU.
 inline Tensor topk_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t num_prefix, const KeepRule& rule) {
   Tensor kept = allocate_like(cu_seqlens);
   const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
@@ -52,19 +54,20 @@ inline Tensor topk_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t 
   return kept;
 }
 
-// Whether all images have max_seqlen tokens, as far as the number of rows can tell: some may end in the tail.
+// Whether the batch has images * max_seqlen rows. Then every image has max_seqlen tokens, unless some are shorter and
+// rows of no image follow behind the last one (the tail): that shows in cu_seqlens alone, which is not read here.
 inline bool is_full(const Batch& batch, int64_t total) {
   return batch.images > 0 && total % batch.images == 0 && total / batch.images == batch.max_seqlen;
 }
 
-// The rows that stay at most, whatever the lengths and the scores.
+// A bound on the rows that stay, whatever the lengths and the scores.
 inline int64_t capacity(const Batch& batch, int64_t total, int64_t num_prefix, const KeepRule& rule) {
   const int64_t longest = std::min(batch.max_seqlen, total), patches = longest - std::min(num_prefix, longest);
   const int64_t most = rule.mass == 0 ? cpu::topk_patches(rule, patches) : rule.max_keep < 0 ? patches : rule.max_keep;
   return std::min(total, batch.images * (longest - patches + std::min(most, patches)));
 }
 
-// Indices of which the first `kept` are to be written; the others are `total`, which is no row. On the CPU.
+// (rows,) indices on the CPU. The caller writes the first `kept`; the others are `total`, which means "no row".
 inline Tensor empty_indices(int64_t rows, int64_t kept, int64_t total, const Tensor& cu_seqlens) {
   Tensor indices = allocate(cu_seqlens, {rows});
   int32_t* out = indices.mutable_data_ptr<int32_t>();
@@ -73,9 +76,10 @@ inline Tensor empty_indices(int64_t rows, int64_t kept, int64_t total, const Ten
 }
 
 #ifdef SAIT_WITH_CUDA
-// (indices, cu_seqlens) of the rows that stay, by run(KeptRowsParams, stream), which launches a kernel that ends in
-// keep_rows. As many rows as images of max_seqlen tokens have, or a static mass: the size is known, and nothing
-// synchronises. Else one copy reads two numbers.
+// (indices, cu_seqlens) of the rows that stay. run(KeptRowsParams, stream) launches a kernel that ends in keep_rows.
+// With a rate or a count and images * max_seqlen rows (is_full), or with a static mass, the size of the result is known
+// beforehand and nothing synchronises. Else one copy to the host reads the number of kept rows and the flag "too few
+// patches".
 template <typename Run>
 std::tuple<Tensor, Tensor> kept_rows_by(const char* op, const Tensor& cu_seqlens, int64_t max_seqlen, int64_t total,
                                         int64_t num_prefix, const KeepRule& rule, bool is_static, Run run) {

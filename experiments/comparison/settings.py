@@ -17,7 +17,7 @@ SHARES = [round(share / 200, 3) for share in range(4, 200)]
 
 
 @dataclass(frozen=True)
-class Method:
+class TunedMethod:
     """One method, with one setting that decides how much it computes.
 
     Attributes:
@@ -48,29 +48,29 @@ def of_kwargs(name: str, argument: str, **more: Any) -> Callable[[Any], dict[str
 THRESHOLDS = [round(0.2 * 0.96**i, 6) for i in range(160)]
 METHODS = (
     # Its own training: dense and sparse epochs in turns, and attention that is taught.
-    Method("SaiT", methods.sait, SHARES, lambda share: {"keep": share, "teacher": str(CHECKPOINT)}),
-    Method(
+    TunedMethod("SaiT", methods.sait, SHARES, lambda share: {"keep": share, "teacher": str(CHECKPOINT)}),
+    TunedMethod(
         "SaiT, mass",
         lambda mass: methods.sait(mass=mass),
         SHARES,
         lambda mass: {"keep": None, "mass": mass, "teacher": str(CHECKPOINT)},
     ),
-    Method("SaiT, sparse only", methods.sait, SHARES, of_method("sait")),
-    Method("EViT", methods.evit, SHARES, of_method("evit")),
+    TunedMethod("SaiT, sparse only", methods.sait, SHARES, of_method("sait")),
+    TunedMethod("EViT", methods.evit, SHARES, of_method("evit")),
     # Drops a lot where nobody bounds it: from later blocks on, if need be.
-    Method(
+    TunedMethod(
         "ATS",
         lambda setting: methods.ats(*setting),
         [*((keep, None) for keep in SHARES), *((1.0, tuple(range(block, DEPTH))) for block in range(2, DEPTH))],
         lambda setting: {"method": "ats", "keep": setting[0], "blocks": setting[1] and list(setting[1])},
     ),
-    Method("LTP", methods.ltp, THRESHOLDS, of_kwargs("ltp", "threshold")),
-    Method("LTP, learned", methods.ltp, THRESHOLDS, of_kwargs("ltp_learned", "threshold", **LEARNS)),
-    Method("ToMe", methods.tome, list(range(32, 0, -1)), of_kwargs("tome", "r")),
-    Method("DynamicViT", methods.dynamicvit, SHARES, of_method("dynamicvit", **LEARNS)),
-    Method("AdaViT", methods.adavit, SHARES, of_method("adavit", **LEARNS)),
-    Method("CageViT", methods.cagevit, SHARES, of_method("cagevit", **LEARNS)),
-    Method("random", methods.random, SHARES, of_method("random")),
+    TunedMethod("LTP", methods.ltp, THRESHOLDS, of_kwargs("ltp", "threshold")),
+    TunedMethod("LTP, learned", methods.ltp, THRESHOLDS, of_kwargs("ltp_learned", "threshold", **LEARNS)),
+    TunedMethod("ToMe", methods.tome, list(range(32, 0, -1)), of_kwargs("tome", "r")),
+    TunedMethod("DynamicViT", methods.dynamicvit, SHARES, of_method("dynamicvit", **LEARNS)),
+    TunedMethod("AdaViT", methods.adavit, SHARES, of_method("adavit", **LEARNS)),
+    TunedMethod("CageViT", methods.cagevit, SHARES, of_method("cagevit", **LEARNS)),
+    TunedMethod("random", methods.random, SHARES, of_method("random")),
 )
 
 
@@ -128,5 +128,5 @@ QUICK = replace(
 )
 
 
-def method_of(name: str) -> Method:
+def method_of(name: str) -> TunedMethod:
     return next(method for method in METHODS if method.name == name)

@@ -23,7 +23,7 @@ from sait.train.processes import Processes
 from sait.train.trainer import MODEL
 from torch import Tensor
 
-from comparison.settings import CHECKPOINT, Method, Settings, method_of
+from comparison.settings import CHECKPOINT, Settings, TunedMethod, method_of
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 BATCH = 64
@@ -85,7 +85,7 @@ def setting_of(name: str, saved: float, sample: int) -> Any:
 
 
 @torch.inference_mode()
-def cost_of(method: Method, model: Any, images: Tensor, setting: Any) -> float:
+def cost_of(method: TunedMethod, model: Any, images: Tensor, setting: Any) -> float:
     plan = method.plan(setting)
     try:
         sparse = sait.sparsify(share(model), plan)

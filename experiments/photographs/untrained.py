@@ -31,7 +31,7 @@ BATCH = 16
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class Seen(NamedTuple):
+class CropResults(NamedTuple):
     """What a model makes of the crops."""
 
     classes: Tensor  # (n, C) class tokens
@@ -70,7 +70,7 @@ def built(side: int) -> tuple[Any, SaliencyDecoder]:
 
 
 @functools.cache
-def compared_with(side: int, photos: int | None) -> tuple[Tensor, np.ndarray, Seen]:
+def compared_with(side: int, photos: int | None) -> tuple[Tensor, np.ndarray, CropResults]:
     """(crops (n, 3, side, side), the number of the photograph of each, what the dense model makes of them)."""
     crops, photo_of = crops_of(side, photos)
     return crops, photo_of, look(*built(side), crops, Density())
@@ -91,7 +91,7 @@ def crops_of(side: int, photos: int | None) -> tuple[Tensor, np.ndarray]:
 
 
 @torch.inference_mode()
-def look(model: Any, decoder: SaliencyDecoder, crops: Tensor, density: Density) -> Seen:
+def look(model: Any, decoder: SaliencyDecoder, crops: Tensor, density: Density) -> CropResults:
     """What an optimized model makes of the crops at a density, in float32."""
     sait.set_density(model, **asdict(density))
     found, cost = [], 0.0
@@ -102,10 +102,10 @@ def look(model: Any, decoder: SaliencyDecoder, crops: Tensor, density: Density) 
         found.append((full.prefix[0][:, 0], full.maps[0], maps, full.kept_mask))
         cost += macs(model, img_size=size) * len(images)
     classes, patches, maps, kept = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Seen(classes, patches, maps, kept, cost / len(crops))
+    return CropResults(classes, patches, maps, kept, cost / len(crops))
 
 
-def compared(seen: Seen, dense: Seen) -> dict[str, np.ndarray]:
+def compared(seen: CropResults, dense: CropResults) -> dict[str, np.ndarray]:
     """name -> (n,), one value for each crop."""
     kept = seen.kept.float()
     cosines = F.cosine_similarity(seen.patches, dense.patches, dim=1).flatten(1)
@@ -124,7 +124,7 @@ def compared(seen: Seen, dense: Seen) -> dict[str, np.ndarray]:
     return {name: values.double().numpy() for name, values in found.items()}
 
 
-def described(density: Density, seen: Seen, values: dict[str, np.ndarray]) -> Row:
+def described(density: Density, seen: CropResults, values: dict[str, np.ndarray]) -> Row:
     counts = seen.kept.sum(1).double()
     return {
         "density": density.label,

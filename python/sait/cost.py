@@ -36,11 +36,11 @@ class Rows(NamedTuple):
     entering: float  # tokens: the keys
     queries: float
     projected: float
-    left: float  # of the MLP, and the rows that enter the next block
-    choosing: float = 0  # multiply-accumulates of the scores
-    room: float | None = None  # rows of the projection to q, k and v where that is not ``entering``: a static plan's
-    gates: Usage | None = None  # where the block has some; its rows are then those that are on
-    passing: float = 0.0  # rows that are off there, and go on all the same
+    left: float  # rows of the MLP; they enter the next block
+    choosing: float = 0  # not rows: multiply-accumulates of the scores
+    capacity: float | None = None  # of a static plan: rows of the projection to q, k and v
+    gates: Usage | None = None  # if the block has some; the rows above are then those that are on
+    passing: float = 0.0  # rows that are off in this block; they go on unchanged
 
     @property
     def behind(self) -> float:
@@ -61,10 +61,10 @@ def macs(
 
     Per block with n tokens in and m out, A = heads * head_dim: the linear layers (queries are computed for all n, since
     one layer makes q, k and v), 2 * m * n * A for attention, and the MLP on m tokens. A score of the class row costs
-    n * A more, one of the columns n * n * A; what a scorer of another kind costs is what its ``macs`` says, or nothing;
-    and so with what recovers tokens.
-    Attention pooling counts the tokens that are left, not their padding. In a static plan the linear layers compute all
-    the rows that there is room for, and attention those that are kept.
+    n * A more, one of the columns n * n * A. Any other scorer costs what its ``macs`` says, or nothing if it has none;
+    the same holds for what recovers tokens.
+    Attention pooling counts the tokens that are left, not their padding. In a static plan the linear layers compute the
+    whole capacity, and attention the rows that are kept.
     Where gates decide what of a block runs, what is on is counted: rows of tokens that are on; of the layers to q, k
     and v and behind attention the part of the heads that are on, unless something of all heads stands between; and
     what the gates themselves cost. DeiT-S at 224: 4.60 G dense, 2.74 G at block=3, keep=0.45.
@@ -77,7 +77,7 @@ def macs(
             density of the image decides. None there: the mean cost over the images of the model's last forward.
         usage: for plans with gates, in [0, 1]: of the patches, heads and sub-layers of each block that has gates this
             share is on. 1.0 is the most that an image can cost; another share is what images cost in the mean if all
-            gates were drawn apart, which they are not. None: what ran for the images of the model's last forward.
+            gates were independent, which they are not. None: what ran for the images of the model's last forward.
         executed: False: what the method computes. True: what this model executes; its last block, under sait.optimize,
             computes only what the head reads. This is what torch's FlopCounterMode counts in inference, halved, and
             the distances of sait.methods.DensityPeaks, which it does not count.
@@ -166,13 +166,13 @@ def plan_rows(
     stages = {} if plan is None else {stage.block: stage for stage in _of_model(plan, model, family).stages}
     given = iter(kept) if kept is not None else None
     shares = iter(used)
-    keeps_room = plan is not None and plan.ragged and plan.static
+    is_padded = plan is not None and plan.ragged and plan.static
     found = []
     n: float = tokens
-    room: float = tokens
+    capacity: float = tokens
     for i, block in enumerate(family.blocks(model)):
         stage = stages.get(i)
-        left, room_left, choosing, entering = n, room, 0.0, n
+        left, capacity_left, choosing, entering = n, capacity, 0.0, n
         if stage is not None and stage.gates is not None:
             if given is not None:
                 next(given)
@@ -180,17 +180,17 @@ def plan_rows(
             continue
         if stage is not None:
             left = _left(stage, n, prefix, tokens) if given is None else next(given)
-            room_left = _left(stage, room, prefix, tokens) if keeps_room else left
+            capacity_left = _left(stage, capacity, prefix, tokens) if is_padded else left
             if not stage.keeps_all:
                 choosing = _choosing_macs(stage, n, prefix, family.view(block))
             if stage.before:
-                entering, room = left, room_left
+                entering, capacity = left, capacity_left
             elif stage.after is not None and stage.after.needs_dropped and left != n:
-                found.append(Rows(n, n, room, room_left, choosing, room if keeps_room else None))
-                n, room = left, room_left
+                found.append(Rows(n, n, capacity, capacity_left, choosing, capacity if is_padded else None))
+                n, capacity = left, capacity_left
                 continue
-        found.append(Rows(entering, left, room_left, room_left, choosing, room if keeps_room else None))
-        n, room = left, room_left
+        found.append(Rows(entering, left, capacity_left, capacity_left, choosing, capacity if is_padded else None))
+        n, capacity = left, capacity_left
     return found
 
 
@@ -270,10 +270,10 @@ def block_parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:
     for i, (block, r) in enumerate(zip(family.blocks(model), rows, strict=True)):
         view = family.view(block)
         A, C = view.width, view.channels
-        qkv, gate, room = (
+        qkv, gate, capacity = (
             sum(map(weights, projections(view))),
             weights(view.gate),
-            r.entering if r.room is None else r.room,
+            r.entering if r.capacity is None else r.capacity,
         )
         proj = weights(view.proj) + gate
         used = Usage() if r.gates is None else r.gates
@@ -282,7 +282,7 @@ def block_parts(model: Any, rows: Sequence[Rows]) -> list[Cost]:
         both_norms = fed * 2 * C  # in: the residual stream and what is added to it; out: their sum and its norm
         attention = 2 * r.queries * r.entering * A * attends + r.choosing
         found += [
-            Cost(f"{i} norm1 + qkv", projects * room * (C + 3 * A), qkv, projects * room * qkv),
+            Cost(f"{i} norm1 + qkv", projects * capacity * (C + 3 * A), qkv, projects * capacity * qkv),
             Cost(f"{i} attention", attends * 2 * (r.queries + r.entering) * A, 0, attention),
             Cost(
                 f"{i} proj",

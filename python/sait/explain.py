@@ -11,8 +11,8 @@ from sait.execution.optimize import (
     HOLDER,
     PackedBlock,
     block_for,
-    products_for,
-    why_no_products,
+    gemms_for,
+    why_not_fused,
     why_not_here,
 )
 from sait.state import sparse_family, state_of
@@ -24,7 +24,7 @@ class BlockRun(NamedTuple):
     """Of one block."""
 
     name: str  # its path in the model
-    runs: str  # "packed weights", "fused products" or "its modules"
+    runs: str  # "packed weights", "fused GEMMs" or "its modules"
     why: str  # nothing faster; empty where there is nothing
 
 
@@ -74,11 +74,11 @@ def explain(model: Any) -> Explanation:
     gated = {stage.block for stage in (state.active.stages if state.active else ()) if stage.gates is not None}
     for i, block in enumerate(family.blocks(model)):
         x = next(block.parameters()).detach()[:0]
-        made = block_for(block, family, products_for(x), x)
+        made = block_for(block, family, gemms_for(x), x)
         if i in gated:
             runs, why = MODULES, "its gates decide by image what of it runs"
         elif made.is_fused:
-            runs, why = PACKED if isinstance(made, PackedBlock) else "fused products", ""
+            runs, why = PACKED if isinstance(made, PackedBlock) else "fused GEMMs", ""
         else:
             runs, why = MODULES, _why_modules(block, family, x)
         found.append(BlockRun(path_of(model, block, i), runs, why))
@@ -98,5 +98,5 @@ def _why_modules(block: Any, family: Any, x: Any) -> str:
     if HOLDER not in vars(block):
         return "sait.optimize was not called"
     view = family.view(block)
-    reason = why_not_here(x) or why_no_products(block, view, family.feed_forward(view.mlp), family)
+    reason = why_not_here(x) or why_not_fused(block, view, family.feed_forward(view.mlp), family)
     return reason or "its weights are of several types or devices"

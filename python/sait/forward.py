@@ -13,7 +13,7 @@ from sait.execution.apart import check_apart
 from sait.execution.embedding import embed
 from sait.execution.encoder import all_packed, encode
 from sait.execution.gated import run_gated
-from sait.execution.optimize import Way, block_for, products_for
+from sait.execution.optimize import Way, block_for, gemms_for
 from sait.families.base import Family
 from sait.methods.base import On, Seen
 from sait.methods.fusion import Attended, attend, score, select
@@ -22,16 +22,20 @@ from sait.methods.plan import Plan, Stage
 from sait.methods.policy import check_alone, mask, masks
 from sait.methods.soft import weighs, weights
 from sait.state import Record, check_blocks, sparse_family
-from sait.tokens import Homes, Tokens, prefix_rows, prefix_selection
+from sait.tokens import FullMapCollector, Tokens, prefix_rows, prefix_selection
 from sait_kernels import Selection
 
 
 def forward(
-    model: Any, images: Tensor, for_head: bool = False, homes: Homes | None = None, tokens: Tokens | None = None
+    model: Any,
+    images: Tensor,
+    for_head: bool = False,
+    collector: FullMapCollector | None = None,
+    tokens: Tokens | None = None,
 ) -> Tokens:
     """What the last block of a sparse model leaves of images (B, 3, height, width).
 
-    ``for_head``: for a head that reads prefix tokens only there may be no others. ``homes``: as in run. ``tokens``:
+    ``for_head``: for a head that reads prefix tokens only there may be no others. ``collector``: as in run. ``tokens``:
     what enters the first block, if that is not simply what the family makes of the images.
     """
     state, family = model._sait, sparse_family(model)
@@ -46,11 +50,11 @@ def forward(
     if tokens.x.dtype != images.dtype:
         together = all_packed(model, family, tokens.x)
     enough = for_head and family.prefix_is_enough(model)
-    one_op = state.recorded is None and homes is None and not family.checkpoints(model)
+    one_op = state.recorded is None and collector is None and not family.checkpoints(model)
     encoded = encode(together, plan, tokens, enough) if one_op else None
     gates: tuple[On, ...] = ()
     if encoded is None:
-        tokens, kept, gates = run(model, family, plan, tokens, state.recorded, enough, homes)
+        tokens, kept, gates = run(model, family, plan, tokens, state.recorded, enough, collector)
     else:
         tokens, kept = recover(plan, encoded[0], enough), encoded[1]
     if state.opened is not None:
@@ -72,7 +76,7 @@ def run(
     tokens: Tokens,
     recorded: list[Tensor] | None = None,
     prefix_is_enough: bool = False,
-    homes: Homes | None = None,
+    collector: FullMapCollector | None = None,
 ) -> tuple[Tokens, tuple[Selection, ...], tuple[On, ...]]:
     """All blocks of a model, with the stages of a plan.
 
@@ -81,22 +85,22 @@ def run(
         family: says what its blocks are.
         plan: what is dropped where; None: nothing.
         tokens: what enters the first block.
-        recorded: grows by the scores of each stage; None: nobody wants them.
+        recorded: a list to which the scores of each stage are appended; None: they are not wanted.
         prefix_is_enough: the last block may leave prefix tokens only.
-        homes: takes the tokens home behind the blocks that it wants, and ends the loop where it wants no more.
+        collector: scatters the results of the blocks that it wants back to full maps, and ends the loop after the last.
 
     Returns:
-        What leaves the last block, recovered where the plan says so; for each stage who was left behind it, in rows of
-        the batch that entered; and what the gates of each stage that has some have said.
+        What leaves the last block, recovered where the plan says so; for each stage the tokens that were left behind
+        it, as rows of the batch that entered; and for each stage with gates what these said.
     """
     stages = {} if plan is None else {stage.block: stage for stage in plan.stages}
     blocks, kept, gates = family.blocks(model), [], []  # type: Any, list[Selection], list[On]
     last = len(blocks) - 1 if prefix_is_enough else None
-    way, again = products_for(tokens.x), family.checkpoints(model)
+    way, again = gemms_for(tokens.x), family.checkpoints(model)
     for i, block in enumerate(blocks):
         stage = stages.get(i)
-        if homes is not None and stage is not None:
-            homes.leave(tokens)
+        if collector is not None and stage is not None:
+            collector.leave(tokens)
         arguments = (block, family, way, tokens, tokens.table(i), stage, recorded is not None, i == last)
         tokens, left, scores, on = checkpoint(step, *arguments, use_reentrant=False) if again else step(*arguments)
         if recorded is not None and scores is not None:
@@ -107,7 +111,7 @@ def run(
             gates.append(on)
         if i == len(blocks) - 1:
             tokens = recover(plan, tokens, prefix_is_enough)
-        if homes is not None and homes.arrive(i, tokens):
+        if collector is not None and collector.arrive(i, tokens):
             break
     return tokens, tuple(kept), tuple(gates)
 
@@ -122,7 +126,8 @@ def step(
     wants_scores: bool,
     prefix_is_enough: bool,
 ) -> tuple[Tokens, Selection | None, Tensor | None, On | None]:
-    """One block: the tokens that go on; with a stage, who it left, its scores where they are wanted, and its gates."""
+    """One block. Returns the tokens that go on and, with a stage, which tokens it left, its scores if they are wanted,
+    and its gates."""
     if stage is not None and stage.gates is not None:
         view = family.view(module)
         on = opened(stage, Seen(tokens.packed, tokens), view.heads)
@@ -150,7 +155,7 @@ def step(
 
 
 def drop(tokens: Tokens, stage: Stage, wants_scores: bool) -> tuple[Tokens, Tensor | None]:
-    """A stage ahead of its block: whoever does not stay is not seen by it."""
+    """A stage ahead of its block, which does not see the tokens that are dropped."""
     if stage.keeps_all and not wants_scores:
         return tokens, None
     seen = Seen(tokens.packed, tokens)

@@ -10,21 +10,21 @@ from torch import Tensor
 
 from sait.forward import forward
 from sait.state import kept_mask, sparse_family, state_of
-from sait.tokens import Homes
+from sait.tokens import FullMapCollector
 
 
 class FullMaps(NamedTuple):
     """What full_maps gives, with a tensor for each block that was asked for."""
 
-    maps: tuple[Tensor, ...]  # (B, C, rows, columns): the patches, at home
+    maps: tuple[Tensor, ...]  # (B, C, rows, columns): the patches, scattered back
     prefix: tuple[Tensor, ...]  # (B, P, C): class, distillation and register tokens
     kept_mask: Tensor  # (B, rows * columns) bool: the patches that none of the stages that ran has dropped
     positions: Tensor  # (T,) int32: the patch number of each row that is left, -1 for prefix rows
 
 
 def full_maps(model: Any, images: Tensor, *, blocks: Sequence[int] | None = None, norm: bool = True) -> FullMaps:
-    """Feature maps for dense tasks: each kept patch at home, each dropped one as it was when it entered the block that
-    dropped it.
+    """Feature maps for dense tasks: kept patches are scattered back to their places, and each dropped one is there as
+    it was when it entered the block that dropped it.
 
     So a decoder for full maps works on a pruned encoder. That the rows of dropped patches are older than the others is
     something that it has to learn, or may know from ``kept_mask``. Where the plan recovers tokens (Plan.recover), the
@@ -55,10 +55,10 @@ def full_maps(model: Any, images: Tensor, *, blocks: Sequence[int] | None = None
     if not asked or any(isinstance(i, bool) or not isinstance(i, int) or not -depth <= i < depth for i in asked):
         raise ValueError(f"full_maps: blocks: expected numbers from {-depth} to {depth - 1}, got {blocks!r}.")
     wanted = [i % depth for i in asked]
-    homes = Homes(wanted, max(wanted))
-    tokens = forward(model, images, homes=homes)
+    collector = FullMapCollector(wanted, max(wanted))
+    tokens = forward(model, images, collector=collector)
     P, grid = tokens.num_prefix, family.grid(model, (images.shape[-2], images.shape[-1]))
-    found = [homes.maps[i] for i in wanted]
+    found = [collector.maps[i] for i in wanted]
     if norm:
         final = family.norm(model)
         found = [final(rows) for rows in found]

@@ -44,7 +44,8 @@ class SaliencyDecoder(nn.Module):
 def saliency(model: Any, decoder: nn.Module, images: Tensor) -> Tensor:
     """Images (B, 3, height, width) -> saliency (B, height, width) in [0, 1].
 
-    Dropped patches are sent home as they were when they were dropped: see sait.full_maps.
+    Kept patches are scattered back to the full map; dropped ones are there as they were when they were dropped: see
+    sait.full_maps.
 
     Args:
         model: from sparsify, at any density; its last block's normed features are what the decoder reads.

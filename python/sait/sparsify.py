@@ -21,7 +21,7 @@ from sait.forward import forward
 from sait.methods.base import Scorer
 from sait.methods.plan import Plan, Stage
 from sait.state import Density, State, check_plan, set_density, state_of
-from sait.tokens import Homes, Tokens
+from sait.tokens import FullMapCollector, Tokens
 
 LEARNED = "sait_methods"  # the module of a sparse model that holds what its methods learn
 
@@ -55,7 +55,8 @@ def sparsify(
         plan: what to drop where; or, for one stage, the other arguments instead:
         block: 0-based; its attention sees all tokens, its kept rows go on.
         keep: a float in (0, 1], a share of the patches, or an int, their number.
-        mass: the fewest patches that carry this share of the score; exactly one of keep and mass.
+        mass: cumulative score (top-p): the fewest patches of each image whose cumulative score reaches this share;
+            exactly one of keep and mass.
         max_keep, static: with mass: at most this many patches, and sizes that no data decides; as in Stage.
         score: "cls", "column", "cls_value" or another registered name, or a Scorer; as in Plan. "cls" reads the
             attention of the image's first row: the class token, or the first register of a model that has only those.
@@ -194,9 +195,13 @@ class SparseModel:
     _sait: State
 
     def _sparse_tokens(
-        self, images: Tensor, for_head: bool = False, homes: Homes | None = None, tokens: Tokens | None = None
+        self,
+        images: Tensor,
+        for_head: bool = False,
+        collector: FullMapCollector | None = None,
+        tokens: Tokens | None = None,
     ) -> Tokens:
-        return forward(self, images, for_head, homes, tokens)
+        return forward(self, images, for_head, collector, tokens)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = super().__reduce_ex__(protocol)[2:]

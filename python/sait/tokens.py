@@ -112,7 +112,7 @@ class Tokens(NamedTuple):
         return self.with_x(self.x * weights.view(*self.x.shape[:2], 1).to(self.x.dtype))
 
     def whole(self, x: Tensor) -> Tokens:
-        """All tokens that entered, of ``x`` (B, entered, C): each at home, and standing for itself."""
+        """All tokens that entered, of ``x`` (B, entered, C): each at its own place, and standing for itself alone."""
         B, N, _ = x.shape
         cu_seqlens = sk.uniform_cu_seqlens(B, N, x.device)
         return Tokens(x, cu_seqlens, N, False, self.num_prefix, N, state=self.state, grid=self.grid)
@@ -133,10 +133,10 @@ class Tokens(NamedTuple):
         return torch.arange(self.images * self.entered, dtype=torch.int32, device=self.x.device)
 
 
-class Homes:
-    """Brings the rows of some blocks' results home to where they entered, (B, N, C).
+class FullMapCollector:
+    """Scatters the results of some blocks back to full maps (B, N, C): each row to the place where it entered.
 
-    A row that was dropped is as it was when it entered the block that dropped it.
+    A row that was dropped is there as it was when it entered the block that dropped it.
 
     Args:
         blocks: the numbers of the blocks.
@@ -149,23 +149,23 @@ class Homes:
         self._base: Tensor | None = None
 
     def leave(self, tokens: Tokens) -> None:
-        """Some of these are about to be dropped."""
-        self._base = self.home(tokens)
+        """Call before a block that may drop some of these tokens."""
+        self._base = self.scatter_back(tokens)
 
     def arrive(self, block: int, tokens: Tokens) -> bool:
-        """These left the block. Whether it is the last one."""
+        """Call with the tokens that left the block. Returns whether it was the last one that has to run."""
         if block in self._blocks:
-            self.maps[block] = self.home(tokens)
+            self.maps[block] = self.scatter_back(tokens)
         return block == self._until
 
-    def home(self, tokens: Tokens) -> Tensor:
-        """(B, N, C): what became of these, and of those that were dropped."""
+    def scatter_back(self, tokens: Tokens) -> Tensor:
+        """(B, N, C): these rows at their places, and the dropped ones as they were."""
         if tokens.rows is None:
             return tokens.x
         assert self._base is not None, "tokens of which none has left have no rows"
         base = with_no_row(self._base.flatten(0, 1))
-        home = base.index_copy(0, tokens.rows.long(), tokens.packed.to(base.dtype))
-        return home[:-1].view(self._base.shape)
+        full = base.index_copy(0, tokens.rows.long(), tokens.packed.to(base.dtype))
+        return full[:-1].view(self._base.shape)
 
 
 def prefix_selection(tokens: Tokens) -> Selection:
@@ -192,7 +192,7 @@ def pad(rows: Tensor, lengths: Tensor, width: int) -> Tensor:
     images, total = lengths.shape[0], rows.shape[0]
     ends, image = lengths.cumsum(0), image_of_rows(lengths, total)
     shift = torch.arange(images, device=rows.device) * width - (ends - lengths)
-    home = torch.arange(total, device=rows.device) + F.pad(shift, (0, 1)).index_select(0, image)
-    home = home.where(image < images, images * width)  # the index of no row
-    selection = Selection(home.int(), F.pad(ends, (1, 0)).int(), width)
+    places = torch.arange(total, device=rows.device) + F.pad(shift, (0, 1)).index_select(0, image)
+    places = places.where(image < images, images * width)  # the index of no row
+    selection = Selection(places.int(), F.pad(ends, (1, 0)).int(), width)
     return sk.scatter_tokens(rows, selection, images * width).view(images, width, rows.shape[1])

@@ -122,7 +122,7 @@ def bench(
             part.to(place, kind.as_torch())
         with options.progress() as bar, options.running_on(backend):
             peers, failed = (
-                throughput.competitors(subject, pictures, block=block, keep=min(keep)) if compare else ({}, {})
+                throughput.ready_peers(subject, pictures, block=block, keep=min(keep)) if compare else ({}, {})
             )
             task = bar.add_task(
                 f"measuring {kind}", total=throughput.samples([*densities, *of_methods], repeats, peers)

@@ -76,10 +76,13 @@ Weights = Annotated[
 ]
 Block = Annotated[int, typer.Option(help="The block at which tokens are dropped, from 0.", min=0)]
 Keep = Annotated[list[float], typer.Option(help="Share of the patches to keep; repeatable.", callback=check_keep)]
-Mass = Annotated[list[float], typer.Option(help="Share of the score to keep; repeatable.", callback=check_mass)]
+Mass = Annotated[
+    list[float],
+    typer.Option(help="Cumulative score (top-p): share of the score to keep; repeatable.", callback=check_mass),
+]
 MaxKeep = Annotated[int | None, typer.Option(help="Of --mass: patches that an image keeps at most.", min=1)]
 Static = Annotated[
-    bool, typer.Option("--static", help="Of --mass: sizes known without data, with room for --max-keep patches.")
+    bool, typer.Option("--static", help="Of --mass: sizes known without data, a capacity of --max-keep patches.")
 ]
 ScoreKind = Annotated[
     str, typer.Option(help="What ranks the tokens: cls, column, cls_value, random, or a name that you registered.")

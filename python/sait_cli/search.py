@@ -101,7 +101,7 @@ def _by_labels(wanted: Wanted, model: str, place: torch.device) -> tuple[Found, 
         if min(here.held_out_images, there.held_out_images) == 0:
             options.bad("--data", f"{wanted.data}: expected two images at least, to search on one and report another.")
         drawn = wanted.data in ("canvas", "stamps")
-        search, held_out = ([*one.held_out_batches()] if drawn else Batches(one) for one in (here, there))
+        search, held_out = ([*one.held_out_batches()] if drawn else HeldOutBatches(one) for one in (here, there))
         found = _search(wanted, subject.to(place), search, held_out, max_drop=wanted.max_drop / 100)
     images = f"{here.held_out_images} validation and {there.held_out_images} test images of {wanted.data}"
     if not drawn:
@@ -135,7 +135,7 @@ def _by_agreement(wanted: Wanted, place: torch.device) -> tuple[Found, str, str]
     return found, name, f"{name}, {described}; {images}, batch {wanted.batch}, {wanted.dtype}"
 
 
-class Batches:
+class HeldOutBatches:
     """A folder's held-out images, read anew each time."""
 
     def __init__(self, data: Data) -> None:

@@ -61,7 +61,7 @@ def show(
 
     Of a checkpoint without photos: one PNG, canvas.png, of easy and hard test images. Weights that have a saliency
     decoder draw the saliency map below each panel: of the dense model, and of the pruned ones with their dropped
-    patches sent home.
+    patches scattered back.
     """
     import sait
     import torch

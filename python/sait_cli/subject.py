@@ -18,7 +18,9 @@ ModelName = Annotated[
     ),
 ]
 Share = Annotated[float | None, typer.Option(help="Share of the patches to keep.")]
-MassShare = Annotated[float | None, typer.Option(help="Share of the score to keep, image by image.")]
+MassShare = Annotated[
+    float | None, typer.Option(help="Cumulative score (top-p): share of the score to keep, image by image.")
+]
 BlockOf = Annotated[
     int | None, typer.Option(help="Where tokens are dropped, from 0: 3; a checkpoint has its own.", min=0)
 ]

@@ -21,7 +21,7 @@ from sait_cli.train import training
 if TYPE_CHECKING:
     from sait.methods import Plan
     from sait.state import Density
-    from sait.train.tune import Setting
+    from sait.train.tune import Candidate
 
 
 class Objective(StrEnum):
@@ -280,7 +280,7 @@ def _by_agreement(
     by_agreement.calibrate(*(subject.eval(), f"{name}, {described}", files, plans), agreement=agreement, **measuring)
 
 
-def table(settings: Sequence[Setting], dense: Setting, best: Setting) -> Table:
+def table(settings: Sequence[Candidate], dense: Candidate, best: Candidate) -> Table:
     found = Table("setting", title="trade-off curve", title_justify="left")
     for column in ("accuracy", "lost", "tokens", "GMAC", "img/s", "× dense"):
         found.add_column(column, justify="right")
@@ -299,6 +299,6 @@ def table(settings: Sequence[Setting], dense: Setting, best: Setting) -> Table:
     return found
 
 
-def as_row(setting: Setting) -> dict[str, Any]:
+def as_row(setting: Candidate) -> dict[str, Any]:
     row = {**eval.as_row(setting.result), "images_per_s": round(setting.images_per_s, 1)}
     return row if setting.block is None else {**row, "block": setting.block}

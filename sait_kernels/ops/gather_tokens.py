@@ -1,4 +1,4 @@
-"""gather_tokens and scatter_tokens: move the kept rows out of a packed batch, and home again."""
+"""gather_tokens and scatter_tokens: move the kept rows out of a packed batch, and scatter them back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gather_tokens(x: Tensor, selection: Selection) -> Tensor:
 
 
 def scatter_tokens(y: Tensor, selection: Selection, total: int, *, base: Tensor | None = None) -> Tensor:
-    """The inverse of gather_tokens: kept rows go home, the others are zero or those of ``base``.
+    """The inverse of gather_tokens: kept rows are scattered back, the others are zero or those of ``base``.
 
     A row whose index is T is left out, and its gradient is zero.
 

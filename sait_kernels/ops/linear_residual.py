@@ -25,7 +25,7 @@ def linear_residual(
     """x[indices] + gamma * (y weight^T + bias): an output projection and its residual in one pass.
 
     On a GPU the tile follows from the number of rows, so a row's bits may differ between batches of very different
-    size, as they do in torch's own products; they are repeatable. On a CPU they depend on that row alone. There every
+    size, as they do in torch's own GEMMs; they are repeatable. On a CPU they depend on that row alone. There every
     call packs the weight; where it stays the same, packed_linear takes it packed.
 
     Args:
@@ -81,7 +81,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The products are torch's. With d = gamma * grad: dy = d W, dW = d^T y; gamma's needs the branch once more."""
+    """The GEMMs are torch's. With d = gamma * grad: dy = d W, dW = d^T y; gamma's needs the branch once more."""
     y, weight, bias, indices, gamma = ctx.saved_tensors
     grad = grad.contiguous()
     dx = grad.clone() if indices is None else ops.scatter_tokens(grad, indices, ctx.total)

@@ -24,14 +24,14 @@ def merge_tokens(
 
     Token merging (ToMe, arXiv:2210.09461) takes the mean of the tokens that it merges, by their sizes; EViT
     (arXiv:2202.07800) keeps one row for all that it drops, weighted by their attention; a pooling has one row for each
-    image. gather_tokens is the case of one row for each, of weight 1: its bits are the same.
+    image. With one row of weight 1 for each row of the result it equals gather_tokens bit for bit.
 
     The sum is taken in float32, in the order of t, and rounded once: it depends on nothing but its own rows.
 
     Args:
         x: (T, C) float32, bfloat16 or float16, rows contiguous.
-        target: (T,) int32: the row of the result that each row goes into, or -1 for none. On a GPU, where the values
-            are not checked, a row with another target than these goes nowhere, too.
+        target: (T,) int32: the row of the result that each row is added to, or -1 for none. On a GPU, where the values
+            are not checked, a row with any other target is added to none, too.
         weight: (T,) float32.
         cu_seqlens_out: (B + 1,) int32, the row where each image starts in the result.
         max_seqlen_out: a bound on the rows of an image in the result.

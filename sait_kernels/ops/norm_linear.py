@@ -29,11 +29,11 @@ def norm_linear(
     """act(z weight^T + bias) with z = LayerNorm(x): the QKV projection or the first layer of an MLP.
 
     With a gate it is act(z gate^T + gate_bias) * (z weight^T + bias): SwiGLU, GeGLU (2002.05202). The rows are
-    normalised while they are loaded for the product, rounded to x's dtype as a LayerNorm of its own would; all that
-    follows the product is done in float32 before the result is rounded.
+    normalised while they are loaded for the GEMM and rounded to x's dtype, as a LayerNorm of its own would do; all that
+    follows the GEMM is done in float32 before the result is rounded.
 
     On a GPU the tile follows from the number of rows, so a row's bits may differ between batches of very different
-    size, as they do in torch's own products; they are repeatable. On a CPU they depend on that row alone. There every
+    size, as they do in torch's own GEMMs; they are repeatable. On a CPU they depend on that row alone. There every
     call packs the weight; where it stays the same, packed_linear takes it packed.
 
     Args:
@@ -107,7 +107,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The products are torch's. What lies between them is computed again.
+    """The GEMMs are torch's. What lies between them is computed again.
 
     With y = z W^T + b and g = z G^T + c: of act(y) dy = act'(y) grad; of act(g) y it is dy = act(g) grad, and
     dg = act'(g) y grad. Then dz = dy W + dg G, dW = dy^T z, dG = dg^T z.

@@ -62,14 +62,14 @@ def packed_linear(
     Of a gated layer act(z gate^T + gate_bias) * (z weight^T + bias) takes the place of act(...).
 
     norm_linear and linear_residual in one, without their gradients: for inference, where a weight is packed once. z is
-    rounded to x's dtype; all that follows the product is done in float32. A row's bits depend on that row alone.
+    rounded to x's dtype; all that follows the GEMM is done in float32. A row's bits depend on that row alone.
 
     Args:
         x: (S, K) float32, bfloat16 or float16, rows contiguous.
         packed: pack_linear(weight), or pack_linear(weight, gate) of a gated layer; of x's dtype.
         out_features: O, the weight's shape[0].
         bias: (O,) or None.
-        norm: weight (K,), bias (K,) and eps of the LayerNorm before the product, or None.
+        norm: weight (K,), bias (K,) and eps of the LayerNorm before the GEMM, or None.
         gelu: True means activation="gelu".
         activation: "none", "gelu" (erf), "gelu_tanh", "quick_gelu" (x sigmoid(1.702 x)) or "silu".
         gated: whether ``packed`` has a gate.

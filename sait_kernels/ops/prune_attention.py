@@ -49,8 +49,9 @@ def prune_attention(
         q, k, v: (T, H, D) float32, bfloat16 or float16, last dimension contiguous.
         cu_seqlens: (B + 1,) int32, the row where each image starts.
         max_seqlen: a bound on the tokens of an image.
-        keep, mass: exactly one of them, as in select_topk and select_mass.
-        min_keep, max_keep, static: with mass, as in select_mass; where the Selection has no row, out's rows are zero.
+        keep, mass: exactly one of them, as in select_topk and select_mass; mass is a cumulative score (top-p).
+        min_keep, max_keep, static: with mass, as in select_mass; behind the kept rows, where a static Selection holds
+            no row, the rows of out are zero.
         kind: the score, as in score_tokens.
         num_prefix: prefix rows at the start of each image, never dropped.
         scale: of q . k; D ** -0.5 by default.
@@ -65,7 +66,7 @@ def prune_attention(
     if (keep is None) == (mass is None):
         raise ValueError(
             f"prune_attention: keep: expected exactly one of keep and mass, got keep={keep!r} and mass={mass!r}. "
-            "Pass keep for a fixed share, mass for as many as carry a share of the score."
+            "Pass keep for a fixed share, mass for as many as reach a share of the cumulative score (top-p)."
         )
     rate, count = (None, None) if keep is None else split_keep("prune_attention", keep)
     check_static("prune_attention", static)

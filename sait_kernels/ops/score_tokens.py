@@ -39,7 +39,7 @@ def score_tokens(
         q, k, v: (T, H, D) float32, bfloat16 or float16, last dimension contiguous. v only for ``cls_value``.
         cu_seqlens: (B + 1,) int32, the row where each image starts; rows from the last value on score 0.
         max_seqlen: a bound on the tokens of an image.
-        kind: one of the above.
+        kind: which score, one of the above.
         num_prefix: prefix rows at the start of each image (class, distillation, register tokens).
         scale: of q . k; D ** -0.5 by default.
 

@@ -59,11 +59,12 @@ def select_mass(
     max_keep: int | None = None,
     static: bool = False,
 ) -> Selection:
-    """Keeps, per image, the fewest patches that carry a given share of the score, and all prefix rows.
+    """Keeps, per image, the fewest patches whose cumulative score (top-p) reaches a share of the image's sum, and all
+    prefix rows.
 
     A patch weighs max(score, 0); a NaN weighs 0. Patches are taken from the highest down until their weights, summed in
-    float64, reach ``mass`` times the image's total; the one that crosses stays. Infinite scores share the whole mass
-    equally; where all weights are zero, all patches weigh the same.
+    float64, reach ``mass`` times the image's total; the one that crosses stays. If there are infinite scores, they
+    alone weigh, all alike; if all weights are zero, all patches weigh the same.
 
     Args:
         scores: (T,) float32; the values of prefix rows are ignored.
@@ -154,7 +155,7 @@ def kept_bound(max_seqlen: int, num_prefix: int, rate: float | None, count: int 
 
 
 def mass_bound(max_seqlen: int, num_prefix: int, max_keep: int | None) -> int:
-    """The rows that an image of max_seqlen tokens keeps by its mass, at most."""
+    """A bound on the rows that an image keeps by its mass."""
     return max_seqlen if max_keep is None else min(max_seqlen, num_prefix + max_keep)
 
 
@@ -165,7 +166,10 @@ def _select(
     how_many: Callable[[Tensor], int],
     bound: int | None,
 ) -> Selection:
-    """how_many(patch scores, best first) -> patches to keep. ``bound``: rows of an image, where the size is static."""
+    """The Selection of the how_many(patch scores, best first) best patches of each image.
+
+    ``bound``: the rows that an image keeps at most, if the size is static; the rest of the indices are then T.
+    """
     rows = [scores.new_empty(0, dtype=torch.long)]
     lengths = [0]
     for begin, end in image_bounds(cu_seqlens):
@@ -224,7 +228,7 @@ def select_mass_reference(
             weights = torch.ones_like(weights)
         cumulative = weights.cumsum(0)
         short = cumulative < mass * cumulative[-1]
-        # At mass 1 the smallest weights vanish in the sum, but they are there.
+        # Mass 1 keeps every positive weight, also those too small to change the rounded sum.
         k = int((weights > 0).sum()) if mass == 1.0 else int(short.sum()) + 1
         k = max(k, min_keep)
         return min(k if max_keep is None else min(k, max_keep), len(patches))

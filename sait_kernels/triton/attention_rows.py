@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sait_kernels.registration import INTERPRETED
-from sait_kernels.triton.numeric import product, rounded
+from sait_kernels.triton.numeric import dot, rounded
 
 LOG2E = 1.4426950408889634  # exp(x) = exp2(LOG2E x), and exp2 is the instruction
 LOG2E_IN_KERNELS = tl.constexpr(LOG2E)
@@ -30,7 +30,8 @@ Table = dict[tuple[int, int, int], Launch]
 
 
 def scanned(table: Table, D: int, itemsize: int, capability: int) -> Launch:
-    """The first row of a table that fits. The interpreter has no registers to run out of, and pays by the program."""
+    """The first row of a table that fits. The interpreter takes the large blocks of 16-bit types for float32, too: it
+    has no registers to run out of, and its time grows with the number of programs."""
     itemsize = 2 if INTERPRETED else itemsize
     return next(
         launch
@@ -40,17 +41,19 @@ def scanned(table: Table, D: int, itemsize: int, capability: int) -> Launch:
 
 
 def base_of_logits(biased: bool) -> float:
-    """What the scale is multiplied by: log2(e), which saves a product for each logit.
+    """What the scale is multiplied by: log2(e), which saves a multiplication for each logit (see ``powers``).
 
-    Not with a bias: its product would be rounded, for all queries alike, and the bias's gradient sums over these.
+    Not with a bias: bias * log2(e) would be rounded, in the same way for all queries, and the bias's gradient sums over
+    them.
     """
     return 1.0 if biased else LOG2E
 
 
 def columns(D: int, itemsize: int) -> dict[str, Any]:
-    """D columns as parts (start, power of two): at most two, where that pads less: 80 is 64 + 16, not 128.
+    """D columns as parts (start, width), each width a power of two, as Triton's blocks are. Two parts where that pads
+    less than one: 80 is 64 + 16, not 128.
 
-    In float32 parts of 16, since outside of matrix instructions a thread holds whole rows of what it multiplies.
+    In float32 all parts have 16 columns: without matrix instructions a thread holds whole rows of what it multiplies.
     """
     if itemsize == 4 and not INTERPRETED:
         return {"D": D, "PARTS": tuple((start, 16) for start in range(0, D, 16))}
@@ -100,11 +103,11 @@ def store_rows(p, o_row, s_row, m_row, parts, D: tl.constexpr, PARTS: tl.constex
 
 
 @triton.jit
-def scalar_products(a, b):
+def dot_products(a, b):
     """[a_i . b_j] of rows in parts."""
     result = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
     for i in tl.static_range(len(a)):
-        result = product(a[i], tl.trans(b[i]), result)
+        result = dot(a[i], tl.trans(b[i]), result)
     return result
 
 
@@ -114,7 +117,7 @@ def weighted_sums(weights, b, sums):
     weights = rounded(weights, b[0].dtype)
     result = ()
     for i in tl.static_range(len(b)):
-        result += (product(weights, b[i], sums[i]),)
+        result += (dot(weights, b[i], sums[i]),)
     return result
 
 
@@ -151,7 +154,7 @@ def logits_of(
 ):
     """scale q k^T, and the bias of the keys, for keys [start, start + BLOCK_N), -inf beyond the image."""
     o_j = start + tl.arange(0, BLOCK_N)
-    logits = scalar_products(b_q, load_rows(p_k, o_j.to(tl.int64), s_kt, o_j < n, D, PARTS)) * scale
+    logits = dot_products(b_q, load_rows(p_k, o_j.to(tl.int64), s_kt, o_j < n, D, PARTS)) * scale
     if BIAS:
         logits += key_biases(p_key_bias, o_j, o_j < n)[None, :]
     return tl.where((o_j < n)[None, :], logits, float("-inf"))
@@ -164,11 +167,12 @@ def key_biases(p_key_bias, o_j, m_j):
 
 @triton.jit
 def taken_off(largest, BIAS: tl.constexpr):
-    """What comes off the logits after some blocks of keys: the largest, or 0 where all of them have a bias of -inf."""
+    """What is subtracted from the logits before exp: the largest so far, or 0 if all of them are -inf, by their
+    bias."""
     return tl.where(largest == float("-inf"), 0.0, largest) if BIAS else largest
 
 
 @triton.jit
 def powers(differences, BIAS: tl.constexpr):
-    """exp of differences of logits. Without a bias these come times log2(e), see base_of_logits."""
+    """exp of differences of logits. Without a bias log2(e) is in them already, see base_of_logits."""
     return tl.exp2(differences * LOG2E_IN_KERNELS) if BIAS else tl.exp2(differences)

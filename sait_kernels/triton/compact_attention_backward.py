@@ -15,6 +15,7 @@ from sait_kernels.triton.attention_rows import (
     Table,
     base_of_logits,
     columns,
+    dot_products,
     image,
     key_biases,
     load_rows,
@@ -22,7 +23,6 @@ from sait_kernels.triton.attention_rows import (
     no_sums,
     place,
     powers,
-    scalar_products,
     scaled_rows,
     scanned,
     store_rows,
@@ -191,7 +191,7 @@ def _query_gradients(
     for start in range(0, n, BLOCK_N):
         o_j = start + tl.arange(0, BLOCK_N)
         logits = logits_of(b_q, p_k, p_key_bias, start, n, scale, s_kt, D, PARTS, BIAS, BLOCK_N)
-        dweights = scalar_products(b_grad, load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, PARTS))
+        dweights = dot_products(b_grad, load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, PARTS))
         before = largest
         largest = tl.maximum(largest, tl.max(logits, 1))
         shift = taken_off(largest, BIAS)
@@ -211,11 +211,11 @@ def _query_gradients(
     for start in range(0, n, BLOCK_N):
         o_j = start + tl.arange(0, BLOCK_N)
         b_k = load_rows(p_k, o_j.to(tl.int64), s_kt, o_j < n, D, PARTS)
-        logits = scalar_products(b_q, b_k) * scale
+        logits = dot_products(b_q, b_k) * scale
         if BIAS:
             logits += key_biases(p_key_bias, o_j, o_j < n)[None, :]
         logits = tl.where((o_j < n)[None, :], logits, float("-inf"))
-        dweights = scalar_products(b_grad, load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, PARTS))
+        dweights = dot_products(b_grad, load_rows(p_v, o_j.to(tl.int64), s_vt, o_j < n, D, PARTS))
         weights = powers(logits - largest[:, None], BIAS) * inverse[:, None]
         sums = weighted_sums(weights * (dweights - mean[:, None]), b_k, sums)
     dq = scaled_rows(sums, tl.full([BLOCK_M], 1, tl.float32) * factor)
@@ -293,12 +293,12 @@ def _key_gradients(
         largest = tl.load(p_row, m_i, other=float("inf"))  # no weight for rows beyond the image
         inverse = tl.load(p_row + size, m_i, other=0.0)
         mean = tl.load(p_row + 2 * size, m_i, other=0.0)
-        logits = scalar_products(b_k, b_q) * scale
+        logits = dot_products(b_k, b_q) * scale
         if BIAS:
             logits += b_bias[:, None]
         weights = powers(logits - largest[None, :], BIAS) * inverse[None, :]
         dv = weighted_sums(weights, b_grad, dv)
-        dweights = scalar_products(b_v, b_grad)
+        dweights = dot_products(b_v, b_grad)
         dlogits = weights * (dweights - mean[None, :])
         dk = weighted_sums(dlogits, b_q, dk)
         if BIAS:

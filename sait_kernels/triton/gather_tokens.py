@@ -77,10 +77,11 @@ def _scatter(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Writes ROWS kept rows and the dropped ones before each, the last program also those after: indices ascend.
-    Those behind the last kept row are `total`, and no row is written for them.
+    """Each program takes ROWS kept rows and writes their output rows and the dropped ones before each of them; the last
+    program also writes all rows behind. Indices ascend; those behind the last kept row are `total`, which means "no
+    row".
 
-    Output rows are written in order, block by block; each finds its kept row, if it has one, by comparing indices.
+    Output rows are written in order, ROWS at a time; each finds its kept row, if it has one, by comparing indices.
     """
     start = tl.program_id(0).to(tl.int64) * ROWS
     o_c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -100,7 +101,7 @@ def _scatter(
         b_row = tl.load(p_y + position[:, None] * s_y + o_c[None, :], m_y, other=0)
         if HAS_BASE:
             b_base = tl.load(p_base + o_row[:, None] * s_base + o_c[None, :], m & (position < 0)[:, None], other=0)
-            b_row |= b_base  # of the two, one is zero
+            b_row |= b_base  # a row is loaded from one of the two, and 0 from the other
         tl.store(p_out + o_row[:, None] * C + o_c[None, :], b_row, m)
 
 

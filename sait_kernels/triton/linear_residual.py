@@ -1,4 +1,4 @@
-"""linear_residual: bias, LayerScale and the gathered residual are added on the way out of the product."""
+"""linear_residual: bias, LayerScale and the gathered residual are fused into the end of the GEMM."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sait_kernels.triton.gemm_tiles import load_weight, tile_place, tile_variants, tiling
 from sait_kernels.triton.launch import Variant, on_device
-from sait_kernels.triton.numeric import product, rounded, widened
-from sait_kernels.triton.products import load_weight, tile_place, tile_variants, tiling
+from sait_kernels.triton.numeric import dot, rounded, widened
 
 
 def linear_residual(
@@ -75,7 +75,7 @@ def _linear_residual(
     for k in range(0, K, BLOCK_K):
         m_k = o_k < K - k
         b_y = tl.load(p_y + o_m[:, None] * s_y + (k + o_k)[None, :], m_m[:, None] & m_k[None, :], other=0.0)
-        acc = product(b_y, load_weight(p_weight, o_j, k + o_k, s_weight, m_j, m_k), acc)
+        acc = dot(b_y, load_weight(p_weight, o_j, k + o_k, s_weight, m_j, m_k), acc)
     if HAS_BIAS:
         acc += widened(tl.load(p_bias + o_j, m_j, other=0.0))[None, :]
     if SCALES:

@@ -1,4 +1,4 @@
-"""norm_linear: rows are normalised on their way into the product, activation and gate follow on the way out of it."""
+"""norm_linear: fuses LayerNorm into the loads of the GEMM, bias, activation and gate into its end."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sait_kernels.triton.activation import activated
+from sait_kernels.triton.gemm_tiles import load_weight, tile_place, tile_variants, tiling
 from sait_kernels.triton.launch import Variant, on_device
-from sait_kernels.triton.numeric import product, rounded, widened
-from sait_kernels.triton.products import load_weight, tile_place, tile_variants, tiling
+from sait_kernels.triton.numeric import dot, rounded, widened
 
 
 def norm_linear(
@@ -85,8 +85,9 @@ def _norm_linear(
     m_m, m_j = o_m < M, o_j < J
     o_k = tl.arange(0, BLOCK_K)
 
-    # Statistics of parts of K, merged: mean += d n_k / n and m2 += m2_k + d^2 (n - n_k) n_k / n with d the difference
-    # of the means. A plain sum of squares would lose all digits where the mean is large.
+    # Mean and squared deviations (m2) of one part of K after the other, merged (n includes the part, d is its mean
+    # minus the mean so far): mean += d n_k / n and m2 += m2_k + d^2 (n - n_k) n_k / n. A plain sum of squares would
+    # lose all digits where the mean is large.
     mean = tl.zeros([BLOCK_M], tl.float32)
     m2 = tl.zeros([BLOCK_M], tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -111,9 +112,9 @@ def _norm_linear(
         shift = widened(tl.load(p_norm_bias + k + o_k, m_k, other=0.0))
         normed = (b_x - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]
         normed = rounded(normed, p_x.dtype.element_ty)
-        acc = product(normed, load_weight(p_weight, o_j, k + o_k, s_weight, m_j, m_k), acc)
+        acc = dot(normed, load_weight(p_weight, o_j, k + o_k, s_weight, m_j, m_k), acc)
         if GATED:
-            gates = product(normed, load_weight(p_gate, o_j, k + o_k, s_gate, m_j, m_k), gates)
+            gates = dot(normed, load_weight(p_gate, o_j, k + o_k, s_gate, m_j, m_k), gates)
     if HAS_BIAS:
         acc += widened(tl.load(p_bias + o_j, m_j, other=0.0))[None, :]
     if GATED:

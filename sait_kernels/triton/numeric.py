@@ -1,7 +1,7 @@
-"""float32 to and from the 16-bit types, and matrix products: the same numbers on a GPU and in Triton's interpreter.
+"""float32 to and from the 16-bit types, and tile GEMMs: the same numbers on a GPU and in Triton's interpreter.
 
-The interpreter holds bfloat16 as bare integers: it computes with those, truncates where a GPU rounds to nearest, and
-takes long to convert. Here the bits are moved instead.
+The interpreter holds bfloat16 as bare integers: it would compute with those integers, truncate where a GPU rounds to
+nearest, and take long to convert. Here the bits are moved instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def rounded(x, dtype: tl.constexpr):
     """float32 in another type, to nearest, ties to even."""
     if IN_INTERPRETER and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        # Half an ulp carries into the upper half, a tie only if that is odd. Not of a NaN: it could become zero.
+        # Adds half an ulp, so that rounding up carries into the upper half, a tie only if that is odd. A NaN just has a
+        # bit set that stays: the addition could turn it into zero.
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
         result = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
@@ -38,7 +39,7 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, c):
+def dot(a, b, c):
     """c + a b, summed in float32; 16-bit factors are multiplied by matrix instructions."""
     if IN_INTERPRETER:
         result = tl.dot(widened(a), widened(b), c, input_precision="ieee")

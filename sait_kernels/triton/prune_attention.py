@@ -1,4 +1,4 @@
-"""prune_attention: score and select in one launch for the class token's kinds, then compact_attention of what stays.
+"""prune_attention: score and select in one launch for the class token's scores, then compact_attention of what stays.
 
 The one launch is made of the very functions that score_tokens and select launch one by one: the choice is theirs.
 """
@@ -23,7 +23,7 @@ from sait_kernels.triton.score_tokens import (
     score_tokens,
     strides,
 )
-from sait_kernels.triton.select import LONGEST, Rule, blocks, choose_image, choose_rows, select_rows
+from sait_kernels.triton.select import LONGEST, KeepRule, blocks, choose_image, choose_rows, select_rows
 
 
 def prune_attention(
@@ -42,7 +42,7 @@ def prune_attention(
     max_keep: int | None = None,
     static: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rule = Rule(rate, count, mass, min_keep, max_keep, static)
+    rule = KeepRule(rate, count, mass, min_keep, max_keep, static)
     if kind == "column":
         scores = score_tokens(q, k, None, cu_seqlens, max_seqlen, kind, num_prefix, scale)
         indices, kept = select_rows("prune_attention", scores, cu_seqlens, max_seqlen, num_prefix, rule)
@@ -57,7 +57,7 @@ def _class_rows(
     v: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    rule: Rule,
+    rule: KeepRule,
     kind: str,
     num_prefix: int,
     scale: float | None,
@@ -86,7 +86,7 @@ def _score_and_choose(
     VALUES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, RULE: tl.constexpr, CHUNKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program b scores image b and chooses its rows. The scores pass through memory, that is to say its caches."""
+    """Program b scores image b and chooses its rows. It writes the scores and reads them back, out of the cache."""
     begin = tl.load(p_cu + tl.program_id(0)).to(tl.int64)
     n = tl.load(p_cu + tl.program_id(0) + 1) - begin.to(tl.int32)
     T, H = T.to(tl.int64), H.to(tl.int64)

@@ -1,4 +1,4 @@
-"""score_tokens of kind `column`: attention received, in two passes over the logits; never N x N in memory.
+"""score_tokens with the score `column`: attention received, in two passes over the logits; never N x N in memory.
 
 The first pass leaves two numbers of each query and head, the largest logit and one over the sum of the numerators; the
 second adds up columns. Gradients recompute in the same way, once along the queries and once along the keys.
@@ -17,40 +17,42 @@ from torch import Tensor
 
 from sait_kernels.registration import INTERPRETED
 from sait_kernels.triton.launch import Variant, cdiv, next_power_of_2, variant
-from sait_kernels.triton.numeric import IN_INTERPRETER, product, rounded, widened
+from sait_kernels.triton.numeric import IN_INTERPRETER, dot, rounded, widened
 from sait_kernels.triton.softmax import LOWEST, numerators, sign_of
 from sait_kernels.triton.tail import zero_tail
 
 
 @dataclass(frozen=True)
-class Launch:
-    block: int  # tokens on either side of a tile of logits
+class LogitTile:
+    """The (block, block) logits that a program computes at a time."""
+
+    block: int  # tokens on either side
     num_warps: int
 
 
 # (element size, head_dim at most) -> forward, backward. 64 x 64 logits of four warps are one wgmma on Hopper and 32
 # registers a thread. float32 multiplies without matrix instructions, out of registers: smaller tiles.
-LAUNCHES = {
-    (2, 64): (Launch(64, 4), Launch(64, 4)),
-    (2, 128): (Launch(64, 4), Launch(64, 8)),
-    (2, 256): (Launch(64, 8), Launch(32, 4)),
-    (4, 64): (Launch(32, 4), Launch(32, 4)),
-    (4, 256): (Launch(16, 8), Launch(16, 8)),
+LOGIT_TILES = {
+    (2, 64): (LogitTile(64, 4), LogitTile(64, 4)),
+    (2, 128): (LogitTile(64, 4), LogitTile(64, 8)),
+    (2, 256): (LogitTile(64, 8), LogitTile(32, 4)),
+    (4, 64): (LogitTile(32, 4), LogitTile(32, 4)),
+    (4, 256): (LogitTile(16, 8), LogitTile(16, 8)),
 }
 # The interpreter pays for each operation, whatever its size.
 if INTERPRETED:
-    LAUNCHES = {(size, 256): (Launch(128, 4), Launch(128, 4)) for size in (2, 4)}
+    LOGIT_TILES = {(size, 256): (LogitTile(128, 4), LogitTile(128, 4)) for size in (2, 4)}
 
 
 def launch_of(D: int, itemsize: int, backward: bool) -> dict[str, Any]:
     """Constants and options of a launch."""
-    launch = next(pair for (size, width), pair in LAUNCHES.items() if size == itemsize and width >= D)[backward]
+    launch = next(pair for (size, width), pair in LOGIT_TILES.items() if size == itemsize and width >= D)[backward]
     block_d = max(16, next_power_of_2(D))
     return {"D": D, "BLOCK_D": block_d, "BLOCK": launch.block, "num_warps": launch.num_warps, "num_stages": 2}
 
 
 def _blocks(q: Tensor, max_seqlen: int, options: dict[str, Any]) -> int:
-    """Of the longest image; max_seqlen is a bound only, and may be far above."""
+    """Blocks of the longest image. max_seqlen is a bound only and may be far above it, so T limits it, too."""
     return cdiv(min(max_seqlen, q.shape[0]), options["BLOCK"])
 
 
@@ -94,7 +96,7 @@ def _rows(p_x, begin, first, n, h, s_t, s_h, D: tl.constexpr, BLOCK_D: tl.conste
 @triton.jit
 def _logits(b_a, b_b, scale, BLOCK: tl.constexpr):
     """± a . b of each pair of rows: (BLOCK, BLOCK)."""
-    return sign_of(scale) * product(b_a, tl.trans(b_b), tl.zeros([BLOCK, BLOCK], tl.float32))
+    return sign_of(scale) * dot(b_a, tl.trans(b_b), tl.zeros([BLOCK, BLOCK], tl.float32))
 
 
 @triton.jit(do_not_specialize=["blocks", "T", "H"])
@@ -153,7 +155,7 @@ def _column_sums(
 
 
 @triton.jit
-def _dproduct(b_dlogits, b_x, b_sum):
+def _add_dot(b_dlogits, b_x, b_sum):
     """sum + dlogits x. With 16-bit rows the factors are rounded to tf32, which has the precision of float16 and the
     range of float32: dlogits fall with the square of the tokens.
     """
@@ -200,7 +202,7 @@ def _dqueries(
         b_grad = tl.load(p_grad + begin + o_k, o_k < n, other=0.0)[None, :]
         b_weights = numerators(_logits(b_q, b_k, scale, BLOCK), largest[:, None], scale) * inverse[:, None]
         b_dlogits = tl.where((o_k < n)[None, :], b_weights * (b_grad - mean[:, None]), 0.0)
-        b_dq = _dproduct(b_dlogits, b_k, b_dq)
+        b_dq = _add_dot(b_dlogits, b_k, b_dq)
     o_n, o_d = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     m_n = o_n < n
     b_dq *= tl.div_rn(scale, (H * n).to(tl.float32))
@@ -217,7 +219,7 @@ def _dkeys(
     p_q, p_k, p_cu, p_grad, p_stats, p_dk, blocks, T, H, scale, s_qt, s_qh, s_kt, s_kh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dk of a block of keys; program (block, head). Tiles are (keys, queries): a product takes them as they are."""
+    """dk of a block of keys; program (block, head). Tiles are (keys, queries): tl.dot takes them untransposed."""
     zero_tail(p_dk, p_cu, tl.num_programs(0) // blocks, T, H * D)
     begin, n, first = _image_and_block(p_cu, blocks, BLOCK)
     if first >= n:
@@ -236,7 +238,7 @@ def _dkeys(
         b_inverse = tl.load(p_row + H * T, o_q < n, other=0.0)[None, :]  # 0: rows outside weigh nothing
         b_mean = tl.load(p_row + 2 * H * T, o_q < n, other=0.0)[None, :]
         b_weights = numerators(_logits(b_k, b_q, scale, BLOCK), b_largest, scale) * b_inverse
-        b_dk = _dproduct(b_weights * (b_grad - b_mean), b_q, b_dk)
+        b_dk = _add_dot(b_weights * (b_grad - b_mean), b_q, b_dk)
     b_dk *= tl.div_rn(scale, (H * n).to(tl.float32))
     p_out = p_dk + ((begin + o_n) * H + h)[:, None] * D + o_d[None, :]
     tl.store(p_out, rounded(b_dk, p_dk.dtype.element_ty), m_n[:, None] & (o_d < D)[None, :])

@@ -1,4 +1,4 @@
-"""score_tokens: the class token's kinds, in one launch that reads K once; their gradients in two. No N x N anywhere.
+"""score_tokens: the class token's scores, in one launch that reads K once; their gradients in two. No N x N anywhere.
 
 Blocks depend on heads, head_dim and type alone, never on lengths: an image's result does not depend on its batch, and a
 new length compiles nothing. Nothing is atomic: each sum has one program and one order.
@@ -29,8 +29,8 @@ ROW_TILE = 16384
 # Element size of the inputs -> elements of a tile of logits, (heads, tokens), read from the cache a few times: 2 or 8
 # a thread, with which no variant spills.
 LOGIT_TILE = {2: 512, 4: 2048}
-# Of every kernel that scores by the class token: another number could add in another order, and prune_attention must
-# choose by the very bits of score_tokens. With 4 the selection beside the scores spills on Ampere.
+# The same for every kernel that scores by the class token: with another number sums could have another order, and
+# prune_attention must choose by the very bits of score_tokens. With 4 a kernel that also selects spills on Ampere.
 NUM_WARPS = 8
 
 
@@ -46,7 +46,7 @@ def class_blocks(H: int, D: int, itemsize: int, kind: str) -> dict[str, Any]:
 
 
 def class_scratch(q: Tensor, kind: str) -> Tensor:
-    """(H, T) logits, and for cls_value a row of norms."""
+    """(H, T) logits, and for cls_value one row more, of norms."""
     return q.new_empty(q.shape[1] + (kind == "cls_value"), q.shape[0], dtype=torch.float32)
 
 

@@ -1,10 +1,11 @@
 """select_topk and select_mass: one launch chooses the rows of every image, without sorting.
 
-A score becomes a 32-bit key in its order. The lowest key that stays is found by bisection: each step counts the keys
-that reach a bound (select_mass: and adds up their weights, in float64), with the keys in registers. Ties take what is
-left, lowest index first, by a prefix count. A sort of 64-bit keys (score, inverted index) gives the same rows, but its
-steps grow with log2(n)^2, and it ends at the longest block. Bisection ends once no doubt is left, typically after ten
-to twenty steps, and takes images of any length: in chunks, read anew in each step.
+Each score becomes a 32-bit integer key of the same order. Bisection finds the lowest key that stays: each step counts
+the keys that reach a bound (and for select_mass adds up their weights, in float64), with the keys in registers. If
+several keys tie there, those of the lowest indices stay; a prefix count finds them. Sorting 64-bit keys (score,
+inverted index) would give the same rows, but takes steps that grow with log2(n)^2, and images no longer than a block.
+Bisection ends once no key is undecided, typically after ten to twenty steps, and takes images of any length: long ones
+in chunks, read anew in each step.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ from sait_kernels.triton.launch import Variant, next_power_of_2, on_device, vari
 
 OUTSIDE = tl.constexpr(-(2**31))  # below the key of every score
 NUM_WARPS = 4
-# Tokens in registers: at 2048 a thread holds 16 keys and 16 weights. Lengths enter as a power of two only.
+# Bounds on the tokens that a program holds in registers: at 2048 a thread holds 16 keys and 16 weights. The length of a
+# batch's images is rounded up to a power of two, so that few kernels are compiled.
 SHORTEST, LONGEST = 128, 2048
 IMAGES = 1024  # images that a program looks at in one step
 NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How many patches of an image stay: a share, a number, or between two numbers as many as carry a mass.
+class KeepRule:
+    """How many patches of an image stay. Exactly one of rate, count and mass is set.
 
-    ``static``: with a mass, in a size known beforehand.
+    ``rate`` is a share of the patches and ``count`` a number. ``mass`` keeps the fewest whose cumulative score (top-p)
+    reaches this share, but at least ``least`` and at most ``most``; with ``static`` the result's size is known
+    beforehand.
     """
 
     rate: float | None = None
@@ -46,7 +50,7 @@ class Rule:
 def select_topk(
     scores: Tensor, cu_seqlens: Tensor, max_seqlen: int, rate: float | None, count: int | None, num_prefix: int
 ) -> tuple[Tensor, Tensor]:
-    return select_rows("select_topk", scores, cu_seqlens, max_seqlen, num_prefix, Rule(rate, count))
+    return select_rows("select_topk", scores, cu_seqlens, max_seqlen, num_prefix, KeepRule(rate, count))
 
 
 def select_mass(
@@ -59,12 +63,12 @@ def select_mass(
     max_keep: int | None,
     static: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    rule = Rule(mass=mass, least=min_keep, most=max_keep, static=static)
+    rule = KeepRule(mass=mass, least=min_keep, most=max_keep, static=static)
     return select_rows("select_mass", scores, cu_seqlens, max_seqlen, num_prefix, rule)
 
 
 def select_rows(
-    op: str, scores: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_prefix: int, rule: Rule
+    op: str, scores: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_prefix: int, rule: KeepRule
 ) -> tuple[Tensor, Tensor]:
     scores = scores.contiguous()
 
@@ -76,18 +80,19 @@ def select_rows(
 
 
 def blocks(longest: int) -> dict[str, Any]:
-    """The constants of a kernel that ends in choose_image, for images of up to these many tokens."""
+    """The constants of a kernel that ends in choose_image, for images of at most ``longest`` tokens."""
     block = min(max(next_power_of_2(longest), SHORTEST), LONGEST)
     return {"BLOCK": block, "CHUNKED": longest > block}
 
 
 def choose_rows(
-    op: str, launch: Callable[..., None], cu: Tensor, total: int, max_seqlen: int, num_prefix: int, rule: Rule
+    op: str, launch: Callable[..., None], cu: Tensor, total: int, max_seqlen: int, num_prefix: int, rule: KeepRule
 ) -> tuple[Tensor, Tensor]:
     """(indices, cu_seqlens) of the rows that stay; ``launch`` runs a kernel that ends in choose_image.
 
-    A static mass, or as many rows as images of max_seqlen tokens have: the size is known, nothing synchronises, and
-    indices behind those that stay are ``total``. Otherwise one number is read from the device.
+    With a static mass, or with a rate or count and images * max_seqlen rows in the batch, the size of the result is
+    known beforehand: nothing synchronises, and indices behind the kept rows are ``total``, which means "no row".
+    Otherwise the size is read from the device.
     """
     images = cu.shape[0] - 1
     if total == 0 or images == 0:
@@ -110,7 +115,7 @@ def choose_rows(
         indices, kept = cu.new_empty(images * rows), cu.new_empty(images + 1)
         launch(indices, kept, prefix, count, count, longest, rate, RULE="equal", **options)
         return indices, kept
-    kept = cu.new_empty(images + 3)  # and the rows in all, and the first image with too few patches
+    kept = cu.new_empty(images + 3)  # cu_seqlens, then the kept rows in all and the first image with too few patches
     _offsets[(1,)](cu, kept, images, prefix, count, rate, BLOCK=IMAGES, num_warps=NUM_WARPS)
     kept_rows, short = kept[images + 1 :].tolist()
     if short < images:
@@ -121,7 +126,7 @@ def choose_rows(
     return indices, kept
 
 
-def _too_many(op: str, patches: int, image: int, rule: Rule) -> str:
+def _too_many(op: str, patches: int, image: int, rule: KeepRule) -> str:
     return (
         f"{op}: keep: expected at most {patches}, the patches of image {image}, got {rule.count}. "
         "Pass a share such as 0.45, or a smaller number."
@@ -130,17 +135,18 @@ def _too_many(op: str, patches: int, image: int, rule: Rule) -> str:
 
 @triton.jit
 def _patches(patches, count, rate):
-    """How many patches of an image stay: `count` of any number, or where that is 0 selection.rate_to_count."""
-    # A product and a difference fused into one would round once where rate_to_count rounds twice. The maximum, which
-    # changes nothing, keeps them apart.
-    product = tl.maximum(rate * patches.to(tl.float64), 0.0)
-    share = tl.maximum(tl.ceil(product - 1e-6).to(tl.int32), 1)
+    """How many patches of an image stay: `count`, or where that is 0 what selection.rate_to_count says; 0 without
+    any."""
+    # The maximum changes no number: it keeps the compiler from fusing the multiplication and the subtraction into one
+    # instruction, which would round once where rate_to_count rounds twice.
+    scaled = tl.maximum(rate * patches.to(tl.float64), 0.0)
+    share = tl.maximum(tl.ceil(scaled - 1e-6).to(tl.int32), 1)
     return tl.where(patches > 0, tl.where(count > 0, count, share), 0)
 
 
 @triton.jit
 def _rows(n, num_prefix, count, rate):
-    """How many rows stay of an image of n tokens: its patches at most."""
+    """How many rows stay of an image of n tokens: its prefix rows and the patches of _patches, all at most."""
     patches = tl.maximum(n - num_prefix, 0)
     return n - patches + tl.minimum(_patches(patches, count, rate), patches)
 
@@ -158,7 +164,7 @@ def _rows_before(b, p_cu, longest, num_prefix, count, rate, BLOCK: tl.constexpr)
 
 @triton.jit
 def _no_rows(p_indices, begin, end, total, BLOCK: tl.constexpr):
-    """Writes `total`, which is no row, to the indices from `begin` to `end`."""
+    """Writes `total`, which means "no row", to the indices from `begin` to `end`."""
     for first in range(begin, end, BLOCK):
         o_i = first + tl.arange(0, BLOCK)
         tl.store(p_indices + o_i, total, o_i < end)
@@ -166,7 +172,8 @@ def _no_rows(p_indices, begin, end, total, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["images", "num_prefix", "count"])
 def _offsets(p_cu, p_kept, images, num_prefix, count, rate: tl.float64, BLOCK: tl.constexpr):
-    """Where each image starts among the kept rows; then their number, and the first image with too few patches."""
+    """p_kept: where each image starts among the kept rows (images + 1 numbers, the last is how many there are), that
+    number once more, and the first image with fewer patches than `count`, or `images` if there is none."""
     total = tl.full([], 0, tl.int32)
     short = images
     tl.store(p_kept, 0)
@@ -186,9 +193,10 @@ def _offsets(p_cu, p_kept, images, num_prefix, count, rate: tl.float64, BLOCK: t
 
 @triton.jit(do_not_specialize=["size", "total"])
 def _pack(p_spread, p_cu, p_lengths, p_indices, p_kept, size, total, BLOCK: tl.constexpr):
-    """Moves the rows of image b, which lie where the image itself does, behind those of the images before it.
+    """Program b moves the kept rows of image b behind those of the images before it, from p_spread to p_indices.
 
-    The last program fills p_indices, which has this `size`, with `total`.
+    In p_spread they lie from the image's first row on. The last program fills the rest of p_indices, which has `size`
+    elements, with `total`.
     """
     b = tl.program_id(0)
     start = tl.full([], 0, tl.int32)
@@ -218,10 +226,11 @@ def _select(
 
 @triton.jit
 def _keys(p_scores, first, n, num_prefix, BLOCK: tl.constexpr):
-    """The keys of an image's patches from token `first` on, OUTSIDE elsewhere.
+    """The keys of BLOCK tokens from `first` on: those of patches in the order of their scores, OUTSIDE for all else.
 
-    The bits of a float ascend with it as a signed integer where it is positive, and descend where it is negative. NaN
-    becomes -inf, and -0 becomes +0, so that they tie; in integers, because these flush no denormal.
+    Read as a signed integer, the bits of a positive float grow with it; those of a negative float shrink with it, so
+    all but the sign is flipped. NaN becomes -inf, and -0 becomes +0, so that they tie. All this is done on integers,
+    because float operations may flush denormals to zero.
     """
     o_n = first + tl.arange(0, BLOCK)
     m_n = (o_n >= num_prefix) & (o_n < n)
@@ -233,9 +242,10 @@ def _keys(p_scores, first, n, num_prefix, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weights(b_keys, best, mass):
-    """What keys weigh in select_mass: the score where it is positive. Infinite scores share all, and so do all patches
-    where no score is positive. At mass 1 what is positive counts, since the smallest weights vanish in a sum. All are
-    float32 numbers; as such they take half the registers, and become float64 where they are added.
+    """What keys weigh in select_mass: max(score, 0). If there are infinite scores, they alone weigh, all alike; if no
+    score is positive, every patch weighs 1. At mass 1 every positive weight counts as 1, since the smallest would
+    vanish in a sum. All weights are float32 numbers: so they take half the registers, and they are widened where they
+    are added.
     """
     b_weights = tl.where(best > 0, tl.maximum(b_keys, 0).to(tl.float32, bitcast=True), 1.0)
     b_weights = tl.where(best == 0x7F800000, (b_keys == best).to(tl.float32), b_weights)
@@ -263,7 +273,8 @@ def _reached(
 
 @triton.jit
 def _enough(count, weight, least, most, target, RULE: tl.constexpr):
-    """Whether the best keys, these many and of this weight, are as many as shall stay; it stays true as they grow."""
+    """Whether the `count` best keys, which weigh `weight` together, are enough. Once true it stays true for more
+    keys."""
     result = count >= most
     if RULE == "mass":
         result = result | ((count >= least) & (weight >= target))
@@ -275,12 +286,18 @@ def choose_image(
     p_scores, p_cu, p_indices, p_kept, num_prefix, least, most, longest, share,
     RULE: tl.constexpr, CHUNKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the rows of image b = program_id(0) that stay, ascending.
+    """Writes the rows of image b = program_id(0) that stay to p_indices, in ascending order.
 
-    RULE "equal": `least` patches, or where that is 0 a `share` of them. There is room for what images of `longest`
-    tokens keep; shorter ones leave some of it, which is filled with the batch's number of rows. p_kept is written, too.
-    "given": what p_kept says. "mass": between `least` and `most` patches with this `share` of the score, written where
-    the image itself lies, and their number into p_kept[b].
+    RULE says how many patches stay, and where the rows are written:
+
+    - "equal": `least` patches, or if that is 0 a `share` of them. The batch has as many rows as images of `longest`
+      tokens, and p_indices has the capacity for what these keep. The rows are written behind those of the images
+      before, and p_kept gets the cu_seqlens. If images are shorter, p_indices is filled up with the batch's number of
+      rows.
+    - "given": p_kept holds the cu_seqlens; they say both how many and where.
+    - "mass": the fewest patches whose cumulative score (top-p) reaches `share` of the image's sum, but at least `least`
+      and at most `most`. They are written from the image's own first row on, and p_kept[b] gets their number; _pack
+      then moves them together.
     """
     b = tl.program_id(0)
     begin = tl.load(p_cu + b)
@@ -322,8 +339,9 @@ def choose_image(
     above, weight_above = tl.full([], 0, tl.int32), tl.full([], 0.0, tl.float64)
     reached, target = _reached(b_keys, p_scores, n, num_prefix, low, best, share, RULE, CHUNKED, BLOCK)
     target *= share
-    # The keys from `low` on are enough, those above `high` are not. What is between them is settled when that is all
-    # one key, or when all of it has to stay.
+    # Invariant: the keys >= low are enough, the keys > high are not; the undecided ones are in [low, high]. `reached`
+    # and `above` count the keys >= low and > high. The search ends when one undecided key is left, when all of them
+    # have the same value (low == high), or when all of them have to stay (reached <= least).
     while (low < high) & (reached - above > 1) & (reached > least):
         middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
         count, weight = _reached(b_keys, p_scores, n, num_prefix, middle, best, share, RULE, CHUNKED, BLOCK)
@@ -332,6 +350,8 @@ def choose_image(
         high, above = tl.where(enough, high, middle - 1), tl.where(enough, above, count)
         weight_above = tl.where(enough, weight_above, weight)
 
+    # All keys above `high` stay, and of those in [low, high] the first ones, by index, until there are enough. If the
+    # search ended at low == high, these tie and weigh the same; in the other cases all of them stay.
     weight_of_tie = _weights(low, best, share).to(tl.float64)
     ties, kept = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for first in range(0, n, BLOCK):

@@ -19,5 +19,6 @@ def sign_of(scale):
 
 @triton.jit
 def numerators(b_logits, largest, scale):
-    """Of logits that have the scale's sign. 0 for the lowest value, which is everything outside, whatever the scale."""
+    """exp(|scale| (l - largest)) of logits times the scale's sign; 0 for LOWEST, which marks all outside, at any
+    scale."""
     return tl.where(b_logits == LOWEST, 0.0, tl.exp(tl.abs(scale) * (b_logits - largest)))

@@ -1,4 +1,4 @@
-"""Memory, launches and host time of a forward, of forwards for which they are known."""
+"""Memory, launches and CPU overhead of a forward, of forwards for which they are known."""
 
 from __future__ import annotations
 

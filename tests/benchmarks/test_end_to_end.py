@@ -18,7 +18,7 @@ import sait
 import spread
 import torch
 import typer
-from end_to_end import Figure
+from end_to_end import TimedPeer
 from peers import PEERS, Made, Peer, Setting
 from report import performance
 from schema import check_results
@@ -82,7 +82,7 @@ def test_rows(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
     for name, taken in seconds.items():
         made = PEERS[name].make(setting)
-        figures.append(Figure(name, made, made.rows, taken))
+        figures.append(TimedPeer(name, made, made.rows, taken))
     common = {"model": "m", "batch": 2, "dtype": "fp32"}
     rows = {row["peer"]: row for row in end_to_end.rows_of(setting, figures, {}, common)}
     assert [row["ratio"] for row in rows.values()] == [1.0, 2.0, 2.667, 4.0, 0.5]
@@ -90,7 +90,7 @@ def test_rows(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["best_dense"] for row in rows.values()} == {"timm compiled"}  # ours is none of them
     assert not any("best_pruned" in row for row in rows.values()), "EViT prunes in another way"
     made = PEERS["plain"].make(setting)
-    figures.append(Figure("plain", made, made.rows, 1.5))
+    figures.append(TimedPeer("plain", made, made.rows, 1.5))
     rows = {row["peer"]: row for row in end_to_end.rows_of(setting, figures, {}, common)}
     assert {row["best_pruned"] for row in rows.values()} == {"plain torch"}
     assert rows["ours"]["vs_best_pruned"] == 1.5
@@ -126,7 +126,7 @@ def test_costs_that_cannot_be_counted_are_absent(
     monkeypatch.setattr(costs, "of_forward", no_profiler)
     made = PEERS["timm"].make(setting)
     rows = [{"peer": "timm", "ours_us": 1.0}]
-    end_to_end.add_costs(rows, setting, [Figure("timm", made, made.rows, 1.0)])
+    end_to_end.add_costs(rows, setting, [TimedPeer("timm", made, made.rows, 1.0)])
     assert rows == [{"peer": "timm", "ours_us": 1.0}]
     assert "timm eager: costs not counted: RuntimeError: no profiler" in capsys.readouterr().out
 

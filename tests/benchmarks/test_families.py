@@ -17,12 +17,12 @@ TINY = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 4, "num_classe
 
 
 @pytest.fixture
-def tiny() -> families.Subject:
+def tiny() -> families.FamilyModel:
     name = "vit_small_patch16_dinov3"
-    return families.Subject(name, lambda: timm.create_model(name, **TINY), families.TIMM, 64)
+    return families.FamilyModel(name, lambda: timm.create_model(name, **TINY), families.TIMM, 64)
 
 
-def test_rows_and_page(tiny: families.Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows_and_page(tiny: families.FamilyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(families, "BLOCK", 1)
     monkeypatch.setattr(families, "PAGE", tmp_path / "families.md")
     torch.manual_seed(0)

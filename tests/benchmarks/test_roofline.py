@@ -6,7 +6,7 @@ import pytest
 import roofline
 import sait
 import torch
-from roofline import Part, Roofs
+from roofline import RooflineCost, Roofs
 from sait import Plan, Stage
 from sait.cost import Rows, plan_rows, rows_for_head
 from tiny import images, small_vit
@@ -76,9 +76,9 @@ def test_bytes_by_hand() -> None:
 
 def test_the_longer_of_two_times() -> None:
     roofs = Roofs(copy_tbps=2.0, matmul_tflops=100.0)
-    assert Part("0 proj", bytes=4e12, flop=1e14).seconds(roofs) == 2.0
-    assert Part("1 proj", bytes=1e12, flop=3e14).seconds(roofs) == 3.0
-    found = [Part("0 proj", 4e12, 1e14), Part("1 proj", 1e12, 3e14), Part("head", 2e12, 0)]
+    assert RooflineCost("0 proj", bytes=4e12, flop=1e14).seconds(roofs) == 2.0
+    assert RooflineCost("1 proj", bytes=1e12, flop=3e14).seconds(roofs) == 3.0
+    found = [RooflineCost("0 proj", 4e12, 1e14), RooflineCost("1 proj", 1e12, 3e14), RooflineCost("head", 2e12, 0)]
     assert roofline.floor(found, roofs) == 6.0
     assert roofline.by_kind(found, roofs) == {"proj": 5.0, "head": 1.0}
 

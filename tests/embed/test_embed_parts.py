@@ -1,4 +1,4 @@
-"""Parts: there whole or not at all, of one kind of run, and a full disk leaves none behind."""
+"""The folder of a run: parts are there whole or not at all, of one kind of run, and a full disk leaves none behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("pyarrow", reason="the extra [embed]")
 import pyarrow as pa
 from sait.embed import BadInput, read
 from sait.embed import parts as module
-from sait.embed.parts import DOCUMENT, Parts, table
+from sait.embed.parts import DOCUMENT, RunFolder, table
 
 SETTINGS = {"command": "embed", "density": {"keep": 0.5}, "size": (32, 32)}
 
@@ -29,7 +29,7 @@ def some(start: int = 0, rows: int = 3, store: str = "float32") -> pa.Table:
 
 @pytest.mark.parametrize("store", ["float32", "float16"])
 def test_columns(store: str, tmp_path: Path) -> None:
-    Parts(tmp_path).write(0, some(store=store))
+    RunFolder(tmp_path).write(0, some(store=store))
     found = read(tmp_path)
     assert found.schema.field("embedding").type == pa.list_(pa.float16() if store == "float16" else pa.float32(), 4)
     assert found.schema.field("tokens").type == pa.int32()
@@ -62,7 +62,7 @@ def test_a_part_of_broken_files_alone() -> None:
 
 
 def test_missing_parts_and_what_a_kill_left(tmp_path: Path) -> None:
-    parts = Parts(tmp_path)
+    parts = RunFolder(tmp_path)
     parts.write(1, some())
     for part in (0, 2):
         (tmp_path / f".part-{part:06d}.parquet.123").write_bytes(b"half")
@@ -71,7 +71,7 @@ def test_missing_parts_and_what_a_kill_left(tmp_path: Path) -> None:
 
 
 def test_damaged_parts_are_named(tmp_path: Path) -> None:
-    parts = Parts(tmp_path)
+    parts = RunFolder(tmp_path)
     parts.write(0, some())
     with pytest.raises(BadInput, match=r"expected 4 rows in .*part-000000.parquet, found 3; remove it"):
         parts.missing({0: 4})
@@ -81,37 +81,37 @@ def test_damaged_parts_are_named(tmp_path: Path) -> None:
 
 
 def test_the_document_beside_them(tmp_path: Path) -> None:
-    Parts(tmp_path).claim(SETTINGS, {"date": "today"})
-    Parts(tmp_path).claim(SETTINGS, {"date": "tomorrow"})
+    RunFolder(tmp_path).claim(SETTINGS, {"date": "today"})
+    RunFolder(tmp_path).claim(SETTINGS, {"date": "tomorrow"})
     document = json.loads((tmp_path / DOCUMENT).read_text())
     assert document == {"format": 1, "settings": {**SETTINGS, "size": [32, 32]}, "date": "today"}
     with pytest.raises(
         BadInput, match=r'was begun with density {"keep": 0.5}, got {"keep": 0.3}; take another'
     ) as error:
-        Parts(tmp_path).claim({**SETTINGS, "density": {"keep": 0.3}}, {})
+        RunFolder(tmp_path).claim({**SETTINGS, "density": {"keep": 0.3}}, {})
     assert "\n" not in str(error.value)
     with pytest.raises(BadInput, match="was begun with store null, got float16"):
-        Parts(tmp_path).claim({**SETTINGS, "store": "float16"}, {})
+        RunFolder(tmp_path).claim({**SETTINGS, "store": "float16"}, {})
 
 
 def test_folders_of_somebody_else(tmp_path: Path) -> None:
-    Parts(tmp_path).write(0, some())
+    RunFolder(tmp_path).write(0, some())
     with pytest.raises(BadInput, match=f"has parts and no {DOCUMENT}"):
-        Parts(tmp_path).claim(SETTINGS, {})
+        RunFolder(tmp_path).claim(SETTINGS, {})
     (tmp_path / DOCUMENT).write_text("{")
     with pytest.raises(BadInput, match="cannot read"):
-        Parts(tmp_path).claim(SETTINGS, {})
+        RunFolder(tmp_path).claim(SETTINGS, {})
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = Parts(tmp_path)
+    parts = RunFolder(tmp_path)
 
     def full(opened: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(module.os, "fsync", full)
-        with pytest.raises(BadInput, match=r"No space left on device; make room there, and the same command goes on\."):
+        with pytest.raises(BadInput, match=r"No space left on device; free some space, and the same command goes on\."):
             parts.write(0, some())
     assert list(tmp_path.iterdir()) == []
     parts.write(0, some())
@@ -121,11 +121,11 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"out: cannot write into .*file.out: Not a directory; take another folder\."):
-        Parts(tmp_path / "file" / "out")
+        RunFolder(tmp_path / "file" / "out")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_output(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(BadInput, match="Permission denied"):
-        Parts(tmp_path)
+        RunFolder(tmp_path)

@@ -18,7 +18,7 @@ pytest.importorskip("ray", reason="the extra [ray]")
 import pictures
 import ray
 from sait.embed import BadInput, Settings, embed, open_source, ray_engine, read, run
-from sait.embed.parts import Parts
+from sait.embed.parts import RunFolder
 
 HERE = Path(__file__).parent
 
@@ -66,7 +66,7 @@ def test_the_rows_of_the_local_engine(cluster: None, tmp_path: Path) -> None:
 def test_what_an_actor_says_is_data(tmp_path: Path) -> None:
     """A full disk, over there."""
 
-    class Full(Parts):
+    class Full(RunFolder):
         def write(self, part: int, table: Any) -> None:
             raise BadInput("out", "no room")
 

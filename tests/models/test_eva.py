@@ -298,9 +298,7 @@ def test_multiply_adds_are_those_that_torch_counts(name: str) -> None:
         block.attn.fused_attn = False
     if model.attn_pool is not None:
         model.attn_pool.fused_attn = False
-    with FlopCounterMode(
-        display=False
-    ) as of_table:  # made once for all images, by some versions of timm with a product
+    with FlopCounterMode(display=False) as of_table:  # made once for all images, by some versions of timm with a GEMM
         if model.rope_mixed:
             model._pos_embed(model.patch_embed(x))
     with FlopCounterMode(display=False) as of_patches:

@@ -39,7 +39,7 @@ def test_where_it_is_called(calls: list[str]) -> None:
         with sk.backend("reference"):
             assert reasons(model) == ["norm_linear and linear_residual have no kernel here"] * 2
         with sk.backend("triton"):
-            assert {block.runs for block in sait.explain(model).blocks} == {"fused products"}
+            assert {block.runs for block in sait.explain(model).blocks} == {"fused GEMMs"}
         assert "float32 or bfloat16" in reasons(copy.deepcopy(model).half())[0]
         sait.set_density(model)
         assert str(sait.explain(model)).startswith("No token is dropped")

@@ -180,7 +180,7 @@ def padded(x: Tensor, longest: int) -> Tensor:
 
 
 def same_width(got: Tensor, want: Tensor) -> Tensor:
-    """A static plan leaves room, which is zeros."""
+    """A static plan has more capacity than rows; the rest is zeros."""
     return got if got.dim() == 2 else padded(got, max(got.shape[1], want.shape[1]))
 
 
@@ -399,7 +399,7 @@ def test_optimized_is_as_exact(name: str, calls: list[str]) -> None:
         sait.optimize(sait.sparsify(model, plan))
         calls.clear()
         got = tensors(model(x))
-        assert calls, "products of packed weights"
+        assert calls, "no GEMM of packed weights ran"
         want, kept = oracle(wide, x.double(), plan)
         assert zoo.kept_tokens(model, tokens_of(model)) == kept
         in_torch = partial(oracle, plain, x, plan, kept)

@@ -159,10 +159,10 @@ def test_selections_and_mask(backend):
     for b in range(3):
         patches = [row - b * tokens - 5 for row in second.indices.tolist() if row // tokens == b][5:]
         assert mask[b].nonzero().flatten().tolist() == patches
-    # Kept rows go home with the ops themselves.
+    # Kept rows are scattered back with the ops themselves.
     ones = torch.ones(len(second.indices), 1)
-    home = sk.scatter_tokens(ones, second, 3 * tokens).view(3, tokens)
-    assert home[:, 5:].bool().equal(mask)
+    full = sk.scatter_tokens(ones, second, 3 * tokens).view(3, tokens)
+    assert full[:, 5:].bool().equal(mask)
     sait.set_density(model)(x)
     assert sait.selections(model) == []
 

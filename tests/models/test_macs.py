@@ -39,7 +39,7 @@ def test_dense_is_what_torch_counts(name):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_torch_counts_what_is_executed(name, grad):
-    """Every plan, by oneDNN's products (without gradients) and torch's; images keep different numbers."""
+    """Every plan, by oneDNN's GEMMs (without gradients) and torch's; images keep different numbers."""
     model, x = zoo.build(name), zoo.images(name, count=2)
     size = tuple(x.shape[-2:])
     for plan in zoo.plans(name):
@@ -121,7 +121,8 @@ def test_pruned_is_what_remains_of_each_block(name):
 
 
 def test_training_counts_the_gradients_of_ours():
-    """A backward pass of linear layers takes twice the products, one of attention five for the two."""
+    """The backward pass of linear layers takes two GEMMs for each one of the forward pass, that of attention five for
+    two."""
     model, x = zoo.build("vit"), zoo.images("vit", count=1)
     sait.sparsify(model, block=1, keep=0.45)
     n, m, width = 26, 13, 64

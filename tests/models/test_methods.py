@@ -63,7 +63,7 @@ def test_keep_and_mass_are_short_for_objects() -> None:
 @pytest.mark.parametrize("score", SCORERS)
 @torch.no_grad()
 def test_fused_pairs_are_their_parts(score: str, selector: Any, backend: str) -> None:
-    """The same rows, and the same result to the rounding of another order of the same products."""
+    """The same rows, and the same result up to rounding: the same terms are added in another order."""
     x, scorer = zoo.images("registers"), SCORERS[score]
     again = {TopK: TopKAgain, TopP: TopPAgain}[type(selector)](**selector.rule)
     assert (type(scorer), type(selector)) in fusion.FUSED

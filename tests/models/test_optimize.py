@@ -1,4 +1,4 @@
-"""sait.optimize: the same results by fused products, and only where nobody changed what a block does.
+"""sait.optimize: the same results by fused GEMMs, and only where nobody changed what a block does.
 
 On a CPU these are of packed weights. Triton's kernels, here in its interpreter, are what a GPU runs.
 """
@@ -18,7 +18,7 @@ import torch
 import zoo
 from helpers import assert_model_as_exact_as_torch, assert_same_bits
 from optimized import DENSITIES, FUSED, PACKED, STATIC, score_of, shortened, small_vit, sparse
-from sait.execution.optimize import FusedBlock, PackedBlock, block_for, products_for
+from sait.execution.optimize import FusedBlock, PackedBlock, block_for, gemms_for
 from sait.execution.plain import PlainBlock
 from sait.families.timm_vit import TIMM_VIT
 from tiers import full_only
@@ -261,7 +261,7 @@ def test_the_device_decides(device: str, dtype: torch.dtype, forced: str | None,
     fake = FakeTensorMode() if device == "cuda" else contextlib.nullcontext()
     with fake, sk.backend(forced) if forced else contextlib.nullcontext():
         x = torch.empty(3, 26, 64, device=device, dtype=dtype)
-        made = block_for(block, TIMM_VIT, products_for(x), x)
+        made = block_for(block, TIMM_VIT, gemms_for(x), x)
     assert type(made) is (want or PlainBlock)
 
 
@@ -279,7 +279,7 @@ def test_no_size_depends_on_data(name: str, on_triton: None, calls: list[str]) -
 @pytest.mark.parametrize("build", [lambda: sparse("layerscale_qknorm", **STATIC), small_vit], ids=["timm", "SaitViT"])
 @torch.no_grad()
 def test_compiled_on_triton(build: Callable[[], Any], on_triton: None) -> None:
-    """One graph for every batch size, of the same fused products."""
+    """One graph for every batch size, of the same fused GEMMs."""
     model = sait.optimize(shortened(build()))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -94,7 +94,7 @@ def test_optimized_blocks_compute_the_same(method: str, ops: list[str], calls: l
         want = model(x)
         calls.clear()
         got = sait.optimize(model)(x)
-        assert calls, "no product was fused"
+        assert calls, "no GEMM was fused"
         assert set(calls) <= {"packed_linear", "packed_block", "norm_linear", "linear_residual"}
         assert "of packed weights" not in str(sait.explain(model))
         assert all(block.runs != "its modules" for block in sait.explain(model).blocks)

@@ -23,7 +23,7 @@ def plan_of(name: str, static: bool = True) -> sait.Plan:
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:
-    """Products of another number of rows may round differently."""
+    """GEMMs of another number of rows may round differently."""
     tolerance = 256 * torch.finfo(want.dtype).eps * want.abs().max().item()
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
 

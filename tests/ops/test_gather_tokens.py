@@ -163,10 +163,10 @@ def test_compiled_with_inductor() -> None:
 
 
 def test_backward_through_two_stages(backend: str) -> None:
-    """Gather, gather again, scatter twice: each row's gradient comes home."""
+    """Gather, gather again, scatter twice: each row's gradient comes back to it."""
     first, second = hand_selection([[0, 2, 3, 5]], [6]), hand_selection([[0, 3]], [4])
     (x,) = leaves(randn(6, 3))
     once = sk.gather_tokens(x, first)
-    home = sk.scatter_tokens(sk.scatter_tokens(sk.gather_tokens(once, second), second, 4), first, 6)
-    (dx,) = torch.autograd.grad(home.sum(), x)
+    full = sk.scatter_tokens(sk.scatter_tokens(sk.gather_tokens(once, second), second, 4), first, 6)
+    (dx,) = torch.autograd.grad(full.sum(), x)
     assert dx.sum(1).tolist() == [3, 0, 0, 0, 0, 3]

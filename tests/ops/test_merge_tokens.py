@@ -110,7 +110,7 @@ def test_values_and_gradients(backend: str, case: tuple[Lengths, Lengths], dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("C", [1, 7, 8, 65, 129, 384])
 def test_instruction_sets(isa: str, dtype: torch.dtype, C: int) -> None:
-    """Sums in the order of the rows, products and sums rounded each: the numbers of plain torch, bit for bit."""
+    """Sums in the order of the rows, each multiplication and addition rounded: plain torch's numbers, bit for bit."""
     lengths, lengths_out = (50, 0, 61), (30, 1, 7)
     x, weight, target = make_rows(111, C, dtype, "offset"), make_weight(111), make_target(lengths, lengths_out)
     check(x, target, weight, lengths_out)

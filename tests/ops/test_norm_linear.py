@@ -109,7 +109,7 @@ def test_gelu_is_an_activation(served: str) -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_far_out(kernels: str, activation: str, scale: float) -> None:
-    """Of the bias itself, the product being 0: no overflow in between, and NaN stays NaN."""
+    """Of the bias itself, as the GEMM gives 0: no overflow in between, and NaN stays NaN."""
     bias = torch.cat([torch.linspace(-20, 20, 81) * scale, torch.tensor([torch.inf, torch.nan])])
     zeros, weight = torch.zeros(1, 8), torch.zeros(len(bias), 8)
     got = sk.norm_linear(zeros, zeros[0], zeros[0], EPS, weight, bias, activation=activation)[0]
@@ -197,7 +197,7 @@ def test_rows_do_not_depend_on_each_other(served: str) -> None:
     """Alone and among others, in the same tile: the same bits."""
     x, norm_weight, norm_bias, weight, bias = norm_inputs(20, 96, 40, torch.float32)
     together = sk.norm_linear(x, norm_weight, norm_bias, EPS, weight, bias, gelu=True)
-    if served != "reference":  # the reference's product is torch's, which chooses by the number of rows
+    if served != "reference":  # the reference's GEMM is torch's, which chooses by the number of rows
         alone = sk.norm_linear(x[7:8], norm_weight, norm_bias, EPS, weight, bias, gelu=True)
         assert_same_bits("row 7", alone, together[7:8])
     assert_same_bits("again", sk.norm_linear(x, norm_weight, norm_bias, EPS, weight, bias, gelu=True), together)

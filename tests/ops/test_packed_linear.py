@@ -104,7 +104,7 @@ def test_values(isa: str, shape: tuple[int, int, int], form: str, dtype: torch.d
 
 
 def ours_gated(t: dict[str, Tensor], activation: str, **options: Any) -> Tensor:
-    """With all that stands around the product."""
+    """With all that is fused into the GEMM."""
     layer = {"gated": True, "gate_bias": t["gate_bias"], "activation": activation}
     around = {"norm": (t["norm_weight"], t["norm_bias"], EPS), "residual": t["residual"], "gamma": t["gamma"]}
     packed = sk.pack_linear(t["weight"], t["gate"])
@@ -249,7 +249,7 @@ def test_the_unpacked_ops_are_the_same(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gelu_far_out(isa: str, dtype: torch.dtype) -> None:
-    """GELU of the bias itself, the product being 0. Each value is right to a few roundings of its own size.
+    """GELU of the bias itself, as the GEMM gives 0. Each value is right to a few roundings of its own size.
 
     x Phi(x) takes x^2 / 2 into an exponential, whose error is that of x^2 / 2 times an eps: 50 roundings for |x| = 10.
     """

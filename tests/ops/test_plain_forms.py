@@ -23,12 +23,12 @@ def qkv(dtype: torch.dtype) -> list[Tensor]:
 
 
 def test_every_op_that_a_forward_calls_has_one() -> None:
-    """Products of packed weights and of fused layers are not exported: optimize leaves exports alone."""
+    """GEMMs of packed weights and of fused layers are not exported: optimize leaves exports alone."""
     fused = {"norm_linear", "linear_residual", "norm_heads"}
     packed = {"pack_linear", "packed_linear", "packed_block", "packed_embed", "packed_encoder"}
-    homes = {"scatter_tokens", "select_mass"}  # of maps and of images of different lengths
+    ragged = {"scatter_tokens", "select_mass"}  # of maps and of images of different lengths
     names = {op.__name__ for op in plain_ops.OPS}
-    assert names | fused | packed | homes == set(reference.__all__)
+    assert names | fused | packed | ragged == set(reference.__all__)
     assert {op.name() for op in plain_ops.decompositions()} == {f"sait::{name}" for name in names}
 
 

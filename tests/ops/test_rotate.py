@@ -82,7 +82,7 @@ def test_values_and_gradients(backend: str, case: Case, dtype: torch.dtype, pair
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("each_head", [False, True])
 def test_instruction_sets(isa: str, D: int, dtype: torch.dtype, pairs: bool, each_head: bool) -> None:
-    """Two products and their sum, rounded each: the numbers are those of plain torch, bit for bit."""
+    """Two multiplications and an addition, each rounded: the numbers are those of plain torch, bit for bit."""
     case = Case((33, 20), H=3, D=D, layout="offset")
     check(case, dtype, pairs=pairs, each_head=each_head)
     q, k, table, positions = make(case, dtype, each_head=each_head)

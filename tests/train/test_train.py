@@ -107,7 +107,7 @@ def test_adaptive_epochs_keep_to_their_limits(tmp_path, monkeypatch):
     config = short.config(tmp_path / "out", mode="sparse", keep=None, mass=0.9, eval_mass=[1.0], **limits)
     with short.processes("cpu") as alone:
         path = train(config, alone)
-    assert seen == [6 / 17] * 4  # the room of a static stage: the class token and five patches
+    assert seen == [6 / 17] * 4  # the capacity of a static stage: the class token and five patches
     assert all("accuracy, mass 1.0, max_keep 5, static" in row for row in metrics(tmp_path / "out"))
     assert checkpoint.read(path).metadata["config"] == config.to_dict()
     assert sait.load(path)._sait.active == sait.Plan([sait.Stage(1, mass=0.9, **limits)])

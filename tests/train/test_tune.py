@@ -11,13 +11,13 @@ import torch
 from sait.state import Density
 from sait.train.data import expected_by, open_data
 from sait.train.evaluate import Result
-from sait.train.tune import Setting, fastest, frontier, steps, tune
+from sait.train.tune import Candidate, fastest, frontier, steps, tune
 from sait_cli import main
 
 
-def setting(block: int | None, accuracy: float, images_per_s: float) -> Setting:
+def setting(block: int | None, accuracy: float, images_per_s: float) -> Candidate:
     density = Density() if block is None else Density(keep=0.5)
-    return Setting(block, Result(density, 100, accuracy, 9.0, 1.0, 0.0), images_per_s)
+    return Candidate(block, Result(density, 100, accuracy, 9.0, 1.0, 0.0), images_per_s)
 
 
 def test_the_fastest_within_the_budget():

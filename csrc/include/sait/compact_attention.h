@@ -23,7 +23,8 @@ struct CompactAttentionBackwardParams {
   void* dq;
   void* dk;
   void* dv;
-  // With forward.key_bias: its gradient (total,), written for the rows of images, and room for each head's share of it.
+  // With forward.key_bias: its gradient (total,), written for the rows of images, and scratch for each head's part of
+  // it.
   float* dkey_bias = nullptr;
   float* head_sums = nullptr;  // (heads, total)
 };

@@ -24,7 +24,8 @@ struct EncoderStage {
   int64_t block;
   ScoreKind kind;
   KeepRule rule;
-  // Of image b, which has room for offsets[b + 1] - offsets[b]: who is left, in rows of the batch that entered.
+  // The rows that image b keeps, as rows of the batch that entered; from offsets[b] on, with a capacity of
+  // offsets[b + 1] - offsets[b].
   const int64_t* offsets;
   int32_t* rows;
   int32_t* lengths;  // (images,), how many
@@ -47,7 +48,7 @@ struct PackedEncoderParams {
   int64_t stage_count;
   bool prefix_only;  // the last block computes the prefix rows alone
   EncoderStage leaving;  // of that block, then: where its rows are delivered
-  // Of image b, which has room for offsets[b + 1] - offsets[b] rows: what leaves the last block.
+  // What leaves the last block of image b: from row offsets[b] on, with a capacity of offsets[b + 1] - offsets[b] rows.
   const int64_t* offsets;
   void* out;
   int32_t* lengths;  // (images,), how many rows

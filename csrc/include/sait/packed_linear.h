@@ -1,6 +1,6 @@
 // packed_linear: out[t] = x'[indices[t]] + gamma * act(z[t] weight^T + bias), z = LayerNorm(x) or x; with a gate
 // act(z[t] gate^T + gate_bias) * (z[t] weight^T + bias) takes the place of act(...). And pack_linear, which brings the
-// weight into the order in which the product reads it.
+// weight into the order in which the GEMM reads it.
 #pragma once
 
 #include "sait/types.h"
@@ -11,11 +11,11 @@ namespace sait {
 // x sigmoid(1.702 x).
 enum class Activation : int32_t { kNone, kGelu, kGeluTanh, kQuickGelu, kSilu };
 
-// A packed weight is (blocks, depth, kPackedColumns): block b holds the output columns from b * kPackedColumns on, zeros
-// behind the last one. depth is the number of inputs; of two-byte types it is even, by one input of zeros, and the inputs
-// of a block go in pairs: element (k, n) lies at k / 2 * 2 * kPackedColumns + 2 * n + k % 2 (VNNI order). With a gate a
-// block holds half as many outputs: first their columns of the gate, then those of the weight, so that one tile of the
-// product has all of an output.
+// A packed weight is (blocks, depth, kPackedColumns). Block b holds the output columns from b * kPackedColumns on,
+// padded with zeros behind the last one. depth is the number of inputs. For two-byte types an odd number is padded by
+// one input of zeros, and inputs lie in pairs: element (k, n) is at k / 2 * 2 * kPackedColumns + 2 * n + k % 2 (VNNI
+// order). With a gate a block holds half as many outputs: first their columns of the gate, then those of the weight, so
+// that one tile of the GEMM has both halves of an output.
 constexpr int64_t kPackedColumns = 64;
 
 constexpr int64_t packed_outputs(bool gated) { return gated ? kPackedColumns / 2 : kPackedColumns; }  // of a block

@@ -24,7 +24,7 @@ struct PruneAttentionParams {
 namespace cuda {
 // Whether the current device can: it runs clusters of as many blocks as there are heads, with shared memory for an image.
 bool prunes_in_one_launch(const PruneAttentionParams& params);
-// Scores of kind cls. What compact_attention asks of q, k and v holds here, too.
+// The score is `cls`. What compact_attention asks of q, k and v holds here, too.
 // Launches on stream (a cudaStream_t); returns a cudaError_t as int.
 int prune_attention(const PruneAttentionParams& params, void* stream);
 }  // namespace cuda

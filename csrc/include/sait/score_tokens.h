@@ -43,7 +43,7 @@ int64_t scratch_size(const ScoreTokensParams& params, bool selects);
 // On stream (a cudaStream_t); a cudaError_t as int. All rows have to start at multiples of 16 bytes.
 int score_tokens(const ScoreTokensParams& params, void* stream);
 
-// score_tokens and select in one launch, for the class token's kinds. params.scores is not used.
+// score_tokens and select in one launch, for the class token's scores. params.scores is not used.
 int score_select(const ScoreTokensParams& params, const KeptRowsParams& keep, void* stream);
 }  // namespace cuda
 

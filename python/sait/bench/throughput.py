@@ -61,7 +61,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Competitor:
+class ReadyPeer:
     """A peer, ready to run: densely, or pruned at a density."""
 
     forward: Callable[[Tensor], Tensor]
@@ -71,9 +71,9 @@ class Competitor:
 COMPARED = ("timm-compiled", "plain", "plain-compiled", "ours-optimized")  # of sait.bench.peers
 
 
-def competitors(
+def ready_peers(
     model: nn.Module, images: Tensor, *, block: int, keep: float
-) -> tuple[dict[str, Competitor], dict[str, str]]:
+) -> tuple[dict[str, ReadyPeer], dict[str, str]]:
     """timm compiled, the same pruning in plain torch, eager and compiled, and ours optimized; each is run once.
 
     Args:
@@ -90,9 +90,9 @@ def competitors(
         check = logits_check(model, images)
         for peer in (PEERS[name] for name in COMPARED):
             try:
-                competitor = Competitor(peer.make(setting).forward, None if peer.dense is None else Density(keep=keep))
-                check(competitor.forward(images), competitor.density is None)
-                found[peer.label] = competitor
+                ready = ReadyPeer(peer.make(setting).forward, None if peer.dense is None else Density(keep=keep))
+                check(ready.forward(images), ready.density is None)
+                found[peer.label] = ready
             except Exception as error:  # a compiler may raise anything, and the others are to be measured all the same
                 failed[peer.label] = reason(error)
     return found, failed
@@ -129,7 +129,7 @@ def measure(
     score: str = "cls",
     repeats: int = 10,
     advance: Callable[[], object] = lambda: None,
-    peers: Mapping[str, Competitor] | None = None,
+    peers: Mapping[str, ReadyPeer] | None = None,
     smaller: Callable[[Any], Any] = lambda model: model,
 ) -> list[Figure]:
     """Times the model at each density, the unpatched timm model and peers, all of them interleaved.
@@ -178,7 +178,7 @@ def measure(
     return figures
 
 
-def samples(densities: Sequence[Density | Plan], repeats: int, peers: Mapping[str, Competitor] | None = None) -> int:
+def samples(densities: Sequence[Density | Plan], repeats: int, peers: Mapping[str, ReadyPeer] | None = None) -> int:
     """How often ``measure`` calls ``advance``."""
     return samples_in(len(densities) + 1 + len(peers or {}), repeats)
 

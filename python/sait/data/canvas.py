@@ -147,7 +147,7 @@ class Canvas(DrawnImages):
     def _ink(self, place: Placements) -> Tensor:
         """(B, S, S) in [0, 1]: the 8 x 8 digits, bilinearly enlarged to their places.
 
-        Interpolation of rows and of columns are two products with triangle weights, relu(1 - |u - i|) for source pixel
+        Interpolation of rows and of columns are two GEMMs with triangle weights, relu(1 - |u - i|) for source pixel
         i, where pixel y of the image lies at u = (y + 1/2 - top) * 8 / side - 1/2 of the source.
         """
         source, centre = torch.arange(8.0), torch.arange(self.img_size) + 0.5

@@ -10,7 +10,7 @@ import torch
 
 
 class Clock:
-    """Sums up the seconds that a device works inside of ``with``; on a GPU nobody waits until they are asked for."""
+    """Sums up the seconds that a device works inside of ``with``; it waits for a GPU only when the sum is asked for."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu, self._sum = device.type == "cuda", 0.0

@@ -28,7 +28,7 @@ def read(out: str | os.PathLike[str], columns: Sequence[str] | None = None) -> p
     return pq.read_table(os.fspath(out), columns=columns)
 
 
-class Parts:
+class RunFolder:
     """The folder of a run.
 
     Args:
@@ -49,14 +49,16 @@ class Parts:
             raise BadInput("out", f"cannot write into {folder}: {reason(error)}; take another folder.") from error
 
     def claim(self, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        """Writes what the parts are made of and by, or finds that those that are there were made so.
+        """Writes down by what settings the parts are made; or checks that the parts that are there were made by the
+        same.
 
         Args:
             settings: what decides the rows.
             about: what else is worth knowing: versions, dates.
 
         Raises:
-            BadInput: the folder has parts of other settings, named with both values, or parts of nobody.
+            BadInput: the folder has parts made by other settings (the message names both values), or parts without the
+                document that says by which.
         """
         path = self._folder / DOCUMENT
         wanted = json.loads(json.dumps(settings))
@@ -125,7 +127,7 @@ class Parts:
         except OSError as error:
             half.unlink(missing_ok=True)
             raise BadInput(
-                "out", f"cannot write {path}: {reason(error)}; make room there, and the same command goes on."
+                "out", f"cannot write {path}: {reason(error)}; free some space, and the same command goes on."
             ) from error
 
 
@@ -168,7 +170,7 @@ def table(
 
 
 def _sync(path: Path) -> None:
-    """To the disk: a rename may otherwise be there after a crash, and what it names not."""
+    """Flushes it to the disk: else a rename may survive a crash while the file's content does not."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

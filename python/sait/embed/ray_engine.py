@@ -20,7 +20,7 @@ from sait.embed import engine
 from sait.embed.decode import workers_for
 from sait.embed.errors import BadInput
 from sait.embed.job import Job
-from sait.embed.parts import Parts
+from sait.embed.parts import RunFolder
 from sait.embed.report import Totals
 
 CALLS = 8  # of an actor at least: at the end the others wait for the eighth of its work, at most
@@ -51,7 +51,8 @@ def run(
         The sums, how many actors there were, and how many processes that decode.
 
     Raises:
-        BadInput: Ray is not installed or cannot be reached, has no room for the actors, or what an actor says.
+        BadInput: Ray is not installed or cannot be reached, the cluster is too small for the actors, or
+            an actor raised it.
     """
     try:
         import ray
@@ -95,7 +96,7 @@ class _Maker:
         import ray
 
         self._job: Job = ray.get(job)
-        self._subject, self._parts = self._job.subject(), Parts(Path(out))
+        self._subject, self._parts = self._job.subject(), RunFolder(Path(out))
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         found: Totals | BadInput
@@ -118,7 +119,7 @@ def _resources(cluster: dict[str, float], nodes: int, actors: int | None, device
     if on_gpu and not gpus:
         raise BadInput("device", "the cluster of Ray has no GPU; take cpu.")
     actors = actors or (gpus if on_gpu else nodes)
-    room = gpus if on_gpu else cpus
-    if actors > room:
-        raise BadInput("actors", f"expected at most {room}, for the cluster has no more {device}, got {actors}.")
+    most = gpus if on_gpu else cpus
+    if actors > most:
+        raise BadInput("actors", f"expected at most {most}, for the cluster has no more {device}, got {actors}.")
     return actors, {"num_cpus": max(1, cpus // actors), "num_gpus": int(on_gpu)}

@@ -16,7 +16,7 @@ from sait.embed import engine, ray_engine
 from sait.embed.decode import MAX_PIXELS, MOST_PIXELS, workers_for
 from sait.embed.errors import BadInput
 from sait.embed.job import Job
-from sait.embed.parts import Parts
+from sait.embed.parts import RunFolder
 from sait.embed.report import Report, Totals, costs
 from sait.embed.sources import Source, open_source
 from sait.embed.subject import all_tokens, check, class_names, prepared, weights_hash
@@ -133,7 +133,7 @@ def run(
     if opened.place is not None and opened.place.is_dir() and _inside(Path(out), opened.place):
         raise BadInput("out", f"expected a folder outside of {opened.place}, which it would become part of, got {out}.")
     job = _job(command, model, opened, settings)
-    parts = Parts(Path(out))
+    parts = RunFolder(Path(out))
     here = "cpu" if settings.engine == "ray" else job.device  # whoever asks a cluster may have no GPU
     made_by = {"batch": job.batch, "engine": settings.engine, **environment(here), **(about or {})}
     parts.claim(_decisive(command, job, model), made_by)

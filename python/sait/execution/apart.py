@@ -1,4 +1,4 @@
-"""Modules that a sparse forward takes apart: whatever somebody does to one of them is followed, or refused by name.
+"""Modules that a sparse forward takes apart: a change of one of them is followed, or refused with the module's name.
 
 A block, its attention and what stands around the blocks are never called while tokens are dropped. A hook on them would
 not fire, a forward of their own would not run, another class would not count. Everything else is called as it is.
@@ -48,7 +48,7 @@ def check_apart(model: Any, family: Family, state: State) -> None:
 
 
 class Checked:
-    """Glances at the modules that are taken apart, as they were when they were checked."""
+    """Cheap checks that the modules that are taken apart are still as they were when they were checked closely."""
 
     def __init__(self, around: tuple[nn.Module, ...], blocks: tuple[nn.Module, ...], glances: list[Any]) -> None:
         self.around, self.blocks, self.glances = around, blocks, glances

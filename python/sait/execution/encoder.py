@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sait_kernels as sk
-from sait.execution.optimize import HOLDER, Optimized, Packed, PackedBlock, products_for
+from sait.execution.optimize import HOLDER, Optimized, Packed, PackedBlock, gemms_for
 from sait.execution.watch import all_unchanged
 from sait.families.base import Family
 from sait.methods.fusion import prunes_in_one_op
@@ -19,15 +19,15 @@ from sait_kernels import Selection
 
 
 class Together:
-    """A model's packed blocks as one sk.PackedEncoder, and what tells whether they still are."""
+    """A model's packed blocks as one sk.PackedEncoder, and what tells whether it is still up to date."""
 
     def __init__(self, blocks: Sequence[Any], made: Sequence[Packed]) -> None:
-        first = made[0].products
+        first = made[0].gemms
         self.dtype, self.turns_pairs = first.dtype, first.turns_pairs
-        self.packed = _together([one.products for one in made])  # None where the blocks are not alike
+        self.packed = _together([one.gemms for one in made])  # None where the blocks are not alike
         self._classes, self._made = tuple(map(type, blocks)), tuple(made)
         self._watched = sum((one.watch.watched + one.parameters.watched for one in made), ())
-        # One assignment, so that threads that share a model see a plan and its own stages.
+        # One assignment, so that threads that share a model see a plan together with its own stages.
         self._stages: tuple[Plan, list[sk.EncoderStage]] | None = None
 
     def are(self, blocks: Sequence[Any]) -> bool:
@@ -54,14 +54,14 @@ def all_packed(model: Any, family: Family, x: Tensor) -> Together | None:
     state, blocks = model._sait, family.blocks(model)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         state.together = state.embedding = None  # weights are being trained, and not every update shows
-    if products_for(x) is not Optimized.packed:
+    if gemms_for(x) is not Optimized.packed:
         return None
     together: Together | None = state.together
     if together is None or together.dtype != x.dtype or not together.are(blocks):
         together = None
         found: list[Packed] = []
-        for block, products in zip(blocks, packed_blocks(model, family, x), strict=True):
-            made = None if products is None else vars(block)[HOLDER].made
+        for block, gemms in zip(blocks, packed_blocks(model, family, x), strict=True):
+            made = None if gemms is None else vars(block)[HOLDER].made
             if made is None:  # the loop will ask again: the fewer here, the better
                 break
             found.append(made)
@@ -74,8 +74,8 @@ def all_packed(model: Any, family: Family, x: Tensor) -> Together | None:
 def encode(
     together: Together | None, plan: Plan | None, tokens: Tokens, prefix_is_enough: bool
 ) -> tuple[Tokens, tuple[Selection, ...]] | None:
-    """As the loop over the blocks: what leaves the last one, and for each stage who was left behind it. None: they
-    have to run one by one."""
+    """The same as the loop over the blocks: what leaves the last one, and for each stage the tokens left behind it.
+    None: they have to run one by one."""
     if together is None or together.packed is None or why_not_together(plan, tokens) is not None:
         return None
     stages = [] if plan is None else together.stages(plan)
@@ -103,7 +103,7 @@ def encode(
 
 
 def packed_blocks(model: Any, family: Family, x: Tensor) -> Iterator[PackedBlock | None]:
-    """Each block's products, as they are asked for; None of one that has none."""
+    """Each block's packed GEMMs, one block at a time as they are asked for; None of a block that has none."""
     for block in family.blocks(model):
         optimized = vars(block).get(HOLDER)
         yield None if optimized is None else optimized.packed(block, family, x)
@@ -133,7 +133,7 @@ def why_not_together(plan: Plan | None, tokens: Tokens | None = None) -> str | N
 def why_one_by_one(model: Any, family: Family, plan: Plan | None) -> str | None:
     """Why a forward of a model whose blocks are packed runs them one by one; None: they are one op."""
     x = next(family.blocks(model)[0].parameters()).detach()[:0]
-    blocks = [products for products in packed_blocks(model, family, x) if products is not None]
+    blocks = [gemms for gemms in packed_blocks(model, family, x) if gemms is not None]
     if len(blocks) < len(family.blocks(model)):
         return "a block is not packed"
     return why_not_together(plan) or _why_not_alike(blocks)

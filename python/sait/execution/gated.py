@@ -29,8 +29,8 @@ ATTENTION, MLP = 0, 1  # of On.layers
 def run_gated(
     view: BlockView, family: Family, tokens: Tokens, table: Tensor | None, on: On, soft: bool
 ) -> tuple[Tokens, Selection]:
-    """A block's tokens, of which those that are off are as they were, and which are on, in rows of the batch that
-    entered.
+    """Runs a block of which gates decide what runs. Returns its tokens (those that are off are unchanged), and which of
+    them are on, as rows of the batch that entered.
 
     Args:
         table: the rotary table of the block, if it has one.
@@ -161,7 +161,7 @@ def _weights_of(view: BlockView, head: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _multiplied(block: PlainBlock, view: BlockView, tokens: Tokens, table: Tensor | None, on: On) -> Tokens:
-    """Everything, times the gates; rows that are off are keys of nobody else."""
+    """Computes everything and multiplies it by the gates; rows that are off are no keys for other rows."""
     B, N, _ = tokens.x.shape
 
     def of_rows(layer: int) -> Tensor | float:

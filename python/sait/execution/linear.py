@@ -1,8 +1,8 @@
-"""Linear layers and MLPs of a block, with bias and GELU inside the product where that is exact and faster.
+"""Linear layers and MLPs of a block, with bias and GELU fused into the GEMM where that is exact and faster.
 
-torch's CPU linear copies the bias over the output before the product adds to it, and GELU is one more pass over the
-widest tensor of a block. oneDNN does both in the product's epilogue, in float32 before the result is rounded. torch has
-that operator for its own compiler; eager inference may call it as well.
+torch's CPU linear copies the bias over the output before the GEMM adds to it, and GELU is one more pass over the widest
+tensor of a block. oneDNN does both in the GEMM's epilogue, in float32 before the result is rounded. torch has that
+operator for its own compiler; eager inference may call it as well.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _fuses(x: Tensor) -> bool:
 
 
 def is_plain(layer: Any) -> bool:
-    """A linear layer, and nobody listening."""
+    """Whether it is a plain linear layer without hooks."""
     return is_linear(layer) and (type(layer) is LinearParameters or not has_hooks(layer))
 
 

@@ -11,7 +11,7 @@ from sait.families.base import BlockView, Family, FeedForward, LinearParameters
 
 
 def is_linear(layer: Any) -> bool:
-    """A plain product whose weight is what it looks like: a quantised one is of another class."""
+    """A plain GEMM whose weight is an ordinary tensor: a quantised one is of another class."""
     if type(layer) is LinearParameters:
         return type(layer.weight) in (nn.Parameter, Tensor)
     return type(layer) is nn.Linear and "forward" not in vars(layer) and type(layer.weight) is nn.Parameter
@@ -70,7 +70,8 @@ def drops_paths(module: Any) -> bool:
 
 
 def is_untouched(module: Any) -> bool:
-    """In eval mode, without hooks and without a forward of the instance's own, and so are all its parts."""
+    """Whether the module and all its parts are in eval mode, without hooks and without a forward of the instance's
+    own."""
     own = vars(module)
     if own["training"] or "forward" in own or has_hooks(module):
         return False
@@ -78,7 +79,7 @@ def is_untouched(module: Any) -> bool:
 
 
 def touched_by(block: Any) -> str:
-    """Where is_untouched found something, and what."""
+    """What is_untouched found, and where."""
     for path, part in block.named_modules():
         own, name = vars(part), path or "the block"
         if own["training"]:

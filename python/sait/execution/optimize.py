@@ -1,8 +1,8 @@
-"""optimize: the linear layers of a sparse model's blocks as fused products, for inference.
+"""optimize: the linear layers of a sparse model's blocks as fused GEMMs, for inference.
 
-LayerNorm, bias, GELU, LayerScale, residual and the gather of the kept rows all happen inside the products: on a CPU of
-packed weights, on a GPU of the modules' own. A block asks before each forward whether that is what its modules would
-do; where it is not, they run as they are.
+LayerNorm, bias, GELU, LayerScale, residual and the gather of the kept rows are all fused into the GEMMs: on a CPU those
+of packed weights, on a GPU those of the modules' own weights. Before each forward a block asks whether that is what its
+modules would compute; if not, the modules run as they are.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ HOLDER = "_sait_optimized"  # the attribute of a block that optimize sets
 def optimize(model: Any) -> Any:
     """Fuses the linear layers of a sparse model's blocks with what surrounds them, in place; undone by deoptimize.
 
-    Fewer passes over memory, and on a CPU faster products: benchmarks/end_to_end.py tells what that gains on a machine.
+    Fewer passes over memory, and on a CPU faster GEMMs: benchmarks/end_to_end.py tells what that gains on a machine.
     The weights stay the parameters: state_dict and training are as before. At each forward it matters where the input
     lies:
 
@@ -54,12 +54,12 @@ def optimize(model: Any) -> Any:
       only a write through ``weight.data`` or a NumPy array that changes a few values in the middle of inference can
       miss it: call optimize again after that.
     - On a GPU norm_linear and linear_residual read the modules' own weights; float32 (exact, without TF32), bfloat16 or
-      float16. Under torch.compile, too: who calls optimize asks for these kernels; compiled code saves the host's time
-      between them. No GPU has measured this. Known is a count: five launches a block in place of ten, so it should pay
-      where launches are the time, with small batches, and best in a graph (sait.graphed). Against it stands that
-      norm_linear reads its rows twice for each 128 columns of its result: in DeiT-S at batch 256 a call takes 0.7 GB
-      (QKV) or 0.9 GB (MLP) out of the L2 cache, and one expects some 0.9 times the speed of the model without
-      optimize. It is not recommended for large batches until that is measured.
+      float16. The same kernels run under torch.compile, which saves the CPU overhead between them. This has not been
+      measured on a GPU. Only a count is known: five launches a block in place of ten, so it should pay where launches
+      take most of the time: with small batches, and best in a graph (sait.graphed). On the other hand norm_linear reads
+      its rows twice for each 128 columns of its result: in DeiT-S at batch 256 a call takes 0.7 GB (QKV) or 0.9 GB
+      (MLP) out of the L2 cache, and one expects some 0.9 times the speed of the model without optimize. It is not
+      recommended for large batches until that is measured.
 
     Where a timm model's head reads prefix tokens only (class token pooling, distilled heads), its last block computes
     these alone: for them the others are keys and values. ``forward_features`` returns them all.
@@ -68,7 +68,7 @@ def optimize(model: Any) -> Any:
     inside or not, with rotary positions or without, in plain inference: eval mode, no gradient, no autocast, no
     torch.export. Blocks with gated attention, hooks or changed modules run their modules, and so does a dense model
     (set_density without arguments), which is the unpatched one bit for bit; keep=1.0 keeps all tokens in fused
-    products.
+    GEMMs.
 
     >>> import sait, timm
     >>> model = sait.sparsify(timm.create_model("deit_tiny_patch16_224"), block=3, keep=0.45).eval()
@@ -105,14 +105,14 @@ def deoptimize(model: Any) -> Any:
 
 @torch.inference_mode()
 def runs_fused(block: Any, family: Family) -> bool:
-    """Whether inference on tokens of the weights' type, where these lie, computes the block by fused products."""
+    """Whether inference on tokens of the weights' type, where these lie, computes the block by fused GEMMs."""
     x = next(block.parameters()).new_empty(0)
-    return block_for(block, family, products_for(x), x).is_fused
+    return block_for(block, family, gemms_for(x), x).is_fused
 
 
-class Products:
-    """A block of fused products: what PackedBlock and FusedBlock have in common. They are made of a block's
-    plain_parts, and watched."""
+class FusedGemms:
+    """A block of fused GEMMs: what PackedBlock and FusedBlock have in common. They are made of a block's plain_parts,
+    which are then watched for changes."""
 
     is_fused = True
 
@@ -164,7 +164,7 @@ class Products:
         return self.feed_forward(self.add(out, x, selection))
 
     def add(self, out: Tensor, x: Tensor, selection: Selection | None) -> Tensor:
-        """(S, A), (T, C) -> (S, C): x + scale1(proj(out)) of those who stay."""
+        """(S, A), (T, C) -> (S, C): x + scale1(proj(out)) of the rows that stay."""
         raise NotImplementedError
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -172,8 +172,8 @@ class Products:
         raise NotImplementedError
 
 
-class PackedBlock(Products):
-    """On a CPU: products of packed weights, and of vectors in float32, as they are when this is made."""
+class PackedBlock(FusedGemms):
+    """On a CPU: GEMMs of packed weights, with vectors in float32, all copied when this is made."""
 
     def __init__(self, view: BlockView, mlp: FeedForward, family: Family) -> None:
         super().__init__(view, mlp, family)
@@ -248,9 +248,9 @@ class PackedBlock(Products):
         return sk.packed_linear(hidden, fc2.packed, x.shape[1], fc2.bias, **around)
 
 
-class FusedBlock(Products):
-    """On a GPU: products of the modules' own weights, so there is nothing to keep up to date but what is made of
-    several parameters, or of a part of one."""
+class FusedBlock(FusedGemms):
+    """On a GPU: GEMMs of the modules' own weights, so nothing has to be kept up to date but what is made of several
+    parameters, or of a part of one."""
 
     def __init__(self, view: BlockView, mlp: FeedForward, family: Family) -> None:
         super().__init__(view, mlp, family)
@@ -301,18 +301,18 @@ class FusedBlock(Products):
 
 
 class Packed(NamedTuple):
-    """A block's products of packed weights, and what tells whether they still are."""
+    """A block's GEMMs of packed weights, and what tells whether they are still up to date."""
 
-    products: PackedBlock
+    gemms: PackedBlock
     watch: Watch
     parameters: WatchOfParameters
 
 
 class Optimized:
-    """What optimize leaves on a block: its fused products, made at the first forward and again after a change."""
+    """What optimize leaves on a block: its fused GEMMs, made at the first forward and again after a change."""
 
     def __init__(self) -> None:
-        # One assignment each, so that threads that share a model see products and their own watch.
+        # One assignment each, so that threads that share a model see GEMMs together with their own watch.
         self.made: Packed | None = None
         self._fused: tuple[FusedBlock, Watch, WatchOfParameters | None] | None = None
 
@@ -328,10 +328,10 @@ class Optimized:
                 watches = Watch(block, HOLDER), WatchOfParameters(block)  # first: what changes meanwhile shows later
                 made = Packed(PackedBlock(*found, family), *watches)
             self.made = made
-        return None if made is None or made.products.dtype != x.dtype else made.products
+        return None if made is None or made.gemms.dtype != x.dtype else made.gemms
 
     def forget(self) -> None:
-        """Weights are being trained: whoever updates them, they are packed anew."""
+        """Call while weights are being trained: they are packed anew afterwards, however they were updated."""
         self.made = None
 
     def traced(self, block: Any, family: Family, x: Tensor) -> FusedBlock | None:
@@ -350,26 +350,26 @@ class Optimized:
         found = plain_parts(block, family)
         made = None
         if found is not None:
-            products = FusedBlock(*found, family)
-            made = (products, Watch(block, HOLDER), None if products.follows else WatchOfParameters(block))
+            gemms = FusedBlock(*found, family)
+            made = (gemms, Watch(block, HOLDER), None if gemms.follows else WatchOfParameters(block))
         self._fused = made
         return None if made is None else made[0]
 
 
-Way = Callable[[Optimized, Any, Family, Tensor], Products | None]
+Way = Callable[[Optimized, Any, Family, Tensor], FusedGemms | None]
 
 
 def plain_parts(block: Any, family: Family) -> tuple[BlockView, FeedForward] | None:
-    """The block's parts, if fused products compute the same."""
+    """The block's parts, if fused GEMMs compute the same."""
     view = family.view(block)
     mlp = family.feed_forward(view.mlp)
-    if mlp is None or why_no_products(block, view, mlp, family) is not None:
+    if mlp is None or why_not_fused(block, view, mlp, family) is not None:
         return None
     return view, mlp
 
 
-def why_no_products(block: Any, view: BlockView, mlp: FeedForward | None, family: Family) -> str | None:
-    """Why fused products would not compute what the block does; None: they do."""
+def why_not_fused(block: Any, view: BlockView, mlp: FeedForward | None, family: Family) -> str | None:
+    """Why fused GEMMs would not compute what the block does; None: they do."""
     reason = why_no_plain_block(block, view, mlp, family)
     if reason is None and mlp is not None and not all(lies_in_rows(layer.weight) for layer in _linears(view, mlp)):
         return "a weight is quantised, or does not lie in rows"
@@ -385,8 +385,8 @@ def _are_all(found: tuple[BlockView, FeedForward], x: Tensor) -> bool:
     return all((layer.weight.device, layer.weight.dtype) == (x.device, x.dtype) for layer in _linears(*found))
 
 
-def products_for(x: Tensor) -> Way | None:
-    """Which fused products serve a forward of tokens like these, if any do; the same for all its blocks."""
+def gemms_for(x: Tensor) -> Way | None:
+    """Which fused GEMMs serve a forward of tokens like these, if any do; the same for all its blocks."""
     if why_not_here(x) is not None:
         return None
     if _by_packing(x):
@@ -395,7 +395,7 @@ def products_for(x: Tensor) -> Way | None:
 
 
 def why_not_here(x: Tensor) -> str | None:
-    """Why no fused products serve tokens like these, here and now; None: some do."""
+    """Why no fused GEMMs serve tokens like these, here and now; None: some do."""
     if torch.is_grad_enabled():
         return "gradients are enabled: use torch.inference_mode() or torch.no_grad()"
     if in_forward_mode():
@@ -419,15 +419,15 @@ def _by_packing(x: Tensor) -> bool:
 
 
 def block_for(block: Any, family: Family, way: Way | None, x: Tensor) -> Block:
-    """How this forward computes the block: by fused products, if it was optimized and they compute the same; else by
+    """How this forward computes the block: by fused GEMMs, if it was optimized and they compute the same; else by
     its modules."""
     optimized = vars(block).get(HOLDER)
     if optimized is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         optimized.forget()
     if optimized is not None and way is not None:
-        products = way(optimized, block, family, x)
-        if products is not None:
-            return products
+        gemms = way(optimized, block, family, x)
+        if gemms is not None:
+            return gemms
     return PlainBlock(family.view(block), family)
 
 

@@ -19,7 +19,7 @@ from sait_kernels import Selection
 
 
 class PlainBlock:
-    """Follows whatever somebody made of the modules: hooks, adapters, quantised weights, training mode.
+    """Calls the modules as they are, and so follows their changes: hooks, adapters, quantised weights, training mode.
 
     Args:
         view: of now; it is made anew for each forward.
@@ -81,7 +81,7 @@ class PlainBlock:
         return self._feed_forward(left, view.norm2(left.x))
 
     def project(self, out: Tensor, normed: Tensor) -> Tensor:
-        """What the heads give, (..., A) -> (..., C); ``normed`` is for a gate."""
+        """Projects what the heads give, (..., A) -> (..., C); ``normed`` is for a gate."""
         view = self._view
         out = view.norm(out)
         if view.gate is not None:

@@ -1,4 +1,4 @@
-"""Whether a module is still what it was when somebody looked at it closely, at the price of a glance."""
+"""Whether a module is still what it was when it was checked closely, by a check that is cheap."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Watch:
     Noticed: other parts or attributes, another class, hooks, a forward of the instance's own, train mode.
 
     Args:
-        module: is not kept: with the last reference to it elsewhere it goes, whoever keeps its watch.
+        module: the watch does not keep it alive.
         holder: the attribute of the module that this watch hangs on. It is not looked at.
     """
 
@@ -27,8 +27,8 @@ class Watch:
         self._class = type(module)
         owns = [vars(part) for part in module.modules()]
         parts = list(module.modules())[1:]
-        # What the dictionaries among the attributes hold is not seen: the parts of the parts are listed beside them,
-        # and hooks looked for.
+        # Dictionaries among the attributes are not looked into. So the parts of parts are listed beside them, and hooks
+        # are looked for.
         dictionaries = [*owns, *(own["_modules"] for own in owns)]
         hooks = [own[name] for own in owns for name in HOOKS]
         self._held = held(dictionaries, ignored=holder, objects=parts, empty=hooks)
@@ -90,7 +90,7 @@ class WatchOfParameters:
 
 
 def all_unchanged(watched: tuple[Any, ...]) -> bool:
-    """Whether all that several watches look at still is so: one call for a whole model."""
+    """Whether nothing that several watches look at has changed: one call for a whole model."""
     return library.module is not None and bool(library.module.all_unchanged(watched))
 
 
@@ -103,15 +103,15 @@ def held(
     empty: Sequence[Any] = (),
     tensors: Sequence[Tensor] = (),
 ) -> Any:
-    """What these are now, to be compared later: what dictionaries hold, the first but for one key, the classes of
-    objects, that others are empty, and the version and place of tensors."""
+    """The state of these now, to be compared later: what dictionaries hold (the first of them without one key), the
+    classes of objects, that other dictionaries are empty, and the version and place of tensors."""
     if library.module is None:
         return Unknown()
     return library.module.Held(dictionaries, by_identity, ignored, list(objects), list(empty), list(tensors))
 
 
 class Unknown:
-    """Without the library nobody remembers: everything is looked at closely each time."""
+    """Takes the library's place where there is none: remembers nothing, so everything is checked closely each time."""
 
     def unchanged(self) -> bool:
         return False

@@ -20,8 +20,8 @@ from sait.methods.scorers import RandomScore
 from sait.state import State, density, selections, sparse_family, state_of
 from sait_kernels.version import __version__
 
-# Of the largest result: what rounding in another order comes to, with room. Behind it a token was chosen otherwise, or
-# an engine computes something else.
+# Of the largest result: more than rounding in another order comes to. Beyond it another token was chosen, or the engine
+# computes something else.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 

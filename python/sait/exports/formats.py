@@ -97,10 +97,10 @@ def _write_openvino(content: Content, path: Path) -> None:
 def openvino_core() -> Any:
     """OpenVINO's Core, one for the life of a process.
 
-    Each Core that compiles for the CPU takes the main thread's signal stack for its own, and gives the one before it
-    back when it ends. Where two end in the order in which they began, the stack that is left is memory that is gone,
-    and the next signal with a handler ends the process: seen with OpenVINO 2026.4 and a DataLoader,
-    which handles the signal of a child that ended.
+    Each Core that compiles for the CPU replaces the main thread's signal stack by its own, and puts the one before it
+    back when it ends. If two of them end in the order in which they began, the stack that is left in place has been
+    freed, and the next signal with a handler ends the process: seen with OpenVINO 2026.4 and a DataLoader, which
+    handles the signal of a child that ended.
     """
     import openvino
 
@@ -108,7 +108,7 @@ def openvino_core() -> Any:
 
 
 def _read_openvino(path: Path) -> Run:
-    # In the model's own precision: by default a CPU with bfloat16 products runs float32 models in bfloat16.
+    # In the model's own precision: by default a CPU with bfloat16 GEMMs runs float32 models in bfloat16.
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino_core().compile_model(path, "CPU", options)
     return lambda images: [torch.from_numpy(y.copy()) for y in compiled(images.numpy()).values()]

@@ -1,8 +1,8 @@
 """The ops of sait_kernels as torch ops alone, for images that have as many tokens each: what a program exports them as.
 
 With one length for all, packed rows (T, ...) are (B, N, ...) of another shape, whatever B is; so offsets are not read,
-nothing loops over images, and B stays open. Sums over rows are products of matrices: no op here adds by index, which
-few engines do alike. Scores and softmax of scores are in float32, as the kernels have them.
+nothing loops over images, and B stays open. Sums over rows are GEMMs: no op here adds by index, which engines do in
+different ways. Scores and softmax of scores are in float32, as the kernels have them.
 """
 
 from __future__ import annotations

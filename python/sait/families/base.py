@@ -1,4 +1,4 @@
-"""What the loop knows of a model: how images become tokens, what its blocks are made of, and what becomes of the rest.
+"""What the loop knows of a model: how images become tokens, what its blocks are made of, and what follows the blocks.
 
 A family is one library's kind of Vision Transformer. Its file is the only place where that library's names are read.
 """
@@ -38,7 +38,7 @@ class LinearParameters:
 
 
 class BlockView(NamedTuple):
-    """What a pre-norm transformer block is made of, under the same names whoever wrote it.
+    """What a pre-norm transformer block is made of, under the same names for every library.
 
     With y = proj(norm(attention(q_norm(q), k_norm(k), v)) * sigmoid(gate(normed))):
     x1 = x + drop_path1(scale1(y)), and the block's result is x1 + drop_path2(scale2(mlp(norm2(x1)))).
@@ -104,7 +104,7 @@ class Cost(NamedTuple):
     name: str
     moved: float  # elements read and written
     weights: float  # elements that a batch reads once
-    macs: float  # multiply-accumulates of its products
+    macs: float  # multiply-accumulates of its GEMMs
 
 
 class SparseForward:

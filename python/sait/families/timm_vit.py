@@ -45,7 +45,7 @@ from sait.families.base import (
 )
 from sait.families.cutting import keep_inputs, keep_outputs, require_linear
 from sait.families.pooling import check_ragged_head, features, pools_prefix, prefix_is_enough, ragged_head
-from sait.tokens import Homes, Tokens
+from sait.tokens import FullMapCollector, Tokens
 
 # The parts that see one token at a time, so that dropping the others changes nothing.
 ROW_NORMS = (
@@ -150,9 +150,9 @@ class SparseTimm:
             raise ValueError(f"forward_intermediates: output_fmt: expected NCHW or NLC, got {output_fmt!r}.")
         depth, P = len(self.blocks), self.num_prefix_tokens
         wanted, last = feature_take_indices(depth, indices)
-        homes = Homes(wanted, last if stop_early else depth - 1)
-        tokens = self._sparse_tokens(x, homes=homes)
-        found = [self.norm(homes.maps[i]) if norm else homes.maps[i] for i in sorted(set(wanted))]
+        collector = FullMapCollector(wanted, last if stop_early else depth - 1)
+        tokens = self._sparse_tokens(x, collector=collector)
+        found = [self.norm(collector.maps[i]) if norm else collector.maps[i] for i in sorted(set(wanted))]
         prefix, maps = [rows[:, :P] for rows in found], [rows[:, P:] for rows in found]
         if output_fmt == "NCHW":
             grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])

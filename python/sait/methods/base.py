@@ -1,4 +1,4 @@
-"""What a method is made of: a scorer, a selector, at times something that happens afterwards.
+"""What a method is made of: a scorer, a selector, and sometimes something that happens afterwards.
 
 The protocols are all that the loop knows of a method. ``register`` gives a class the name by which plans are saved and
 options find it.
@@ -28,7 +28,7 @@ class Seen(NamedTuple):
 
 
 class Merging(NamedTuple):
-    """What a selector returns that says where dropped rows go: a Selection, and the row that each becomes part of."""
+    """What a selector that merges returns: a Selection, and for each row the kept row that it becomes part of."""
 
     indices: Tensor  # (S,) int32: the row that each of those that stay was; in any order behind the prefix rows
     cu_seqlens: Tensor  # (B + 1,) int32
@@ -41,7 +41,7 @@ class Merging(NamedTuple):
 
 
 class On(NamedTuple):
-    """What of a block runs, for each image: of gates in eval mode true or false, in training 0 or 1 with a gradient."""
+    """Which parts of a block run, for each image: true or false in eval mode, in training 0 or 1 with a gradient."""
 
     tokens: Tensor | None = None  # (T,), of the rows that enter the block; None: all are on, as in the other two
     heads: Tensor | None = None  # (B, H)
@@ -102,7 +102,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Selector(Protocol):
-    """Chooses by scores who stays.
+    """Chooses by scores which tokens stay.
 
     What else is read where it has it: ``reads``, as of a Scorer; ``macs(tokens, num_prefix, head_dim)``, its
     multiply-accumulates for an image; ``merges``, whether it returns a Merging; ``keeps_all``, whether it drops nothing
@@ -165,9 +165,9 @@ class After(Protocol):
 class Gates(Protocol):
     """Decides for each image what of a block runs: which tokens, heads and sub-layers.
 
-    Whoever is off in a block passes it by unchanged, and the next block sees it again: nothing is dropped. A head that
-    is off adds nothing to its image. An nn.Module's parameters become the sparse model's; while it is in training mode
-    everything is computed and multiplied by the gates, which so get gradients; else what is off is not computed.
+    A token that is off in a block passes it unchanged, and the next block sees it again: nothing is dropped. A head
+    that is off adds nothing to its image. An nn.Module's parameters become the sparse model's. In training mode
+    everything is computed and multiplied by the gates, so that these get gradients; else what is off is not computed.
 
     What else is read where it has it: ``needs_prefix``, as of a Scorer; ``check(channels, heads)``, which raises where
     a block is of other sizes; ``macs(tokens, channels, heads)``, its multiply-accumulates for an image;

@@ -23,7 +23,8 @@ class Predictor(nn.Module):
     image's patches, those that are there by the policy; then Linear to C/2, GELU, C/4, GELU, 2, and log-softmax. The
     first of the two is "stays".
 
-    In training mode nothing is dropped: ``mask`` draws who stays, and later attention follows (sait.methods.policy).
+    In training mode nothing is dropped: ``mask`` draws which patches stay, and later attention is masked by that
+    (sait.methods.policy).
 
     Args:
         channels: C, of the block's input; a multiple of 4.
@@ -63,7 +64,7 @@ class Predictor(nn.Module):
 
     def mask(self, seen: Seen) -> Tensor:
         """(T,): 1 for a patch that stays and 0 for one that goes, drawn by its probability (Gumbel-softmax, straight
-        through: the gradient is that of the soft choice); who has gone does not come back."""
+        through: the gradient is that of the soft choice). A patch that has gone does not come back."""
         log_probabilities = self.log_probabilities(seen)
         noise = -torch.empty_like(log_probabilities).exponential_().log()
         soft = (log_probabilities + noise).softmax(1)[:, 0]

@@ -131,7 +131,7 @@ def score(stage: Stage, seen: Seen) -> Tensor:
 
 
 def select(stage: Stage, scores: Tensor, seen: Seen) -> Selection | Merging:
-    """Who stays, checked where the selector is not one of ours: on a CPU, and elsewhere with SAIT_DEBUG=1."""
+    """Which rows stay; checked if the selector is not of this package: on a CPU, and elsewhere with SAIT_DEBUG=1."""
     selection = stage.selector(scores.detach(), seen)
     if isinstance(selection, Merging) and not (stage.after is not None and stage.after.needs_dropped):
         raise TypeError(

@@ -16,10 +16,11 @@ from sait.methods.base import Merging, Seen, register
 class Pairs:
     """The r most alike pairs of tokens become one each: the bipartite matching of ToMe (2210.09461).
 
-    Rows at even places of an image look for the most alike row at an odd place, by the cosine of their keys, the mean
-    over heads. Of the r best of these pairs the even row goes into the odd one; of pairs that are equally alike that
-    of the earlier row. Prefix rows count as places, but neither go nor take in. At most half of the patches go.
-    Behind the prefix rows stand the even rows that are left, then the odd ones; the next block's places are these.
+    Each row at an even place of an image is paired with the most similar row at an odd place, by the cosine of their
+    keys, the mean over heads. In the r most similar pairs the even row is merged into the odd one; of equally similar
+    pairs the one of the earlier row comes first. Prefix rows count as places, but are not merged, nor is anything
+    merged into them. At most half of the patches go. Behind the prefix rows stand the even rows that are left, then the
+    odd ones: these are the places that the next block counts.
 
     Attributes:
         r: 0 or more, pairs of an image.
@@ -91,6 +92,6 @@ class Pairs:
         image = torch.arange(B, device=k.device)[:, None]
         leaves = torch.zeros_like(target, dtype=torch.bool)
         leaves[:, evens] = goes
-        # Where each of those that stay was; those that go are written into one place more, which nobody reads.
-        home = rows.new_zeros(B, stay + 1).scatter(1, target.where(~leaves, stay), rows.view(B, N))
-        return Merging(home[:, :stay].flatten(), cu_seqlens, stay, (target + stay * image).flatten().int())
+        # The row that each of those that stay was. Those that go are written to one more place, which nobody reads.
+        origins = rows.new_zeros(B, stay + 1).scatter(1, target.where(~leaves, stay), rows.view(B, N))
+        return Merging(origins[:, :stay].flatten(), cu_seqlens, stay, (target + stay * image).flatten().int())

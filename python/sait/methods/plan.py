@@ -30,16 +30,16 @@ class Stage:
     Args:
         block: 0-based.
         scorer: ranks the tokens; None: as the plan's score says. A number in its place is ``keep``.
-        selector: chooses who stays; or, in its place:
+        selector: chooses which tokens stay; or, in its place:
         keep: a float in (0, 1], the share of an image's current patches, or an int >= 1, their number. 1.0 keeps all
             and scores nothing; the int 1 keeps one patch.
-        mass: in (0, 1]: the fewest patches of each image that carry this share of its score. Exactly one of keep and
-            mass is given.
-        min_keep, max_keep: with mass: an image keeps no fewer patches than this and no more than that, if it has them.
-        static: with mass: from here on tensors have room for max_keep patches of every image, and rows of no image fill
-            what is left of it. So no size depends on data: nothing synchronises, and CUDA graphs, torch.compile and
-            torch.export take the model as they do at a fixed share. Linear layers compute all of that room, attention
-            only what is kept: choose max_keep close to what images keep.
+        mass: in (0, 1], cumulative score (top-p): keeps the fewest patches of each image whose cumulative score reaches
+            this share of its sum. Exactly one of keep and mass is given.
+        min_keep, max_keep: with mass: bounds on the patches that an image keeps, if it has so many.
+        static: with mass: from here on tensors have a capacity of max_keep patches for every image, and rows of no
+            image fill what is left of it. So no size depends on data: nothing synchronises, and CUDA graphs,
+            torch.compile and torch.export take the model as they do at a fixed share. Linear layers compute the whole
+            capacity, attention only what is kept: choose max_keep close to what images keep.
         after: acts between attention and MLP of the block, or ahead of it; None: nothing does.
         before: tokens are dropped ahead of the block, which sees only those that stay. Its scorer has no q, k and v.
         gates: alone, in place of all this: nothing is dropped, and each image runs what they say of the block.

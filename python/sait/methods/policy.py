@@ -1,5 +1,5 @@
-"""Policies: how a method that drops tokens by a hard choice learns to choose. Nothing is dropped in training; who would
-be is hidden from the others by masked attention, through which gradients reach the choice."""
+"""Policies: how a method that drops tokens by a hard choice learns to choose. Nothing is dropped in training; the
+tokens that would be are hidden from the others by masked attention, through which gradients reach the choice."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ def sait(
 
     Args:
         keep: a float in (0, 1], a share of the patches, or an int, their number; 0.45 if mass is not given either.
-        mass: in its place: the fewest patches that carry this share of the score, of each image.
+        mass: in its place, cumulative score (top-p): the fewest patches of each image whose cumulative score reaches
+            this share.
         blocks: where; 0-based.
         score: "cls", "column", "cls_value" or another registered name.
 
@@ -213,8 +214,8 @@ def hot(keep: float | int = 1 / 3, blocks: Blocks = None, *, neighbours: int = 2
 
 
 def random(keep: float | int = 0.45, blocks: Blocks = None) -> Plan:
-    """Patches that chance keeps, drawn anew by each forward, by default ahead of the first block: what a score is worth
-    shows against it, and training drops patches so (MAE 2111.06377, PatchDropout 2208.07220).
+    """Random patches stay, drawn anew by each forward, by default ahead of the first block: the baseline that a score
+    has to beat. Training drops patches so, too (MAE 2111.06377, PatchDropout 2208.07220).
 
     Args:
         keep: a float in (0, 1], a share of the patches, or an int, their number.

@@ -21,8 +21,8 @@ class LearnedQueries(nn.Module):
     query, too; prefix rows have none and pass by. The norm is there because rows leave the last block of a pre-norm
     model as they are, while HoT's blocks end with a norm. Rows that others were merged into count by their size.
 
-    Queries begin as position embeddings do, normal with a deviation of 0.02 (HoT: zeros), the products by Xavier's
-    rule, biases at 0.
+    Queries begin as position embeddings do, normal with a deviation of 0.02 (HoT: zeros), the weights of the linear
+    layers by Xavier's rule, biases at 0.
 
     Args:
         channels: C, the width of the model.
@@ -97,7 +97,7 @@ class LearnedQueries(nn.Module):
 
     @staticmethod
     def macs(tokens: float, patches: int, channels: int) -> float:
-        """Multiply-accumulates for an image alone; the queries' own product is one for all images of a batch."""
+        """Multiply-accumulates for an image alone; the queries' own GEMM is one for all images of a batch."""
         return 2 * (patches + tokens) * channels * channels + 2 * patches * tokens * channels
 
     def __str__(self) -> str:

@@ -102,7 +102,7 @@ class RandomScore:
 @register("unscored")
 @dataclass(frozen=True)
 class Unscored:
-    """Zeros: for a selector that looks for itself, such as Pairs."""
+    """Zeros: for a selector that needs no scores, such as Pairs."""
 
     reads = ()
 
@@ -158,7 +158,7 @@ class DensityPeaks:
         n, C = x.shape[1:]
         if n == 0:
             return x.new_zeros(x.shape[:2])
-        # From differences: by products of rows those that are alike would have the distance of their rounding.
+        # From differences: computed from dot products, the distance of rows that are alike would be rounding error.
         distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / C**0.5
         others = distances.masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), torch.inf)
         k = min(self.neighbours, n - 1)

@@ -119,12 +119,12 @@ class ShareOfFirst:
 @register("top_p")
 @dataclass(frozen=True)
 class TopP:
-    """The fewest patches of each image that carry a share of its score.
+    """The fewest patches of each image whose cumulative score reaches a share of its sum (top-p).
 
     Attributes:
         mass: in (0, 1], the share.
-        min_keep, max_keep: an image keeps no fewer patches than this and no more than that, if it has them.
-        static: sizes that no data decides, with room for max_keep patches of every image; see Stage.
+        min_keep, max_keep: bounds on the patches that an image keeps, if it has so many.
+        static: sizes that no data decides, with a capacity of max_keep patches for every image; see Stage.
 
     Raises:
         ValueError, TypeError: one outside its range.
@@ -207,9 +207,10 @@ def at_least(value: float | Tensor, scores: Tensor, tokens: Tokens) -> Selection
 class Sampling:
     """Patches drawn by their scores, without chance: adaptive token sampling (ATS 2111.15667).
 
-    An image's patches are sorted by score, the lowest first, and their scores added up; the sums are stretched to
-    [0, 1]. Of evenly spaced points from 0 to 1, as many as ``keep`` says, each takes the patch whose sum is nearest to
-    it, of two the lower. Several points may take the same one: the more unequal the scores, the fewer stay.
+    An image's patches are sorted by score, the lowest first, and their cumulative scores are scaled to [0, 1]. ``keep``
+    says how many points there are, evenly spaced from 0 to 1. Each takes the patch whose cumulative score is nearest to
+    it; of two equally near ones the lower. Several points may take the same patch: the more unequal the scores, the
+    fewer patches stay.
 
     How many stay depends on the data: one synchronisation on a GPU, and no CUDA graph.
 
@@ -248,7 +249,7 @@ class Sampling:
         stays = torch.zeros(none + 1, dtype=torch.bool, device=scores.device)
         stays = stays.index_fill(0, prefix_rows(tokens).where(lengths[:, None] > 0, none).flatten().long(), True)
         if rows.shape[1] > 0:
-            # What an image lacks comes first in the order, and no point is near to it.
+            # The padding of images with fewer patches comes first in the order, where no point is near to it.
             of_rows = F.pad(scores.double().nan_to_num(0.0).clamp_min(0.0), (0, 1), value=-1.0)[rows]
             weights, order = of_rows.sort(dim=1, stable=True)
             sums = weights.clamp_min(0.0).cumsum(1)

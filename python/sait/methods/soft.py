@@ -1,5 +1,5 @@
-"""Soft choices: how a selector learns where it cuts. In training each row is multiplied by a weight in place of being
-dropped or not, and gradients reach through the weight what chooses."""
+"""Soft choices: how a selector learns where to cut. In training no row is dropped; each is multiplied by a weight
+instead, and through the weights gradients reach the parameters that choose."""
 
 from __future__ import annotations
 

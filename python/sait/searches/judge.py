@@ -88,7 +88,7 @@ class Judge:
         labelled: whether labels say what is right; else the dense model does.
         dtype: of autocast; float32 is none.
         seed: of methods that draw numbers.
-        sure: whether a floor holds for the worse end of the interval of 95 %, not for the mean.
+        sure: whether the worse end of the interval of 95 % has to reach the least quality, not just the mean.
 
     Raises:
         ValueError: no image, batches that can be read only once, or labels that the model does not have.

@@ -52,7 +52,7 @@ class Config:
         mode: "alternate" (SaiT), "dense" (plain training) or "sparse".
         block, score: where tokens are scored and dropped, and by which score; as in sait.Plan.
         keep: share of the patches in sparse epochs, or a pair to draw from uniformly for each batch.
-        mass: the same for a share of the score. One of the two is given.
+        mass: the same for the cumulative score (top-p). One of the two is given.
         max_keep, static: as in sait.Stage, with mass: of sparse epochs, of the saved model, and of eval_mass.
 
         method: a published method of sait.methods in place of SaiT's epochs: each step trains its plan, with its own

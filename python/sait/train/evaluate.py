@@ -68,7 +68,7 @@ def evaluate(
     state = state_of(model, "evaluate")
     plan, before, was_training = state.plan, state.active, model.training
     model.eval()
-    totals = [Totals() for _ in densities]
+    totals = [EvaluationTotals() for _ in densities]
     try:
         for images, labels in _on(processes.device, data.held_out_batches()):
             with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
@@ -85,7 +85,7 @@ def evaluate(
 
 
 @dataclass
-class Totals:
+class EvaluationTotals:
     """Sums over the images so far."""
 
     images: int = 0

@@ -111,7 +111,7 @@ def replaced_loss(logits: Tensor, replaced: Tensor, selection: Selection | None 
             f"tokens, got {tuple(logits.shape)}. Padded rows do not belong here: pass packed ones."
         )
     if selection is not None:
-        home = selection.indices.long().clamp_max(images * tokens)  # one more stands for no row
-        targets, counts = (F.pad(values, (0, 1))[home] for values in (targets, counts))
+        places = selection.indices.long().clamp_max(images * tokens)  # one more stands for no row
+        targets, counts = (F.pad(values, (0, 1))[places] for values in (targets, counts))
     losses = F.binary_cross_entropy_with_logits(logits.float().flatten(), targets.float(), reduction="none")
     return losses.where(counts, 0).sum() / counts.sum().clamp_min(1)

@@ -19,13 +19,13 @@ from sait.train.processes import Processes
 
 
 @dataclass(frozen=True)
-class Setting:
+class Candidate:
     """One way to run the model.
 
     Attributes:
         block: where tokens are dropped; None for dense.
         result: accuracy, tokens and cost there.
-        images_per_s: of whole batches, measured together with all other settings.
+        images_per_s: of whole batches, measured together with all other candidates.
     """
 
     block: int | None
@@ -47,7 +47,7 @@ def tune(
     dtype: torch.dtype = torch.float32,
     repeats: int = 10,
     advance: Callable[[], object] = lambda: None,
-) -> list[Setting]:
+) -> list[Candidate]:
     """Accuracy and speed of dense and of every density at every block.
 
     Accuracy is that of the held-out images of ``data``: judge the choice by others.
@@ -58,7 +58,7 @@ def tune(
         images: (B, 3, height, width), the batch whose forward is timed, on the model's device.
         blocks, densities: what to try.
         dtype: of autocast; float32 is none.
-        repeats: samples of each time, all settings interleaved.
+        repeats: samples of each time, all candidates interleaved.
         advance: called ``steps(...)`` times.
 
     Returns:
@@ -89,7 +89,7 @@ def tune(
         seconds = interleave(calls, repeats, device=images.device, advance=advance)
     set_density(model)
     return [
-        Setting(block, result, len(images) / taken) for (block, _, result), taken in zip(found, seconds, strict=True)
+        Candidate(block, result, len(images) / taken) for (block, _, result), taken in zip(found, seconds, strict=True)
     ]
 
 
@@ -98,16 +98,16 @@ def steps(batches: int, blocks: int, densities: int, repeats: int) -> int:
     return batches * blocks + samples_in(1 + blocks * densities, repeats)
 
 
-def fastest(settings: Sequence[Setting], max_drop: float) -> Setting:
-    """The fastest setting whose accuracy is at most ``max_drop`` below that of dense, the first."""
-    floor = settings[0].result.accuracy - max_drop
-    return max((s for s in settings if s.result.accuracy >= floor), key=lambda s: s.images_per_s)
+def fastest(candidates: Sequence[Candidate], max_drop: float) -> Candidate:
+    """The fastest candidate whose accuracy is at most ``max_drop`` below that of dense, the first."""
+    floor = candidates[0].result.accuracy - max_drop
+    return max((s for s in candidates if s.result.accuracy >= floor), key=lambda s: s.images_per_s)
 
 
-def frontier(settings: Sequence[Setting]) -> list[Setting]:
+def frontier(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that none beats in accuracy and speed at once: slowest, most accurate first."""
-    best: list[Setting] = []
-    for setting in sorted(settings, key=lambda s: (-s.images_per_s, -s.result.accuracy)):
-        if not best or setting.result.accuracy > best[-1].result.accuracy:
-            best.append(setting)
+    best: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda s: (-s.images_per_s, -s.result.accuracy)):
+        if not best or candidate.result.accuracy > best[-1].result.accuracy:
+            best.append(candidate)
     return best[::-1]

@@ -13,7 +13,7 @@ from sait_kernels.triton.launch import Variant, cdiv, variant
 
 
 class Tile(NamedTuple):
-    """A program's part of a product (M, K) x (K, J): BLOCK_M rows, BLOCK_J columns, BLOCK_K at a time."""
+    """A program's part of a GEMM (M, K) x (K, J): BLOCK_M rows, BLOCK_J columns, BLOCK_K at a time."""
 
     BLOCK_M: int
     BLOCK_J: int
@@ -23,15 +23,15 @@ class Tile(NamedTuple):
 
 
 # (bytes of an element, at least this many rows) -> tile; the first that fits. Wide tiles read each operand less often;
-# with few rows there would be too few of them for 132 multiprocessors. float32 runs without matrix instructions (exact
-# products), where registers, not shared memory, limit the tile.
+# with few rows there would be too few tiles for 132 multiprocessors. float32 runs without matrix instructions (these
+# would round its factors), where registers, not shared memory, limit the tile.
 TILES = {
     (2, 16384): Tile(128, 128, 64, 8, 3),
     (2, 1024): Tile(64, 128, 64, 4, 3),
     (2, 0): Tile(32, 64, 64, 4, 3),
     (4, 0): Tile(32, 32, 32, 4, 2),
 }
-# Of two products of the same rows, whose sums share the registers; in float32 they have enough.
+# Of two GEMMs of the same rows, weight and gate, whose sums share the registers; in float32 these are enough for both.
 GATED_TILES = {
     (2, 16384): Tile(128, 64, 64, 8, 3),
     (2, 1024): Tile(64, 64, 64, 4, 3),
@@ -42,7 +42,7 @@ GATED_TILES = {
 
 @functools.lru_cache
 def tiling(rows: int, columns: int, itemsize: int, gated: bool = False) -> tuple[tuple[int], dict[str, Any]]:
-    """(grid, constants and launch options) of a product with so many rows and columns. The dictionary is shared."""
+    """(grid, constants and launch options) of a GEMM with so many rows and columns. The dictionary is shared."""
     tiles = GATED_TILES if gated else TILES
     tile = next(tile for (size, least), tile in tiles.items() if size == itemsize and rows >= least)
     return (cdiv(rows, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_J),), tile._asdict()
