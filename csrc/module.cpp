@@ -242,7 +242,7 @@ bool all_unchanged(const py::tuple& watched) {
                      [](const py::handle& one) { return py::cast<const Watched&>(one).unchanged(); });
 }
 
-// "0.1.0 in /path/to/_C.so"
+// "0.2.0 in /path/to/_C.so"
 std::string library() {
   Dl_info info{};
   dladdr(reinterpret_cast<const void*>(&library), &info);
