@@ -220,7 +220,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
     shown = Table("peer", "plan", title=title, title_justify="left")
     alike = "adaptive" if any("best_adaptive" in row for row in rows) else "pruned"
     columns = ["img/s", f"× best {alike}", "× timm eager", "× best dense", "tokens", "GMAC", "of FLOP ratio"]
-    for column in (*columns, "of floor", "peak MiB", *(("launches", "host µs") if ON_GPU else ())):
+    for column in (*columns, "of roofline bound", "peak MiB", *(("launches", "CPU overhead, µs") if ON_GPU else ())):
         shown.add_column(column, justify="right")
     for row in rows:
         if "error" in row:

@@ -185,14 +185,14 @@ def measured(documents: Sequence[Document]) -> list[Row]:
 
 
 def op_goals(documents: Sequence[Document]) -> list[Goal]:
-    """Those that rows carry: for a ratio, and for the share of the floor, which is the same in all rows of a case."""
+    """Goals that rows carry: for a ratio, and for the share of the roofline bound, the same in all rows of a case."""
     found: dict[tuple[str, str], Goal] = {}
     for row in measured(documents):
         what = f"{row['name']}, {row['case']}" + (f", batch {row['batch']}" if row["name"] == "model" else "")
         if "goal" in row:
             found[what, row["baseline"]] = Goal(what, row["baseline"], row["goal"], row["ratio"])
         if "goal_of_floor" in row:
-            found[what, "floor"] = Goal(what, "the floor", row["goal_of_floor"], row["of_floor"])
+            found[what, "floor"] = Goal(what, "the roofline bound", row["goal_of_floor"], row["of_floor"])
     return list(found.values())
 
 
