@@ -26,7 +26,8 @@ def markdown(document: dict[str, Any]) -> str:
         "*Written by `make paper` from accuracy.json.*\n",
         f"{about(document)}\n",
         "## Every density on one set of weights\n",
-        "img/s: float32, batch 64. dense is timm's own forward; the others run on the kernels of this package.\n",
+        "img/s: float32, batch 64. dense is timm's own forward; the others run on the kernels of this package. keep is "
+        "a share of the patches, mass a cumulative score (top-p).\n",
         density_table(accuracy, speed),
         "\n![accuracy against multiply-adds](accuracy.png)\n",
         "## What was claimed\n",

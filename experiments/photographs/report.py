@@ -64,7 +64,8 @@ def fine_tuning(tuned: Sequence[Row], speed: Sequence[Row]) -> list[str]:
         "## Fine-tuned\n",
         f"{first['epochs']} epochs, unless the name says otherwise. Each seed tests on another fifth of the objects, "
         f"which its training never saw: {tested} objects in all, {first['views']} images of each, the same for every "
-        f"model and density; seeds: {told}. Accuracy in %, mean of the seeds.\n",
+        f"model and density; seeds: {told}. keep is a share of the patches, mass a cumulative score (top-p). "
+        "Accuracy in %, mean of the seeds.\n",
         accuracy_table(tuned, variants),
         "\n![accuracy against multiply-adds](photographs-accuracy.png)\n",
         "## What was claimed\n",
