@@ -42,7 +42,7 @@ def bench_compact_attention(case: Case, record: Recorder) -> None:
         check=partial(check_error, "compact_attention", baseline=in_torch, exact=exact),
         goals=dict.fromkeys(baselines, goal),
         moved=4 * q.numel() * q.itemsize,  # q, k and v are read, the result is written
-        flop=4 * BATCH * case.N**2 * CHANNELS,  # two products of N x N x D in each head
+        flop=4 * BATCH * case.N**2 * CHANNELS,  # two GEMMs of N x N x D in each head
     )
     record(torch.inference_mode()(ours), rows)
 

@@ -1,7 +1,7 @@
 """linear_residual against linear, index_select and add: the output projection of a block that drops tokens, and the
 second layer of its MLP.
 
-On a CPU the weight is packed once, as sait.optimize does it, and one baseline has the bias in oneDNN's product.
+On a CPU the weight is packed once, as in sait.optimize, and one baseline fuses the bias into oneDNN's GEMM.
 """
 
 from __future__ import annotations

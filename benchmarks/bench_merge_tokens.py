@@ -1,4 +1,4 @@
-"""merge_tokens against index_add and scatter_add into zeros: of each image one patch in fifteen merges into another."""
+"""merge_tokens against index_add and scatter_add into zeros: one patch in fifteen of an image merges into another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INDEX_ADD, SCATTER_ADD = "torch index_add", "torch scatter_add"
 
 
 def targets(N: int) -> tuple[Tensor, Tensor, int]:
-    """(target, weight, rows of an image in the result): the means of pairs of patches, and all others as they are."""
+    """(target, weight, rows of an image in the result): means of pairs of patches, and all other patches unchanged."""
     merged = N // 15
     rows = N - merged
     generator = torch.Generator().manual_seed(0)

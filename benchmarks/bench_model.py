@@ -25,7 +25,7 @@ DENSITIES = [Density(), *(Density(keep=keep) for keep in (1.0, 0.7, 0.45, 0.3)),
 HEADLINE = Density(keep=0.45)
 CPU_GOALS = {("bf16", "keep 1.0"): 1.15, ("bf16", "keep 0.45"): 2.2, ("fp32", "keep 0.45"): 1.9}
 GPU_GOALS = {("bf16", "keep 0.45"): 1.7}
-COMPILED_GOALS = {1: 1.3, 256: 1.5}  # of the headline against timm compiled, by batch
+COMPILED_GOALS = {1: 1.3, 256: 1.5}  # for the headline against timm compiled, by batch size
 
 
 def make(dtype: str, batch: int) -> tuple[Any, Tensor]:
@@ -53,7 +53,7 @@ def bench_model(dtype: str, record: Recorder) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_optimized_model(dtype: str, record: Recorder) -> None:
-    """The headline under sait.optimize, against timm and against itself without it."""
+    """The headline with sait.optimize, against timm and against the same model without it."""
     baseline, images = make(dtype, BATCH)
     plain = sait.sparsify(copy.deepcopy(baseline), block=BLOCK, keep=HEADLINE.keep, score=SCORE)
     model = sait.optimize(copy.deepcopy(plain))
@@ -71,7 +71,7 @@ def bench_optimized_model(dtype: str, record: Recorder) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", COMPILED_GOALS)
 def bench_compiled_model(batch: int, record: Recorder) -> None:
-    """Ours compiled, and as a graph of its own launches, against timm compiled: for one image a graph as well."""
+    """Ours, compiled and as a CUDA graph, against timm compiled; for one image timm is a graph, too."""
     model, images = make("bf16", batch)
     mode = "reduce-overhead" if batch == 1 else "default"
     baseline = torch.compile(copy.deepcopy(model), mode=mode)
@@ -97,7 +97,7 @@ def bench_compiled_model(batch: int, record: Recorder) -> None:
 
 
 def headline_row(model: Any, *, ours: float, baseline: float, batch: int, dtype: str, variant: str) -> dict[str, Any]:
-    """A row of the results file for a model that just ran at the headline's density; seconds of a call."""
+    """A row of the results file for a model that just ran at the headline's density, given the seconds of a call."""
     return {
         "name": "model",
         "case": f"{HEADLINE.label}, {variant}",

@@ -1,7 +1,7 @@
 """norm_linear against layer_norm, linear and activation: DeiT-S's QKV projection and the first layer of its MLP, and
-the gated one of DINOv3 ViT-S+, whose widths are the same.
+the gated one of DINOv3 ViT-S+, which has the same widths.
 
-On a CPU the weight is packed once, as sait.optimize does it, and one baseline has bias and GELU in oneDNN's product.
+On a CPU the weight is packed once, as in sait.optimize, and one baseline fuses bias and GELU into oneDNN's GEMM.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ LAYERS = {
 @pytest.mark.parametrize("layer", LAYERS)
 def bench_norm_linear(case: Case, layer: str, record: Recorder) -> None:
     outputs, activation, against, fused_against, gated = LAYERS[layer]
-    columns = 2 * outputs if gated else outputs  # torch's product takes the gate and the weight as one
+    columns = 2 * outputs if gated else outputs  # torch's GEMM takes the gate and the weight as one
 
     def inputs(case: Case) -> tuple[Tensor, ...]:
         bias = case.rows(columns // CHANNELS).flatten()
         return case.rows(), *case.rows(2), case.rows(columns) * CHANNELS**-0.5, bias
 
     def of_layer(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Weight and bias of ours, and its options; the gate comes first."""
+        """Weight, bias and options of our op; the gate's weight comes first."""
         gate = {"gate": weight[:outputs], "gate_bias": bias[:outputs]} if gated else {}
         return weight[-outputs:], bias[-outputs:], {"activation": activation, **gate}
 

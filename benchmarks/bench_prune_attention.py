@@ -1,4 +1,4 @@
-"""prune_attention against SDPA of all tokens, the torch chain that chooses, and a gather of the kept rows."""
+"""prune_attention against SDPA of all tokens, followed by torch's selection and a gather of the kept rows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def bench_prune_attention(case: Case, record: Recorder) -> None:
     q, k, v = case.qkv()
 
     def check(results: tuple[torch.Tensor, sk.Selection]) -> None:
-        """The two may choose differently in near-ties, so values are compared on our rows."""
+        """Near-ties may be decided differently, so values are compared on the rows that ours keeps."""
         out, selection = results
         check_selection("prune_attention", rows_per_image(selection, case.N), q, k, patches)
         exact = sk.reference.compact_attention(

@@ -1,7 +1,7 @@
-"""compact_attention of images with 20 to 180 tokens each, as adaptive density leaves them.
+"""compact_attention of images with 20 to 180 tokens each, as after adaptive density.
 
 On a GPU against torch's FlashAttention for mixed lengths and against nested tensors; on a CPU against SDPA of the
-padded batch with a mask, which is all that torch has there.
+padded batch with a mask, the only thing that torch has there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GOALS = {VARLEN: 1.3, NESTED: 2.0} if ON_GPU else {}
 
 @dataclass(frozen=True)
 class Mixed(Case):
-    """Images of different lengths: N is the bound."""
+    """Images of different lengths: N is the upper bound."""
 
     @property
     def label(self) -> str:

@@ -18,7 +18,7 @@ GPU_FLOOR_GOAL = 0.85  # of the bandwidth of a copy
 @every_case
 def bench_rotate(case: Case, record: Recorder) -> None:
     def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, the positions of equal images whose first token has none, and DINOv3's form of a table."""
+        """q, k, the positions of equally long images whose first token has none, and a table in DINOv3's form."""
         q, k, _ = case.qkv()
         positions = (torch.arange(case.N, dtype=torch.int32, device=DEVICE) - 1).repeat(BATCH)
         frequencies = 100.0 ** -torch.linspace(0, 1, HEAD_DIM // 2, device=DEVICE)

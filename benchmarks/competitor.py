@@ -15,11 +15,11 @@ REAL_TIME = tuple(getattr(os, name) for name in ("SCHED_FIFO", "SCHED_RR") if ha
 class Competitor:
     """Spins on the last core that this process may use, from ``with`` to its end.
 
-    It ends with the block however that is left, and by itself where this process is gone: it looks for its parent every
-    few milliseconds. Its priority is that of any process, whatever this one's is.
+    It ends when the block is left in any way, and by itself if this process has died: it checks for its parent every
+    few milliseconds. It has normal priority, whatever the priority of this process.
 
     Raises:
-        RuntimeError: this process has real-time priority, beside which nobody competes; or the other did not start.
+        RuntimeError: this process has real-time priority, which nothing can compete with; or the other did not start.
     """
 
     def __enter__(self) -> Competitor:
@@ -44,7 +44,7 @@ class Competitor:
             self.process.kill()
 
     def cpu_seconds(self) -> float | None:
-        """What it has taken so far, in steps of the kernel's tick; None where the system has no /proc."""
+        """The CPU time it has used so far, in steps of the kernel's tick; None where the system has no /proc."""
         found = Path(f"/proc/{self.process.pid}/stat")
         if not found.exists():
             return None
@@ -53,7 +53,7 @@ class Competitor:
 
 
 def cores() -> set[int]:
-    """Those that this process may use."""
+    """The cores that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 

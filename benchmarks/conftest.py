@@ -1,8 +1,8 @@
 """Collects the rows of a session, prints them beside their goals, and keeps the results file with --save-results.
 
-The file is written anew with every benchmark that ends. One that was not reached yet, in a run that was cut say, has a
-row that says so, and one that fails, because its result is wrong or for another reason, has a row with the reason: none
-of them has a figure.
+The file is rewritten after every benchmark. A benchmark that was not reached, for example because the run was cut, has
+a row that says so; one that fails, because of a wrong result or for another reason, has a row with the reason. Neither
+has figures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROUNDS = 5  # of pytest-benchmark's own statistics, beside the interleaved media
 
 
 class Results:
-    """The rows of each benchmark, by its node id, and the file they are kept in."""
+    """The rows of each benchmark, by node id, and the file that they are written to."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[dict[str, Any]]] = {}
@@ -55,7 +55,7 @@ RESULTS = pytest.StashKey[Results]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--save-results", type=Path, metavar="FOLDER", help="write <date>-<device>.json into this folder")
-    parser.addoption("--part", help="name of a run that stands beside others of the device: a file of its own")
+    parser.addoption("--part", help="name of a run that is kept beside others of the device, in a file of its own")
     parser.addoption("--append", action="store_true", help="keep the rows that the file already has")
 
 
@@ -101,7 +101,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def failed_row(item: pytest.Item, reason: str) -> dict[str, Any]:
-    """Named as pytest does: what its figures would be called is not known before it has run."""
+    """Named as pytest names it: the names of its figures are not known before it has run."""
     name, _, case = item.name.removeprefix("bench_").partition("[")
     return {"name": name, "case": case.removesuffix("]"), "error": reason}
 

@@ -1,4 +1,4 @@
-"""What a forward takes beside its time: memory, launches on a GPU, and the time of the host there."""
+"""What a forward costs besides its time: memory, and on a GPU launches and CPU overhead."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def of_forward(forward: Callable[[], object], counted: bool) -> dict[str, Any]:
     """Fields of a row; what does not apply is absent.
 
     Args:
-        forward: called before, so that it has compiled and allocated what it keeps.
-        counted: torch's allocator hands out all of its memory.
+        forward: was called before, so it has compiled and allocated what it keeps.
+        counted: whether all of its memory comes from torch's allocator.
     """
     found: dict[str, Any] = {"peak_mib": peak_mib(forward)} if counted else {}
     if ON_GPU:
@@ -34,7 +34,7 @@ def of_forward(forward: Callable[[], object], counted: bool) -> dict[str, Any]:
 
 
 def peak_mib(forward: Callable[[], object]) -> float:
-    """What torch's allocator hands out at most, beyond what is there before: not weights and images."""
+    """The peak of what torch's allocator hands out, without what was there before, such as weights and images."""
     return round((_gpu_peak if ON_GPU else _cpu_peak)(forward) / 2**20, 1)
 
 
@@ -48,7 +48,7 @@ def _gpu_peak(forward: Callable[[], object]) -> int:
 
 
 def _cpu_peak(forward: Callable[[], object]) -> int:
-    """The largest sum of allocations and frees so far; frees of what was there before are no events."""
+    """The largest running sum of allocations and frees; frees of what was there before do not count."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         forward()
     events = profiled.profiler.kineto_results.events()
@@ -69,7 +69,7 @@ def launches(forward: Callable[[], object]) -> int:
 
 
 def synchronises(forward: Callable[[], object]) -> bool:
-    """Whether the host waits for the GPU within a forward; its time is then not overhead alone."""
+    """Whether the CPU waits for the GPU within a forward; its time is then more than overhead."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -81,7 +81,7 @@ def synchronises(forward: Callable[[], object]) -> bool:
 
 
 def host_us(forward: Callable[[], object]) -> float:
-    """Until a forward returns, its launches queued on an idle GPU and not waited for: the median, µs."""
+    """CPU overhead: the median time until a forward returns, its launches queued on an idle GPU, in µs."""
     taken = []
     for _ in range(HOST_CALLS):
         torch.cuda.synchronize()

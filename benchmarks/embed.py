@@ -1,9 +1,9 @@
 """`make embed`: images per second of `sait embed`, from files to Parquet, beside the model alone on images in memory.
 
-Both run in one process, in turn, in a new order each round; a figure is a median. The model alone is what embed runs:
-without its head, and on a CPU optimized. Embed's time is that of its report: from the first image that is asked for,
-workers not yet started, to the last part on the disk. The files are JPEGs, crops of the two photos of scikit-learn; the
-larger they are, the more it takes to decode them. They lie in the page cache: reading from a disk is not measured.
+Both run in one process, in turn, in a new order each round; a figure is a median. The model alone is the one that embed
+runs: without its head, and on a CPU optimized. Embed's time is the one in its report: from the first request for an
+image, before workers have started, to the last part on disk. The files are JPEGs, crops of the two photos of
+scikit-learn; larger ones take longer to decode. They are in the page cache: reading from a disk is not measured.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DISTINCT = 32
 
 
 def write_photos(folder: Path, images: int, side: int) -> None:
-    """So many JPEGs of side x side pixels; of all there are DISTINCT, under many names."""
+    """So many JPEGs of side x side pixels: DISTINCT different ones, under many names."""
     photos, chance = list(sample_photos().values()), random.Random(0)
     for i in range(images):
         path = folder / f"{i:06d}.jpg"
@@ -51,7 +51,7 @@ def write_photos(folder: Path, images: int, side: int) -> None:
 
 
 def alone(model: Any, expected: Preprocessing, settings: Settings, images: int) -> Any:
-    """call() -> seconds that the forwards of so many images take, which lie ready on the device."""
+    """call() -> seconds for the forwards of so many images, which are on the device already."""
     device = torch.device(settings.device)
     ready = prepared(model, settings.dtype, wants_features=True)
     Subject(ready, expected, device, wants_features=True)
@@ -93,7 +93,7 @@ def compare(model: Any, folder: Path, images: int, settings: Settings, repeats: 
 def row_of(
     name: str, plan: str, side: int, dtype: DType, batch: int, base: float, reports: Sequence[Report]
 ) -> dict[str, Any]:
-    """Of a results file (see benchmarks/README.md): times of a batch."""
+    """A row of a results file (see benchmarks/README.md); times are per batch."""
     middle = sorted(reports, key=lambda report: report.seconds)[len(reports) // 2]
     images = middle.totals.images
     ours, baseline = (taken * batch / images for taken in (median(report.seconds for report in reports), base))

@@ -41,7 +41,7 @@ BATCHES = [1, 8, 64, 256] if ON_GPU else [1, 4, 16]
 DTYPES = [DType.bf16] if ON_GPU else [DType.bf16, DType.fp32]
 REPEATS, QUICK_REPEATS = (50, 10) if ON_GPU else (7, 3)
 OUT_OF_TIME = "left out: it would have started too late"
-MAKING = 0.7  # of the time of a setting: peers that would start later are left out, the rest is for taking figures
+MAKING = 0.7  # of the time of a setting: peers that would start later are left out, so that measuring has the rest
 Row = dict[str, Any]
 
 
@@ -63,7 +63,7 @@ class TimedPeer:
 
 
 def block_of(depth: int) -> int:
-    """The block that prunes: a quarter of the way, 3 of 12 and 6 of 24."""
+    """The block that prunes: at a quarter of the depth, 3 of 12 and 6 of 24."""
     return BLOCK * depth // 12
 
 
@@ -77,12 +77,12 @@ def compare(
     """Times the peers in turn.
 
     Args:
-        names: keys of PEERS, the baseline first. Those that compile are made last: they take longest by far.
-        advance: called once for each peer, and for each of its samples; a progress bar's.
-        until: by time.monotonic(); a peer that has not been started by then is left out.
+        names: keys of PEERS, the baseline first. Peers that compile are made last: they take longest by far.
+        advance: called once for each peer and each of its samples, for a progress bar.
+        until: by time.monotonic(); a peer that has not started by then is left out.
 
     Returns:
-        Figures of those that ran, in the order of names, and why the others did not.
+        Figures of the peers that ran, in the order of names, and why the others did not.
     """
     figures, failed = prepare(setting, names, advance, until)
     calls = [partial(figure.made.forward, setting.images) for figure in figures]
@@ -98,8 +98,8 @@ def prepare(
     advance: Callable[[], object] = lambda: None,
     until: float = math.inf,
 ) -> tuple[list[TimedPeer], dict[str, str]]:
-    """As ``compare``, without the times: peers that have run once and whose logits were checked."""
-    torch._dynamo.reset()  # a code object is compiled for so many models only
+    """As ``compare``, without the times: peers that have run once and whose logits are right."""
+    torch._dynamo.reset()  # torch compiles a code object for a limited number of models
     names = list(names)
     figures, failed = [], {}
     check = throughput.logits_check(setting.vit, setting.images)
@@ -115,7 +115,7 @@ def prepare(
             if made.kept is not None:
                 check_kept(logits, made.kept)
             figures.append(TimedPeer(name, made, made.rows or seen_rows(setting, made)))
-        except Exception as error:  # another engine may raise anything, and the others are to be measured all the same
+        except Exception as error:  # an engine may raise anything, and the others must still be measured
             if name == BASELINE:
                 raise
             failed[name] = throughput.reason(error)
@@ -129,7 +129,7 @@ def compiles(name: str) -> bool:
 
 
 def seen_rows(setting: Setting, made: Made) -> list[Rows]:
-    """Where images decide: the mean of what they kept, from the forward that has just been."""
+    """If images decide how many: the mean number that they kept in the last forward."""
     model: Any = made.forward
     kept = [selection.cu_seqlens.diff().float().mean().item() for selection in sait.selections(model)]
     return cost.plan_rows(setting.vit, sait.Plan([sait.Stage(setting.block, mass=setting.mass)]), kept)
@@ -183,7 +183,7 @@ def rows_of(setting: Setting, figures: Sequence[TimedPeer], failed: dict[str, st
 
 
 def timed_row(setting: Setting, figure: TimedPeer, seconds: float, baseline: float, common: Row) -> Row:
-    """What every row of a peer has that ran, with seconds of its own and of the baseline."""
+    """The fields of every row of a peer that ran, given its seconds and the baseline's."""
     peer = PEERS[figure.name]
     return {
         "name": "model",
@@ -206,12 +206,12 @@ def failed_row(name: str, reason: str, common: Row) -> Row:
 
 
 def add_costs(rows: Sequence[Row], setting: Setting, figures: Sequence[TimedPeer]) -> None:
-    """What a forward takes beside its time; where a machine does not let it be counted, the fields are absent."""
+    """What a forward costs besides its time; fields that a machine cannot count are absent."""
     by_name = {row["peer"]: row for row in rows}
     for figure in figures:
         try:
             found = costs.of_forward(partial(figure.made.forward, setting.images), figure.made.counted)
-        except Exception as error:  # of a profiler: the times are there all the same
+        except Exception as error:  # in the profiler: the times are known anyway
             print(f"{PEERS[figure.name].label}: costs not counted: {throughput.reason(error)}")
             continue
         by_name[figure.name].update(found)
@@ -221,7 +221,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
     shown = Table("peer", "plan", title=title, title_justify="left")
     alike = "adaptive" if any("best_adaptive" in row for row in rows) else "pruned"
     columns = ["img/s", f"× best {alike}", "× timm eager", "× best dense", "tokens", "GMAC", "of FLOP ratio"]
-    for column in (*columns, "of floor", "peak MiB", *(("launches", "host µs") if ON_GPU else ())):
+    for column in (*columns, "of roofline bound", "peak MiB", *(("launches", "CPU overhead, µs") if ON_GPU else ())):
         shown.add_column(column, justify="right")
     for row in rows:
         if "error" in row:
@@ -251,7 +251,7 @@ def default_peers(adaptive: bool = False) -> list[str]:
 
 
 def load(model: str, weights: str) -> tuple[Any, str]:
-    """The timm model, for images of the side that may follow behind an @, and its weights in words."""
+    """The timm model, for images of the side after the @, if any, and its weights in words."""
     name, _, side = model.partition("@")
     loaded, described = options.load_model(name, weights)
     if side:
@@ -315,7 +315,7 @@ def main(
     document = measure.results([], DEVICE, **head, roofs=roofs_of(dtypes))  # before its own file changes the tree
 
     def keep() -> None:
-        """What is measured stays if the rest runs out of time."""
+        """What was measured is kept if time runs out."""
         if save is not None:
             document["rows"] = [row for found in rows for row in found]
             harness.save(document, save / measure.file_name(document))
@@ -329,7 +329,7 @@ def main(
             until = now + MAKING * (end - now) / (len(settings) - at)
             loaded, described = load(model, weights)
             images, _ = options.load_images(loaded, batch)
-            vit = loaded.to(DEVICE, dtype.as_torch())  # outside of inference mode: sait.optimize wants such weights
+            vit = loaded.to(DEVICE, dtype.as_torch())  # outside inference mode: sait.optimize needs such weights
             images, block, counts = images.to(DEVICE, dtype.as_torch()), block_of(len(vit.blocks)), None
             if adaptive:
                 images, counts = spread.uneven(vit, images, block, MASS)
@@ -340,7 +340,7 @@ def main(
                 try:
                     figures, failed = compare(setting, chosen, samples, partial(bar.advance, task), until)
                     rows[at] = rows_of(setting, figures, failed, common)
-                except Exception as error:  # without its baseline a setting is nothing, but others may have theirs
+                except Exception as error:  # without its baseline a setting has no figures, but others may have theirs
                     figures, failed = [], dict.fromkeys(chosen, throughput.reason(error))
                     rows[at] = [failed_row(name, reason, common) for name, reason in failed.items()]
                     whole = False

@@ -1,7 +1,7 @@
-"""`make exports`: what a pruned model that left computes, and how fast, beside the model itself.
+"""`make exports`: what an exported pruned model computes, and how fast, against the model itself.
 
-Each file is written by sait.export and run again by its own engine, on random images. Errors are the largest of the
-result in float32 against the model's, relative to the largest magnitude, at the batch that was measured.
+Each file is written by sait.export and run by its own engine, on random images. An error is the largest one of a
+float32 result against the model's, relative to the largest magnitude, at the batch size measured.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OURS = "ours, optimized"
 
 
 class Export(NamedTuple):
-    """A way to leave."""
+    """A format to export to."""
 
     label: str
     suffix: str
@@ -49,7 +49,7 @@ EXPORTS = (
 
 
 def rows_of(name: str, model: Any, images: Tensor, repeats: int) -> list[dict[str, Any]]:
-    """A row for the model itself under optimize, and one for each file."""
+    """A row for the optimized model itself, and one for each file."""
     batch = len(images)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         runs = []
@@ -100,7 +100,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Samples of each.", min=1)] = 10,
     save: Annotated[Path | None, typer.Option("--save-results", help="Folder for the results file.")] = None,
 ) -> None:
-    """Exported files beside the model itself."""
+    """Exported files against the model itself."""
     document = measure.results([], kind=KIND)
     for batch in batches:
         torch.manual_seed(0)

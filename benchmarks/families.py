@@ -1,9 +1,9 @@
 """`make families`: models of every family against their own library's forward; writes docs/families.md.
 
-Each model is its library's with random weights, pruned at a quarter of its depth to 0.45 of its patches. The baseline
-is the library's own forward, eager, of all tokens. Errors are the largest of the result, in float32, against float64,
-relative to the largest magnitude: of the library's own forward, pruned, and pruned and optimized, each against the same
-computation in float64 by plain torch.
+Each model comes from its library with random weights, and is pruned at a quarter of its depth to 0.45 of its patches.
+The baseline is the library's own eager forward over all tokens. An error is the largest one of a float32 result against
+the same computation by plain torch in float64, relative to the largest magnitude: of the library's own forward, of the
+pruned model, and of the pruned and optimized model.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ BLOCK = 3  # of twelve
 
 
 def logits(result: Any) -> Tensor:
-    """What a user takes of a result."""
+    """The part of a result that a user reads."""
     if isinstance(result, Tensor):
         return result
     found = getattr(result, "logits", None)
@@ -99,7 +99,7 @@ def sparse(model: Any, subject: FamilyModel) -> Any:
 
 @torch.inference_mode()
 def errors(subject: FamilyModel, model: Any, images: Tensor) -> dict[str, float]:
-    """By case; a choice that rounding decided otherwise than float64 says so by the size of its error."""
+    """By case. Where rounding led to another choice than float64 makes, the size of the error shows it."""
     wide = copy.deepcopy(model).double()
     found = {"dense": error(logits(model(images)), logits(wide(images.double())))}
     sparse(wide, subject)
@@ -113,7 +113,7 @@ def errors(subject: FamilyModel, model: Any, images: Tensor) -> dict[str, float]
 
 
 def rows_of(subject: FamilyModel, model: Any, dtype: DType, batch: int, repeats: int) -> list[dict[str, Any]]:
-    """Dense in our kernels, pruned and optimized against the library's own forward, all in turn."""
+    """The library's own forward, the pruned model and the optimized one, measured in turn."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, subject.side, subject.side, generator=generator)
     wrong = errors(subject, model, images[:2])
@@ -161,12 +161,12 @@ def lines_of(name: str) -> int:
 
 
 FILES = {
-    "timm VisionTransformer": ("timm_vit", "DeiT, DINOv2, CLIP, SigLIP, FlexiViT, ViTamin and 200 others of timm"),
+    "timm VisionTransformer": ("timm_vit", "DeiT, DINOv2, CLIP, SigLIP, FlexiViT, ViTamin and 200 others in timm"),
     "timm Eva": ("timm_eva", "DINOv3, EVA-02, Perception Encoder, ViTs with rotary positions"),
     "transformers, shared": ("hf", ""),
-    "transformers ViT, DeiT": ("hf_vit", "with their heads for classification"),
-    "transformers DINO": ("hf_dino", "DINOv2, with registers, DINOv3, with heads and gated MLPs"),
-    "transformers CLIP, SigLIP": ("hf_clip", "their vision models, with heads and projection"),
+    "transformers ViT, DeiT": ("hf_vit", "with classification heads"),
+    "transformers DINO": ("hf_dino", "DINOv2, with and without registers, and DINOv3; with heads and gated MLPs"),
+    "transformers CLIP, SigLIP": ("hf_clip", "the vision models, with heads and projection"),
 }
 
 
@@ -175,16 +175,16 @@ def page(document: dict[str, Any]) -> str:
     lines = [
         "# Model families",
         "",
-        "Written by `make families`; how to add one: [extending](extending.md).",
+        "Written by `make families`. To add a family, see [Extending](extending.md#a-family-of-models).",
     ]
-    lines += ["", "| family | lines | models |", "| --- | ---: | --- |"]
+    lines += ["", "| family | lines of code | models |", "| --- | ---: | --- |"]
     lines += [f"| {name} | {lines_of(file)} | {models} |" for name, (file, models) in FILES.items()]
-    lines += ["", "## Exact, and how fast", ""]
+    lines += ["", "## Errors and speed", ""]
     lines.append(
         f"Random weights, {KEEP} of the patches kept at block {BLOCK}; {document['device']}, {document['threads']} "
-        f"threads, torch {document['versions']['torch']}, {document['date'][:10]}. Errors are relative to the largest "
-        "value of the result, in float32 against float64. Speed is images a second, and beside it the ratio to the "
-        "library's own forward in the same process."
+        f"threads, torch {document['versions']['torch']}, {document['date'][:10]}. Errors are those of float32 against "
+        "float64, relative to the largest value of the result. Speed is in images a second, followed by the ratio to "
+        "the library's own forward in the same process."
     )
     for dtype in dict.fromkeys(row["dtype"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["dtype"] == dtype]

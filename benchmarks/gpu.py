@@ -1,9 +1,9 @@
 """`make gpu`: builds, tests and measures on a machine with a GPU, in parts that each keep to their time.
 
 ``python benchmarks/gpu.py start ops --results FOLDER --minutes 9.5`` runs two of them; see benchmarks/README.md. A part
-is a list of steps, each a process of its own with a limit of its own. One that fails, or is cut at its limit, does not
-stop the next. Every part has a new folder, ``<results>/<date>-<device>/<time>-<part>``, in which everything is written
-as it goes: what was done until then is there, whenever the machine goes away. gpu_summary.py reads these folders.
+is a list of steps, each a process of its own with its own time limit. If one fails, or is cut at its limit, the next
+still runs. Every part has a new folder, ``<results>/<date>-<device>/<time>-<part>``, where everything is written at
+once: if the machine goes away, what was done until then is there. gpu_summary.py reads these folders.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ import gpu_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
-MINUTES = 28.0  # of all parts together: half an hour, less the start
+MINUTES = 28.0  # for all parts together: half an hour, without the start
 TAIL_LINES, TAIL_CHARACTERS = 25, 3000
 GRACE_SECONDS = 3.0
-MINUTES_LEFT = "<minutes>"  # a word of a command: 85 % of what it may take, so that it ends by itself
-# The ops in the order in which their figures matter, should the time run out.
+MINUTES_LEFT = "<minutes>"  # placeholder in a command: 85 % of its limit, so that it ends by itself
+# The ops by importance of their figures, in case time runs out.
 OPS = ("compact_attention", "prune_attention", "score_select", "ragged", "gather_add_norm")
 OPS += ("norm_linear", "linear_residual", "gather_tokens", "merge_tokens", "rotate")
 BACKENDS = ("cuda", "triton")
@@ -51,13 +51,13 @@ TRITON_TESTS = ("tests/ops", "tests/test_properties.py")
 class Step:
     name: str
     words: Sequence[str]  # of the command; the repository is where it runs
-    seconds: float  # it may take at most
+    seconds: float  # time limit
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Part:
-    """minutes: all steps together may take at most; steps: of the folder for their files, and of ops to look at."""
+    """minutes: the limit of all steps together; steps: made from the folder for their files and the ops to look at."""
 
     minutes: float
     steps: Callable[[Path, Sequence[str]], list[Step]]
@@ -73,7 +73,7 @@ def start(folder: Path, ops: Sequence[str]) -> list[Step]:
 
 
 def small_calls(backend: str) -> Step:
-    """Each op by itself, so that one that hangs or breaks the GPU for its process harms no other."""
+    """Each op in its own process, so that one that hangs or breaks the GPU does not harm the others."""
     words = [PYTHON, "tests/small_calls.py", backend, "--each", "60", "--workers", "8"]
     return Step(f"small calls, {backend}", words, 100)
 
@@ -97,7 +97,7 @@ def benchmark(name: str, folder: Path, part: str, seconds: float) -> Step:
 
 
 def end_to_end(*arguments: str, minutes: float) -> Part:
-    """Whole models. It leaves peers out that would start too late; the rest of its limit is for what has started."""
+    """Whole models. Peers that would start too late are left out; the rest of the limit is for those that started."""
 
     def steps(folder: Path, looked_at: Sequence[str]) -> list[Step]:
         words = [PYTHON, "benchmarks/end_to_end.py", "--save-results", str(folder), "--minutes", MINUTES_LEFT]
@@ -130,7 +130,7 @@ def sanitizer(folder: Path, looked_at: Sequence[str]) -> list[Step]:
     return [*found, tests("threads", folder, ["tests/test_concurrency.py"], "cuda or triton", 1, 60)]
 
 
-# In the order of what to know first. Of DEFAULT the first five are what `make gpu` promises; the next two follow where
+# Most important first. Of DEFAULT the first five are what `make gpu` promises; the next two follow where
 # time is left. The last two are to be asked for: each model, and autotuning, compiles anew.
 PARTS = {
     "start": Part(6, start),
@@ -155,7 +155,7 @@ PARTS = {
 
 
 class StepRunner:
-    """Steps of one part: carries them out, and writes down what came of each."""
+    """The steps of one part: runs them, and writes down the outcome of each."""
 
     def __init__(self, part: str, folder: Path, until: float) -> None:
         self.folder, self.until = folder, until
@@ -205,13 +205,13 @@ class StepRunner:
                 except subprocess.TimeoutExpired:
                     code = None
                 stop(running)
-                reader.join(GRACE_SECONDS)  # a grandchild of another group may hold the pipe open
+                reader.join(GRACE_SECONDS)  # a grandchild in another group may hold the pipe open
         return code, "".join(last)[-TAIL_CHARACTERS:]
 
 
 @contextlib.contextmanager
 def process(step: Step) -> Iterator[subprocess.Popen[str]]:
-    """Its command, in a group of its own, which ends with this block."""
+    """The step's command, in a process group of its own, which ends with this block."""
     path = [str(ROOT / folder) for folder in ("", "python", "benchmarks", "tools")]
     path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
@@ -232,14 +232,14 @@ def process(step: Step) -> Iterator[subprocess.Popen[str]]:
 
 
 def stop(running: subprocess.Popen[str]) -> None:
-    """The whole group, children that outlive the command included."""
+    """The whole group, including children that outlive the command."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(running.pid, signal.SIGKILL)
     running.wait()
 
 
 def follow(stream: Any, log: Any, last: deque[str]) -> None:
-    with contextlib.suppress(ValueError):  # the log was closed: the step has ended, and a grandchild still writes
+    with contextlib.suppress(ValueError):  # the log was closed: the step has ended, but a grandchild still writes
         for line in stream:
             log.write(line)
             log.flush()
@@ -257,7 +257,7 @@ def say(line: str) -> None:
 
 
 def new_folder(results: Path, device: str, part: str) -> Path:
-    """One that is not there yet."""
+    """A folder that does not exist yet."""
     now = datetime.now()
     named = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     parent = results / f"{now:%Y-%m-%d}-{named}"
@@ -272,9 +272,9 @@ def new_folder(results: Path, device: str, part: str) -> Path:
 
 
 def library(arch: str) -> Callable[[StepRunner], bool]:
-    """Whether there is a library: that of SAIT_LIBRARY if it loads here, else one built for this GPU alone.
+    """Whether there is a library: the one of SAIT_LIBRARY if it loads here, else one built for this GPU only.
 
-    Asked before each part, found out before the first. A build repeats only what has changed.
+    It is called before each part, and checks before the first. A build repeats only what has changed.
     """
     check = (
         "from sait_kernels import info, library; info.main(); problem = library.problem\n"
@@ -314,17 +314,17 @@ def carry_out(
     parts: Mapping[str, Part] = PARTS,
     prepare: Callable[[StepRunner], bool] = lambda run: True,
 ) -> list[Path]:
-    """Carries the parts out one after the other.
+    """Runs the parts one after the other.
 
-    Where small calls or tests of the start fail, their ops are what the sanitizer looks at, and that part is next.
+    If small calls or tests of the part "start" fail, the sanitizer looks at their ops, and its part comes next.
 
     Args:
         names: keys of ``parts``.
         results: where each part gets a folder.
         device: name of the GPU, for the names of folders.
-        minutes: all of them may take at most.
+        minutes: the limit for all parts together.
         looked_at: ops for the sanitizer; all by default.
-        prepare: before the steps of each part: whether they can run.
+        prepare: called before the steps of each part; returns whether they can run.
 
     Returns:
         The folders.
@@ -355,7 +355,7 @@ def carry_out(
 
 
 def gpu() -> tuple[str, str]:
-    """(name, compute capability), asked for in a process that leaves no context on the GPU behind."""
+    """(name, compute capability), found by another process, which leaves no context on the GPU."""
     question = "import torch; print(torch.cuda.get_device_name()); print('%d.%d' % torch.cuda.get_device_capability())"
     asked = subprocess.run([PYTHON, "-c", question], capture_output=True, text=True, check=False)
     if asked.returncode:
@@ -368,7 +368,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=list(PARTS), default=list(DEFAULT), metavar="PART")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="all parts together take at most")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time limit for all parts together")
     parser.add_argument("--op", action="append", default=[], help="for the sanitizer to look at; repeatable")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -1,4 +1,4 @@
-"""What runs of `make gpu` came to: ``python benchmarks/gpu_summary.py FOLDER`` or `make gpu-summary`.
+"""The results of runs of `make gpu`: ``python benchmarks/gpu_summary.py FOLDER`` or `make gpu-summary`.
 
 What passed, which goals are met, the worst rows, and what is missing: of the newest run of each part, for each GPU.
 """
@@ -20,7 +20,7 @@ from report.tables import Document, Row, number, provenance, render, unique
 PROMISED = ("start", "ops", "end-to-end", "test-triton", "costs")  # `make gpu`; what else ran is shown, too
 FAILURES_SHOWN, WORST_SHOWN = 12, 10
 OURS = "sait_kernels, Triton"  # as a baseline of ops: no peer
-# Of the headline model, the best of ours at a fixed share: batch -> peer -> how many times as fast as that.
+# Goals of the headline model, the best of ours with a fixed share: batch -> peer -> times as fast as that peer.
 MODEL_GOALS = {
     256: {"timm": 1.7, "timm-compiled": 1.5, "plain-compiled": 1.1},
     1: {"timm": 5.0, "timm-compiled": 1.3},
@@ -57,7 +57,7 @@ class Goal(NamedTuple):
 
 
 def read(folder: Path) -> PartRun:
-    """What is there: a run that was cut has lines for what it did until then."""
+    """The lines that exist: a cut run has lines for what it did until then."""
     lines = json_lines(folder / "steps.jsonl")
     head = lines[0]
     done = {line["step"]: line for line in lines if "step" in line}
@@ -75,7 +75,7 @@ def read(folder: Path) -> PartRun:
 
 
 def json_lines(path: Path) -> list[Row]:
-    """The lines of a file, without a last one that is half written."""
+    """The lines of a file, without a half-written last one."""
     if not path.exists():
         return []
     found = []
@@ -88,7 +88,7 @@ def json_lines(path: Path) -> list[Row]:
 
 
 def runs(folders: Iterable[Path]) -> list[PartRun]:
-    """Those in or under the folders, the newest of each part and device, in the order of their dates."""
+    """The runs in or under the folders: the newest of each part and device, by date."""
     paths = sorted({path.parent for folder in folders for path in folder.rglob("steps.jsonl")})
     found = sorted((read(path) for path in paths), key=lambda run: run.date)
     return list({(run.device, run.name): run for run in found}.values())
@@ -167,7 +167,7 @@ def test_lines(found: Sequence[PartRun]) -> list[str]:
 
 
 def traffic(found: Sequence[PartRun]) -> list[str]:
-    """Bytes that reach memory, over the fewest that have to."""
+    """Bytes that reach memory, over the fewest possible."""
     rows = [row for run in found for row in json_lines(run.folder / "traffic.jsonl")]
     lines = []
     for row in rows:
@@ -185,19 +185,19 @@ def measured(documents: Sequence[Document]) -> list[Row]:
 
 
 def op_goals(documents: Sequence[Document]) -> list[Goal]:
-    """Those that rows carry: for a ratio, and for the share of the floor, which is the same in all rows of a case."""
+    """Goals that rows carry: for a ratio, and for the share of the roofline bound, the same in all rows of a case."""
     found: dict[tuple[str, str], Goal] = {}
     for row in measured(documents):
         what = f"{row['name']}, {row['case']}" + (f", batch {row['batch']}" if row["name"] == "model" else "")
         if "goal" in row:
             found[what, row["baseline"]] = Goal(what, row["baseline"], row["goal"], row["ratio"])
         if "goal_of_floor" in row:
-            found[what, "floor"] = Goal(what, "the floor", row["goal_of_floor"], row["of_floor"])
+            found[what, "floor"] = Goal(what, "the roofline bound", row["goal_of_floor"], row["of_floor"])
     return list(found.values())
 
 
 def model_goals(documents: Sequence[Document]) -> list[Goal]:
-    """Those of whole models against their peers, in one run each."""
+    """Goals of whole models against their peers, each from one run."""
     rows = [row for row in measured(documents) if row.get("model") == performance.MODEL and "peer" in row]
     found = []
     for batch, goals in MODEL_GOALS.items():
@@ -216,7 +216,7 @@ def model_goals(documents: Sequence[Document]) -> list[Goal]:
 
 
 def goal_table(goals: Sequence[Goal]) -> str:
-    """Those that are missed first, the furthest from its goal at the top."""
+    """Missed goals first, the one furthest off at the top."""
     known = [(goal, goal.reached) for goal in goals if goal.reached is not None]
     known.sort(key=lambda pair: pair[1] / pair[0].goal)
     lines = [
@@ -253,7 +253,7 @@ def worst(documents: Sequence[Document]) -> list[str]:
 
 
 def missing(found: Sequence[PartRun], documents: Sequence[Document], goals: Sequence[Goal]) -> str:
-    """What was promised and has no figure: parts, steps, benchmarks and peers, goals."""
+    """What should have a figure and has none: parts, steps, benchmarks and peers, goals."""
     there = {run.name for run in found}
     lines = [f"- part {name}: not run" for name in PROMISED if name not in there]
     for run in found:

@@ -1,7 +1,7 @@
 """A pytest plugin for tests on a GPU: ``-p gpu_tests --test-log FILE`` writes a line as each test starts and ends.
 
-So what passed is known of a run that was cut, and which tests were running then. It also ends a process whose GPU has
-failed: an illegal access stays with its process, and every later test there would fail with it.
+So it is known which tests had passed, and which were running, when a run was cut. It also ends a process whose GPU has
+failed: after an illegal access, every later test in the same process would fail.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Log:
-    """Outcomes as they come: started, then passed, failed or skipped."""
+    """Writes outcomes as they come: started, then passed, failed or skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,8 +1,8 @@
 """What the benchmarks share: inputs, checks that come before any figure, and rows of the results file.
 
-An op is timed against the torch expression that a user would write for it, all sides in turn. Where torch sees a GPU
-everything runs there: each side as a CUDA graph, so that no launch from Python is timed, over copies of its inputs that
-together are several times the L2 cache, so that every call finds its inputs in memory.
+An op is timed against the torch expression that a user would write for it, all sides in turn. If torch sees a GPU,
+everything runs there: each side as a CUDA graph, so that launches from Python are not timed, over copies of its inputs
+that together are several times the L2 cache, so that every call reads its inputs from memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Case:
     copy: int = 0
 
     def copies(self) -> list[Case]:
-        """The same size with other values: so many that none is still in the cache when its turn comes again."""
+        """The same size with other values: so many copies that none is still in the cache when its turn comes again."""
         if not ON_GPU:
             return [self]
         size = BATCH * self.N * 3 * CHANNELS * DTYPES[self.dtype].itemsize
@@ -113,7 +113,7 @@ def torch_select(q: Tensor, k: Tensor, patches: int) -> Tensor:
 
 
 def check_error(name: str, ours: Tensor, baseline: Tensor, exact: Tensor) -> None:
-    """No figure on a wrong result: ours may be off by twice what torch is in that dtype, and by its own rounding."""
+    """A wrong result gets no figures: ours may be off by twice torch's error in that dtype, plus its own rounding."""
     error, torch_error = ((x.double() - exact).abs().max().item() for x in (ours, baseline))
     allowed = 2 * torch_error + torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item()
     assert error <= allowed, f"{name}: off by {error:.3g}, more than {allowed:.3g}: no figure"
@@ -157,16 +157,16 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Rows of the results file, one for each baseline: all sides timed in turn.
 
-    A baseline that fails has a row with the reason; where ours does there is nothing to compare, and it raises.
+    A baseline that fails has a row with the reason; if ours fails there is nothing to compare, and it raises.
 
     Args:
         sides: what to time, on the inputs of a copy of the case.
         check: takes what ours returned for the case itself, and raises if it is wrong; our Triton kernels as a baseline
             are checked by it, too.
         goals: for the ratio to a baseline, by its name.
-        floor_goal: for the share of the floor.
-        moved, flop: bytes that ours must read or write at least, and its floating-point operations: what the measured
-            roofs make of them is the floor.
+        floor_goal: for the share of the roofline bound.
+        moved, flop: the least bytes that ours must read and write, and its floating-point operations: with the measured
+            roofs they give the roofline bound.
     """
     copies = case.copies()
     made = [with_triton(*sides(copy)) for copy in copies]
@@ -179,14 +179,14 @@ def compare(
                 if which == TRITON:
                     check(first())
                 running[which] = one_after_the_other([baselines[which] for _, baselines in made])
-            except Exception as error:  # whatever torch lacks here, the others are to be measured all the same
+            except Exception as error:  # torch may lack this one here; the others must still be measured
                 failed[which] = throughput.reason(error)
         seconds = measure.interleave([ours, *running.values()], REPEATS, device=DEVICE)
     ours_taken, *baselines_taken = (taken / len(copies) for taken in seconds)
     taken_by = dict(zip(running, baselines_taken, strict=True))
     common: dict[str, Any] = {"name": name, "case": case.label, "batch": BATCH, "dtype": case.dtype}
     of_floor: dict[str, float] = {}
-    if case.dtype == "bf16" and (moved or flop):  # the roof of products is that of bf16
+    if case.dtype == "bf16" and (moved or flop):  # the GEMM roof is that of bf16
         roofs = measured_roofs()
         floor = max(moved / (roofs["copy_tbps"] * 1e12), flop / (roofs["matmul_tflops"] * 1e12))
         of_floor = {"of_floor": round(floor / ours_taken, 3)}
@@ -208,7 +208,7 @@ def compare(
 
 
 def with_triton(ours: Callable[[], object], baselines: Mapping[str, Callable[[], object]]) -> Sides:
-    """On a GPU with CUDA kernels our own Triton kernels are one more baseline: which is faster decides who serves."""
+    """On a GPU with CUDA kernels our Triton kernels are one more baseline: the faster of the two is the one to use."""
     if not (ON_GPU and "cuda" in KERNELS["compact_attention"]):
         return ours, baselines
 
@@ -248,7 +248,7 @@ def one_after_the_other(calls: Sequence[Callable[[], object]]) -> Callable[[], o
 
 
 def save(document: Mapping[str, Any], path: Path) -> None:
-    """The old file or the new one is there, whenever the process ends: never half of one."""
+    """Replaces a file as a whole: if the process ends, the old file or the new one is there, never half of one."""
     unfinished = path.with_suffix(".unfinished")
     measure.save(document, unfinished)
     os.replace(unfinished, path)
@@ -256,7 +256,7 @@ def save(document: Mapping[str, Any], path: Path) -> None:
 
 @functools.cache
 def measured_roofs() -> dict[str, float]:
-    """What this machine reaches: copying (read + write, TB/s) and bf16 matrix products (TFLOP/s)."""
+    """What this machine reaches: copying (read + write, TB/s) and bf16 GEMMs (TFLOP/s)."""
     source = torch.rand((1024 if ON_GPU else 64) * 2**20, device=DEVICE)
     target = torch.empty_like(source)
     copying = _best(lambda: target.copy_(source))
@@ -268,18 +268,18 @@ def measured_roofs() -> dict[str, float]:
 
 @functools.cache
 def matmul_tflops(dtype: torch.dtype) -> float:
-    """The rate of a large matrix product in a dtype, of whichever library is fastest."""
+    """The rate of a large GEMM in a dtype, with the fastest library."""
     n = 8192 if ON_GPU else 2048
     a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
-    products = [lambda: a @ b]
+    gemms = [lambda: a @ b]
     if not ON_GPU and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
-        # oneDNN: in float32 torch's own product is MKL's, which is slow on processors of other makers.
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "none"))
-    return round(2 * n**3 / min(map(_best, products)) / 1e12, 3)
+        # oneDNN: in float32 torch's own GEMM is MKL's, which is slow on processors of other makers.
+        gemms.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "none"))
+    return round(2 * n**3 / min(map(_best, gemms)) / 1e12, 3)
 
 
 def _best(call: Callable[[], object]) -> float:
-    """A roof is the shortest time seen, not the median; seen after a warm-up."""
+    """A roof is the shortest time after a warm-up, not the median."""
     wait = torch.cuda.synchronize if ON_GPU else lambda: None
     seconds = []
     began = time.perf_counter()

@@ -1,9 +1,12 @@
-"""The least time that a model can take on a machine, stage by stage: ``python benchmarks/roofline.py --help``.
+"""The roofline bound of a model, the least time that it can take on a machine, stage by stage.
 
-A stage reads its inputs and weights once and writes its result once; whatever is row-wise and can hide in a stage does:
-norm1 is part of the projection to q, k, v, GELU of fc1, and the second residual of fc2. Its floor is the longer of two
-times: its bytes at the bandwidth of a copy, and its products at the rate of a large one. Arithmetic other than products
-is free. Where a cache holds what one stage leaves for the next, as a CPU's does for few images, a model may be faster.
+``python benchmarks/roofline.py --help`` has the options.
+
+A stage reads its inputs and weights once and writes its result once. Row-wise work that can be fused into a stage is:
+norm1 is part of the projection to q, k, v, GELU of fc1, and the second residual of fc2. The roofline bound of a stage
+is the longer of two times: its bytes at the bandwidth of a copy, and its GEMMs at the rate of a large one. Other
+arithmetic is free. If a cache keeps the output of one stage for the next, as on a CPU with few images, a model may be
+faster.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ class Roofs(NamedTuple):
 
 @dataclass(frozen=True)
 class RooflineCost:
-    """One stage of a model: the bytes that it has to move, and the floating-point operations of its products."""
+    """One stage of a model: the bytes that it has to move, and the floating-point operations of its GEMMs."""
 
     name: str
     bytes: float
@@ -43,7 +46,7 @@ def parts(model: Any, rows: Sequence[Rows], batch: int, itemsize: int) -> list[R
     """The stages of a model, as sait.cost has them, for a batch of elements of so many bytes.
 
     Raises:
-        ValueError: patches are embedded by a network, or pooled by attention: what these move is not known.
+        ValueError: patches are embedded by a network, or pooled by attention: the bytes that these move are unknown.
     """
     if not isinstance(model.patch_embed.proj, nn.Conv2d) or model.attn_pool is not None:
         raise ValueError("roofline: model: expected patches embedded by one convolution and no attention pooling.")
@@ -73,12 +76,12 @@ def floor(found: Iterable[RooflineCost], roofs: Roofs) -> float:
 
 
 def table(found: Sequence[RooflineCost], roofs: Roofs) -> Table:
-    shown = Table("stage", title="the least time of each stage", title_justify="left")
+    shown = Table("stage", title="roofline bound of each stage", title_justify="left")
     for column in ("MB", "GFLOP", "µs", "bound by"):
         shown.add_column(column, justify="right")
     for part in found:
         memory = part.bytes / (roofs.copy_tbps * 1e12)
-        bound = "memory" if memory >= part.seconds(roofs) else "products"
+        bound = "memory" if memory >= part.seconds(roofs) else "GEMMs"
         shown.add_row(part.name, *_figures([part], roofs), bound)
     shown.add_section()
     shown.add_row("total", *_figures(found, roofs), "")
@@ -97,9 +100,9 @@ def main(
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 16,
     dtype: Annotated[DType, typer.Option(help="Of weights and activations.")] = DType.bf16,
     copy_tbps: Annotated[float | None, typer.Option(help="Bandwidth, TB/s; measured here by default.")] = None,
-    matmul_tflops: Annotated[float | None, typer.Option(help="Rate of products; measured here by default.")] = None,
+    matmul_tflops: Annotated[float | None, typer.Option(help="Rate of large GEMMs; measured here by default.")] = None,
 ) -> None:
-    """Prints the least time of every stage of a model, and their sum."""
+    """Prints the roofline bound of every stage of a model, and their sum."""
     import harness
 
     loaded, _ = options.load_model(model, "random")

@@ -1,4 +1,4 @@
-"""`make end-to-end-serving`: what medians do not tell: the slowest requests, two streams at once, and a busy core.
+"""`make end-to-end-serving`: what medians do not show: the slowest requests, two streams at once, and a busy core.
 
 Peers are prepared and checked as in end_to_end.py, and timed in turn; benchmarks/README.md has the conditions.
 """
@@ -35,7 +35,7 @@ KIND = "serving"
 NAMES = ["timm", "plain", "plain-compiled", "openvino-pruned", "ours-optimized"]
 DTYPES = [DType.bf16, DType.fp32]
 STREAMS = 2
-TOGETHER = 20  # requests of a peer in a row: who serves one model has it in the cache
+TOGETHER = 20  # requests of a peer in a row: a server of one model has it in the cache
 WARMUP = 3
 Row = dict[str, Any]
 Call = Callable[[], object]
@@ -52,7 +52,7 @@ BATCHES = {Condition.alone: [1], Condition.streams: [1, STREAMS * 2], Condition.
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured of each peer."""
+    """How much is measured for each peer."""
 
     requests: int = 400  # alone; the slowest hundredth is four of them
     rounds: int = 5  # of the other conditions
@@ -67,10 +67,10 @@ class Taken:
     """Seconds of one peer in one condition.
 
     Attributes:
-        seconds: of a batch; of streams at once: after how long one more is done, whichever has it.
-        p99: that 99 of 100 requests take at most; None where there were too few.
+        seconds: of a batch; with streams at once, the time after which any of them has done one more.
+        p99: what 99 of 100 requests take at most; None if there were too few.
         idle: of a batch without the competitor.
-        share: of the time, that the competitor computed; None where the system does not tell.
+        share: of the time, during which the competitor computed; None if the system does not tell.
     """
 
     seconds: float
@@ -80,7 +80,7 @@ class Taken:
 
 
 def p99(seconds: Sequence[float]) -> float | None:
-    """The smallest of them that 99 of 100 do not exceed; None of fewer than 100."""
+    """The smallest value that 99 of 100 do not exceed; None for fewer than 100 values."""
     return sorted(seconds)[math.ceil(0.99 * len(seconds)) - 1] if len(seconds) >= 100 else None
 
 
@@ -88,13 +88,13 @@ def alone(calls: Sequence[Call], effort: Effort) -> list[Taken]:
     """One request after the other, TOGETHER of each peer at a time, in a new order each round."""
     taken: list[list[float]] = [[] for _ in calls]
     for at in orders(len(calls), math.ceil(effort.requests / TOGETHER)):
-        calls[at]()  # what ran before had other weights
+        calls[at]()  # the model before had other weights
         taken[at] += [timed(calls[at]) for _ in range(TOGETHER)]
     return [Taken(statistics.median(seconds), p99(seconds)) for seconds in taken]
 
 
 def streams(calls: Sequence[Call], effort: Effort) -> list[Taken]:
-    """STREAMS threads, each with requests of its own, one after the other. The rate is the median of rounds."""
+    """STREAMS threads, each with its own requests, one after the other. The rate is the median of rounds."""
     rates: list[list[float]] = [[] for _ in calls]
     taken: list[list[float]] = [[] for _ in calls]
     for at in orders(len(calls), effort.rounds):
@@ -105,7 +105,7 @@ def streams(calls: Sequence[Call], effort: Effort) -> list[Taken]:
 
 
 def at_once(call: Call, seconds: float) -> list[list[float]]:
-    """What each request of each of STREAMS threads took, with torch's number of threads as it is; what fails in one of
+    """The time of each request of each of STREAMS threads, with torch's number of threads as it is; an error in one of
     them is raised here."""
     ready, threads = threading.Barrier(STREAMS), torch.get_num_threads()
     found: list[list[float]] = [[] for _ in range(STREAMS)]
@@ -113,7 +113,7 @@ def at_once(call: Call, seconds: float) -> list[list[float]]:
 
     def serve(own: list[float]) -> None:
         try:
-            torch.set_num_threads(threads)  # a thread has its own
+            torch.set_num_threads(threads)  # each thread has its own
             with torch.inference_mode():
                 for _ in range(WARMUP):
                     call()
@@ -136,7 +136,7 @@ def at_once(call: Call, seconds: float) -> list[list[float]]:
 
 
 def busy(calls: Sequence[Call], effort: Effort) -> list[Taken]:
-    """One batch after the other, in turns beside a competitor and without."""
+    """One batch after the other, with and without a competitor in turn."""
     idle: list[list[float]] = [[] for _ in calls]
     beside: list[list[float]] = [[] for _ in calls]
     computed: list[list[float | None]] = [[] for _ in calls]
@@ -197,7 +197,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 def measured(setting: Setting, condition: Condition, names: Sequence[str], effort: Effort, common: Row) -> list[Row]:
     """Rows of one setting in one condition; ``common`` has what they share: model, batch, dtype, condition, weights.
 
-    Each of several streams has its part of torch's threads, at least one.
+    Several streams share torch's threads equally, at least one each.
     """
     threads = torch.get_num_threads()
     with torch_threads(max(1, threads // setting.streams)):
@@ -232,7 +232,7 @@ def micro(seconds: float) -> float:
     return round(seconds * 1e6, 1)
 
 
-# Of the table on the screen: the cell of a row that has the field.
+# Columns of the table on the screen: the cell of a row that has the field.
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "img/s": ("images_per_s", "{:.1f}".format),
     "× best pruned": ("vs_best_pruned", "{:.2f}".format),
@@ -271,7 +271,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer requests and rounds.")] = False,
     save: Annotated[Path | None, typer.Option("--save-results", help="Folder for the results file.")] = None,
     part: Annotated[
-        str | None, typer.Option(help="Name of a run that stands beside others of the device: a file of its own.")
+        str | None, typer.Option(help="Name of a run that is kept beside others of the device, in a file of its own.")
     ] = None,
 ) -> None:
     """The slowest requests, two streams at once, and a busy core, on a CPU."""
@@ -314,7 +314,7 @@ def main(
         try:
             with torch.inference_mode():
                 rows[at] = measured(setting, condition, chosen, QUICK if quick else Effort(), common)
-        except Exception as error:  # the other settings are to be measured all the same
+        except Exception as error:  # the other settings must still be measured
             rows[at] = [end_to_end.failed_row(name, throughput.reason(error), common) for name in chosen]
             whole = False
         keep()

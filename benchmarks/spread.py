@@ -1,10 +1,10 @@
-"""Images of which cumulative score keeps as many patches as it keeps of photographs with trained weights.
+"""Images of which the cumulative score (top-p) keeps as many patches as of photographs with trained weights.
 
-With random weights attention is nearly flat, and cumulative score keeps nearly the same number of every image. So the
-queries of the block that prunes are scaled until attention there is peaked, as that of trained weights is, and each
-image is a colour with as much noise on it as makes the rule keep the number that was drawn for it: the flatter an
-image, the more alike its patches, and the more of them it takes to reach the mass. Nothing about the forward is
-changed: scores, mass and selection are those of any other image.
+With random weights attention is nearly flat, and the cumulative score keeps nearly the same number of every image. So
+the queries of the block that prunes are scaled until attention there is as peaked as with trained weights. Each image
+is a colour with just enough noise that the rule keeps the number drawn for it: the flatter an image, the more similar
+its patches, and the more of them it takes to reach the mass. The forward does not change: scores, mass and selection
+work as for any other image.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ CHECKED_IMAGES = 4
 
 
 def drawn(patches: int, images: int, seed: int = 0) -> tuple[int, ...]:
-    """How many patches each image shall keep, from a triangle with the range and the mean that were measured.
+    """How many patches each image should keep, from a triangular distribution with the measured range and mean.
 
-    One number is drawn from each of ``images`` equal slices of the distribution, so that few images have its spread,
-    too; then they are shuffled.
+    One number is drawn from each of ``images`` equal slices of the distribution, so that even a few images have its
+    spread; then they are shuffled.
     """
     draw = random.Random(seed)
     shares = [_quantile((i + draw.random()) / images) for i in range(images)]
@@ -43,7 +43,7 @@ def drawn(patches: int, images: int, seed: int = 0) -> tuple[int, ...]:
 
 def _quantile(p: float) -> float:
     low, high = FEWEST / OF, MOST / OF
-    mode = 3 * MEAN / OF - low - high  # the mean of a triangle is that of its corners
+    mode = 3 * MEAN / OF - low - high  # the mean of a triangular distribution is that of its corners
     turn = (mode - low) / (high - low)
     if p < turn:
         return low + (p * (high - low) * (mode - low)) ** 0.5
@@ -51,8 +51,8 @@ def _quantile(p: float) -> float:
 
 
 def uneven(vit: Any, images: Tensor, block: int, mass: float, seed: int = 0) -> tuple[Tensor, tuple[int, ...]]:
-    """Images of the shape and dtype of ``images``, and how many patches ours, optimized, keeps of each: those of
-    ``drawn``, or where no contrast gives exactly these, the nearest that one gives.
+    """Images with the shape and dtype of ``images``, and how many patches ours, optimized, keeps of each: the numbers
+    ``drawn``, or where no contrast gives exactly that, the nearest number.
 
     Args:
         vit: a timm model in eval mode, not made in inference mode. Its queries at ``block`` are scaled in place.
@@ -67,7 +67,7 @@ def uneven(vit: Any, images: Tensor, block: int, mass: float, seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(images.shape, generator=generator)
     colours = torch.randn(len(images), 3, 1, 1, generator=generator)
-    first = share(vit)  # and its first blocks: what chooses does not depend on those behind it
+    first = share(vit)  # the first blocks only: the choice does not depend on later ones
     first.blocks = first.blocks[: block + 1]
     ours = sait.optimize(sait.sparsify(first, block=block, mass=mass))
 
@@ -83,7 +83,7 @@ def uneven(vit: Any, images: Tensor, block: int, mass: float, seed: int = 0) -> 
     while (kept(torch.ones(len(images))) > wanted).any():
         factor *= 2
         if factor > LARGEST_FACTOR:
-            raise RuntimeError(f"spread: queries scaled by {LARGEST_FACTOR:g} keep too many patches all the same.")
+            raise RuntimeError(f"spread: queries scaled by {LARGEST_FACTOR:g} still keep too many patches.")
         scale_queries(vit, block, 2.0)
     low, high = torch.zeros(len(images)), torch.ones(len(images))
     best, off = high, (kept(high) - wanted).abs()
@@ -97,10 +97,11 @@ def uneven(vit: Any, images: Tensor, block: int, mass: float, seed: int = 0) -> 
 
 
 def kept_check(vit: Any, images: Tensor, block: int) -> Callable[[Tensor, tuple[int, ...]], None]:
-    """check(logits, kept): RuntimeError unless they are those of images that keep so many of their best patches.
+    """check(logits, kept): RuntimeError unless the logits are those of images that keep so many of their best patches.
 
-    As close to float64 as plain torch is in the same dtype, image by image; see sait.bench.throughput.tolerance. In
-    bf16 two right choices differ in near-ties, plain torch's from float64's, too: what that does to logits is allowed.
+    They must be as close to float64 as plain torch is in the same dtype, image by image; see
+    sait.bench.throughput.tolerance. In bf16 two correct choices may differ in near-ties, as plain torch's and float64's
+    do; the effect of that on logits is allowed.
     """
     few = images[:CHECKED_IMAGES]
     plain, wide = PlainPruning(vit, block, 1.0), PlainPruning(copy.deepcopy(vit).double(), block, 1.0)
@@ -124,7 +125,7 @@ def kept_check(vit: Any, images: Tensor, block: int) -> Callable[[Tensor, tuple[
 
 
 def scale_queries(vit: Any, block: int, factor: float) -> None:
-    """Of one block, in place. ValueError: they, or the keys, have a norm."""
+    """Scales the queries of one block in place. ValueError: queries or keys have a norm."""
     view = family(vit).view(vit.blocks[block])
     if not isinstance(view.q_norm, torch.nn.Identity):
         raise ValueError("spread: vit: expected queries without a norm, got one with it.")

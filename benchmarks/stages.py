@@ -1,7 +1,7 @@
-"""`make stages`: where the time of a pruned model on a CPU goes, op by op, against what the machine multiplies.
+"""`make stages`: where the time of a pruned model on a CPU goes, op by op, against the machine's GEMM rate.
 
-Twice: the ops one after the other over a whole batch with all threads, each a pass over rows that lie in memory; and
-over one image with one thread, as packed_encoder runs them, where rows stay in a cache.
+It is measured in two ways: the ops one after the other over a whole batch with all threads, each a pass over rows in
+memory; and over one image with one thread, as packed_encoder runs them, where rows stay in a cache.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Call = Callable[[], Any]
 
 
 def calls_of(model: Any, images: torch.Tensor) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What a forward calls of this package, with its arguments."""
+    """The ops of this package that a forward calls, with their arguments."""
     found: dict[str, Any] = {}
     with contextmanager(_noting)(found):
         model(images)
@@ -121,7 +121,7 @@ def profile(name: str, dtype: torch.dtype, batch: int, keep: float, rounds: int)
     torch.set_num_threads(threads)
 
     lines = [
-        f"{name}, {batch} images, {str(dtype)[6:]}, keep {keep} at block {block}, {threads} threads. A large product "
+        f"{name}, {batch} images, {str(dtype)[6:]}, keep {keep} at block {block}, {threads} threads. A large GEMM "
         f"runs at {peak / 1e9:.0f} GFLOP/s, with one thread at {peak_alone / 1e9:.0f}.",
         "",
         f"| | GFLOP | op by op, ms | of that rate | an image and a thread, ms × {batch} / {threads} | of that rate |",

@@ -1,4 +1,4 @@
-"""Intervals by bootstrap over objects, or over images: the views of an object are no independent images."""
+"""Intervals by bootstrap over objects, or over images: the views of an object are not independent images."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Interval(NamedTuple):
 
 
 def interval(of_objects: np.ndarray) -> Interval:
-    """Of the mean of values, one for each object or image (n,): they are drawn anew, with replacement, DRAWS times.
+    """The interval of the mean of values (n,), one for each object or image, drawn with replacement DRAWS times.
 
-    A difference of two models is paired where the values are differences, object by object.
+    For a paired difference of two models, pass the differences object by object.
     """
     values = np.asarray(of_objects, dtype=np.float64)
     drawn = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
@@ -37,20 +37,20 @@ def interval(of_objects: np.ndarray) -> Interval:
 def ahead(better: Mapping[int, np.ndarray], worse: Mapping[int, np.ndarray]) -> Interval | None:
     """By how many points one side is ahead of the other, over the images of a test set: {seed: (n,) shares in [0, 1]}.
 
-    Of each image the mean over the seeds that both sides have; None where they have none in common. What another
-    training would have brought is not in the interval: the spread of the seeds tells that.
+    For each image the mean over the seeds that both sides have is taken; None if they have none in common. The interval
+    does not cover the variation between trainings: the spread of the seeds shows that.
     """
     both = sorted(better.keys() & worse.keys())
     return interval(100 * np.mean([better[seed] - worse[seed] for seed in both], axis=0)) if both else None
 
 
 def pack(right: np.ndarray) -> str:
-    """(n,) bool, whether each image was answered rightly, as hexadecimal digits."""
+    """(n,) bool, whether each image was classified correctly, as hexadecimal digits."""
     return np.packbits(np.asarray(right, dtype=bool)).tobytes().hex()
 
 
 def unpack(text: str, count: int) -> np.ndarray:
-    """The first ``count`` values of what ``pack`` wrote, bool."""
+    """The first ``count`` values of a text from ``pack``, bool."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))[:count].astype(bool)
 
 
@@ -63,7 +63,7 @@ def pack_shares(shares: np.ndarray) -> str:
 
 
 def unpack_shares(text: str) -> np.ndarray:
-    """What ``pack_shares`` wrote, float64, each within 1 / 131070 of what it was."""
+    """The values of a text from ``pack_shares``, float64, each within 1 / 131070 of the original."""
     return np.frombuffer(bytes.fromhex(text), dtype="<u2") / SHARE_STEPS
 
 

@@ -1,4 +1,4 @@
-"""A training as several experiments do it."""
+"""The training loop that several experiments share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ WEIGHT_DECAY = 0.05
 
 
 def learn(model: nn.Module, steps: int, lr: float, loss_of: Callable[[int], Tensor]) -> list[float]:
-    """AdamW with a warm-up, then a cosine down to nothing, and gradients clipped to length 1: the loss of each step.
+    """AdamW with a warm-up, then a cosine down to zero, and gradients clipped to norm 1. Returns the loss of each step.
 
     Args:
-        lr: the highest.
-        loss_of: the loss of a step, counted from 0.
+        lr: the highest learning rate.
+        loss_of: gives the loss of a step, counted from 0.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

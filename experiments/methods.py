@@ -1,8 +1,8 @@
 """Methods that need no training, at the same arithmetic: accuracy or cosine, tokens and speed; writes docs/methods.md.
 
-``python experiments/methods.py`` or ``make methods``; half an hour on two cores. On the checkpoint of canvas accuracy
-is what counts, on trained DINOv2-S the cosine of the class token to the dense model's, on crops of photographs. Without
-the packages of sait.weights and sait.data.debian it measures canvas alone, and says so.
+``python experiments/methods.py`` or ``make methods``; half an hour on two cores. The quality is accuracy for the canvas
+checkpoint, and for trained DINOv2-S the cosine between its class token and the dense model's, on crops of photographs.
+Without the packages of sait.weights and sait.data.debian it measures only canvas, and says so.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "sait-canvas.safetensors"
 SAVED = (0.25, 0.40, 0.55)  # of the dense model's multiply-accumulates
-TOLERANCE = 0.03  # further from what it should save, a setting is not shown
+TOLERANCE = 0.03  # a setting further from the wanted saving is not shown
 BATCH = 16
-SAMPLE = 64  # images that find the setting of a method whose counts the images decide
+SAMPLE = 64  # images to find the setting of a method whose counts depend on the images
 Row = dict[str, Any]
 
 
@@ -44,8 +44,8 @@ class Method:
     """A method with one setting, which decides how much it computes.
 
     Attributes:
-        plan: of the setting.
-        settings: to try, from the least arithmetic to the most.
+        plan: makes the plan of a setting.
+        settings: those to try, from the least arithmetic to the most.
     """
 
     name: str
@@ -57,14 +57,14 @@ SHARES = [round(share_ / 200, 3) for share_ in range(4, 201)]
 
 
 def methods_of(depth: int) -> list[Method]:
-    """Those that are measured, for a model of so many blocks."""
+    """The methods to measure, for a model with so many blocks."""
     later = [(1.0, tuple(range(block, depth))) for block in range(depth // 4 + 1, depth)]
     return [
         Method("SaiT, cls", methods.sait, SHARES),
         Method("SaiT, column", partial(methods.sait, score="column"), SHARES),
         Method("SaiT, mass", lambda mass: methods.sait(mass=mass), SHARES),
         Method("EViT", methods.evit, SHARES),
-        # Drops a lot where nobody bounds it: from later blocks on, if need be.
+        # Drops a lot if it is not limited: it may start from later blocks.
         Method("ATS", lambda setting: methods.ats(*setting), [*((keep, None) for keep in SHARES), *later]),
         Method("LTP", methods.ltp, [round(0.1 * 0.96**i, 6) for i in range(160)]),
         Method("ToMe", methods.tome, list(range(128, 0, -1))),
@@ -74,7 +74,7 @@ def methods_of(depth: int) -> list[Method]:
 
 @dataclass
 class ComparedModel:
-    """A model, and what tells how good its results are.
+    """A model, and a measure of the quality of its results.
 
     Attributes:
         images: (n, 3, height, width).
@@ -173,7 +173,7 @@ def measured(subject: ComparedModel, repeats: int) -> Iterator[Row]:
 
 
 def add_times(rows: Sequence[Row], subject: ComparedModel, repeats: int) -> None:
-    """Images a second of the settings that rows are of, all of them measured together."""
+    """Images a second of the rows' settings, all measured together."""
     every = {method.name: method for method in methods_of(len(subject.model.blocks))}
     shown = [row for row in rows if row["name"] == "methods" and "error" not in row]
     plans = []
@@ -223,7 +223,7 @@ def setting_for(method: Method, subject: ComparedModel, wanted: float) -> Plan:
 
 
 def closest(settings: Sequence[Any], cost: Callable[[Any], float], wanted: float) -> Any:
-    """Of settings whose cost ascends the one whose cost is closest to what is wanted."""
+    """The setting whose cost is closest to the wanted one; costs ascend with the settings."""
     low, high = 0, len(settings) - 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -232,22 +232,22 @@ def closest(settings: Sequence[Any], cost: Callable[[Any], float], wanted: float
 
 
 def running(subject: ComparedModel, plan: Plan | None, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of its own: under optimize, or for None the dense one in all tokens through the kernels."""
+    """A separate model with sait.optimize; for None the dense one, with all tokens through the kernels."""
     model = share(subject.model) if dtype == torch.float32 else copy.deepcopy(subject.model).to(dtype)
     return sait.optimize(sait.sparsify(model, methods.sait(1.0) if plan is None else plan))
 
 
 @torch.inference_mode()
 def rates(subject: ComparedModel, plans: Sequence[Plan], dtype: torch.dtype, repeats: int) -> list[float]:
-    """Images a second of the dense model and of each plan, interleaved, one batch."""
+    """Images a second of the dense model and of each plan, on one batch, interleaved."""
     images = subject.images[:BATCH].to(dtype)
     calls = [partial(running(subject, plan, dtype), images) for plan in (None, *plans)]
     return [round(BATCH / seconds, 2) for seconds in measure.interleave(calls, repeats)]
 
 
 def twin_rows(subject: ComparedModel) -> Iterator[Row]:
-    """How far ours, and its twin in plain torch in float32, are from the twin in float64, relative to the largest
-    result."""
+    """The errors of ours, and of its twin in plain torch in float32, against the twin in float64, relative to the
+    largest result."""
     sys.path.insert(0, str(ROOT / "tests" / "models"))
     import twins
 

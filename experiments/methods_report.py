@@ -11,25 +11,26 @@ HEAD = """# Methods that need no training
 
 *Written by `make methods` from methods.json. {about}*
 
-Each method is one call that gives a plan, and all of them run on the same loop and the same kernels:
+Each method is one call that returns a plan. All of them run in the same loop, on the same kernels:
 
 ```python
 model = sait.sparsify(timm.create_model("deit_small_patch16_224"), sait.methods.evit(keep=0.7))
 ```
 
-| call | ranks by | keeps | and then | where, unless told |
+| call | ranks patches by | keeps | the rest | default blocks |
 |---|---|---|---|---|
-| `sait(keep)`, `sait(mass=)` | class or column attention | the best, or a share of the score | | one quarter |
-| `evit(keep)` | class attention | the best | the dropped become one row, weighted by their scores | quarters |
-| `ats(keep)` | class attention times the size of the value | samples of the score | | from a quarter on |
-| `ltp(threshold)` | column attention | what reaches a threshold that grows with depth | | every block |
-| `tome(r)` | cosine of the mean keys | all but r | merged in pairs, with their sizes | every block |
-| `random(keep)` | chance | as many | | ahead of block 0 |
+| `sait(keep)` | class or column attention | the best | is dropped | at a quarter of the depth |
+| `sait(mass=)` | the same | the fewest with that cumulative score (top-p) | is dropped | the same |
+| `evit(keep)` | class attention | the best | becomes one row, weighted by the scores | at each quarter |
+| `ats(keep)` | class attention times the size of the value | a sample by score | is dropped | from a quarter on |
+| `ltp(threshold)` | column attention | those above a threshold that grows with depth | is dropped | every block |
+| `tome(r)` | cosine of the keys averaged over heads | all but r | is merged in pairs, with their sizes | every block |
+| `random(keep)` | chance | a random share | is dropped | ahead of block 0 |
 
-All figures below are without any training for pruning by that method. The checkpoint of canvas was trained by SaiT at
-block {block}, so that SaiT has an advantage there; nobody trained DINOv2-S to be pruned. The tables have the methods at
-equal multiply-adds. Of two with the same arithmetic the one with fewer stages is faster: each stage has work that no
-multiply-add counts, and blocks of a plan whose stages merge or fuse are called one by one.
+No model below was trained for pruning by the method measured, with one exception: the canvas checkpoint was trained by
+SaiT at block {block}, so SaiT has an advantage there. DINOv2-S was never trained for pruning. The tables compare
+methods at equal multiply-adds. Of two methods with the same arithmetic, the one with fewer stages is faster: each stage
+has work that multiply-adds do not count, and where a stage merges or fuses rows, blocks are called one by one.
 """
 
 
@@ -52,9 +53,9 @@ def markdown(document: dict[str, Any]) -> str:
 def section(subject: str, rows: Sequence[Row]) -> list[str]:
     dense, quality = rows[0], quality_of(rows[0])
     told = {
-        "accuracy": f"Canvas, the checkpoint of SaiT, {dense['images']} test images: accuracy in %",
-        "cosine": f"DINOv2-S on {dense['images']} crops of photographs at 224 pixels: cosine of the class token to the "
-        "dense model's, times 100",
+        "accuracy": f"Canvas, the SaiT checkpoint, {dense['images']} test images: accuracy in %",
+        "cosine": f"DINOv2-S on {dense['images']} crops of photographs at 224 pixels: cosine between the class token "
+        "and the dense model's, times 100",
     }[quality]
     lines = [
         f"| fewer multiply-adds | method | {quality} | GMAC | tokens | fp32 img/s | × dense | bf16 img/s | × dense |",
@@ -69,8 +70,8 @@ def section(subject: str, rows: Sequence[Row]) -> list[str]:
         lines += [line(row, dense, quality, f"-{saved:.0%}") for row in ran]
     return [
         f"## {subject.capitalize()}\n",
-        f"{told}; its standard error over images. Tokens are those behind the last stage. Speed is of a batch of 16 "
-        "under sait.optimize, dense with all tokens through the kernels, all of them interleaved.\n",
+        f"{told}, ± the standard error over images. Tokens are those left after the last stage. Speed is for a batch "
+        "of 16 with sait.optimize; the dense row runs all tokens through the same kernels; runs are interleaved.\n",
         "\n".join(lines),
         "\n" + best(rows, quality),
         *(["\nNot shown: " + " ".join(missing)] if missing else []),
@@ -109,10 +110,11 @@ def best(rows: Sequence[Row], quality: str) -> str:
 def twins(rows: Sequence[Row]) -> str:
     lines = [
         "## Twins\n",
-        "Largest error of a result against the same method written image by image in plain torch, in float64 "
-        "(tests/models/twins.py), relative to the largest result; four images. Beside it that of the twin in float32. "
-        "Where a choice is close, float32 may choose otherwise than float64 does: such an error is no rounding.\n",
-        "| | method | ours, fp32 | twin, fp32 | as many tokens |",
+        "Each method also has a twin, written image by image in plain torch (tests/models/twins.py). The table has the "
+        "largest errors of ours and of the twin in float32, against the twin in float64, relative to the largest "
+        "result; four images. Where scores are close, float32 may choose another token than float64: such an error is "
+        "not rounding.\n",
+        "| | method | ours, fp32 | twin, fp32 | same number of tokens |",
         "|---|---|---|---|---|",
     ]
     for row in rows:

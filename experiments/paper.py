@@ -1,8 +1,8 @@
 """The evidence for the method on canvas: trains every variant with several seeds, measures, writes docs/accuracy.md.
 
-``python experiments/paper.py`` or ``make paper``. Trainings that are done already are not repeated, and one that was
-interrupted goes on, so that the whole may take several sittings. Each is a ``sait train`` of its own on one thread, as
-many at once as there are cores: that trains more images a second than one after the other on all cores.
+``python experiments/paper.py`` or ``make paper``. Finished trainings are not repeated, and an interrupted one
+continues, so the work can be split over several sittings. Each training is a ``sait train`` on one thread, one for each
+core at the same time: this trains more images a second than one after the other on all cores.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sait.train.trainer import MODEL, STATE
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = Processes(0, 1, torch.device("cpu"))
 
-# name -> what is different from the config file. All but plain learn from the plain model of their seed.
+# name -> differences from the config file. All but plain learn from the plain model of their seed.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"mode": "dense"},
     "SaiT": {},
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train_all(config: Path, runs: Path, seeds: Sequence[int], jobs: int) -> None:
-    """Every variant with every seed: the plain models first, since the others of their seed learn from them."""
+    """Every variant with every seed; plain models first, since the others of the same seed learn from them."""
     with ThreadPoolExecutor(jobs) as pool:
         plain = {seed: pool.submit(train, "plain", seed, config, runs) for seed in seeds}
 
@@ -103,7 +103,7 @@ def train_all(config: Path, runs: Path, seeds: Sequence[int], jobs: int) -> None
 
 
 def train(name: str, seed: int, config_file: str, runs: Path) -> None:
-    """Runs ``sait train`` until the variant's checkpoint is there, whole; its output goes to log.txt beside it."""
+    """Runs ``sait train`` until the variant's checkpoint is complete; its output goes to log.txt beside it."""
     out = folder(name, seed, runs)
     changes = dict(VARIANTS[name])
     if name != "plain":
@@ -133,7 +133,7 @@ def is_trained(name: str, seed: int, config_file: str, runs: Path) -> bool:
 
 
 def model_rows(name: str, seed: int, config_file: str, runs: Path, images: int) -> list[dict[str, Any]]:
-    """What one model shows, from rows.json beside its checkpoint where that has been measured on as many images."""
+    """The measurements of one model, from rows.json beside its checkpoint if that has as many images."""
     path = folder(name, seed, runs) / MODEL
     cache = path.with_name("rows.json")
     if cache.exists() and cache.stat().st_mtime > path.stat().st_mtime:
@@ -148,7 +148,7 @@ def model_rows(name: str, seed: int, config_file: str, runs: Path, images: int) 
 
 
 def relative(path: Path) -> str:
-    """As one types it in the root of the repository, where it lies in there."""
+    """The path relative to the repository's root, if it is inside."""
     path = path.resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
@@ -189,7 +189,7 @@ def row(name: str, seed: int, result: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def difficulty_rows(seed: int, path: Path, images: int) -> Iterator[dict[str, Any]]:
-    """Patches that adaptive density keeps of the quarter with the greatest and the least digits, and contrasts."""
+    """Patches that adaptive density keeps in the quarters with the largest and smallest digits and contrasts."""
     model = sait.set_density(sait.load(path), mass=0.9)
     expected = expected_by(model)
     canvas = sait.data.Canvas("test", images, img_size=expected.size[1], mean=expected.mean, std=expected.std)

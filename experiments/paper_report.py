@@ -26,7 +26,8 @@ def markdown(document: dict[str, Any]) -> str:
         "*Written by `make paper` from accuracy.json.*\n",
         f"{about(document)}\n",
         "## Every density on one set of weights\n",
-        "img/s: float32, a batch of 64. dense is timm's own forward; the others run through the kernels.\n",
+        "img/s: float32, batch 64. dense is timm's own forward; the others run on the kernels of this package. keep is "
+        "a share of the patches, mass a cumulative score (top-p).\n",
         density_table(accuracy, speed),
         "\n![accuracy against multiply-adds](accuracy.png)\n",
         "## What was claimed\n",
@@ -66,18 +67,19 @@ def density_table(accuracy: Sequence[Row], speed: dict[str, float]) -> str:
 
 
 def claims(accuracy: Sequence[Row], speed: dict[str, float]) -> str:
-    """One line for each goal: what was found, whether it is met or not."""
+    """One line for each goal: what was measured, and the goal."""
     dense, pruned = pick(accuracy, "SaiT", "dense"), pick(accuracy, "SaiT", HEADLINE)
     lost = differences(dense, pruned)
     saved = 1 - mean(pruned, "gmac") / mean(dense, "gmac")
     unified = differences(dense, pick(accuracy, "plain", "dense"))
     after = differences(pick(accuracy, "plain", "dense"), pick(accuracy, "plain", HEADLINE))
     lines = [
-        f"- At {HEADLINE}, {saved:.0%} fewer multiply-adds, SaiT loses {spread(lost)} points of its own dense mode "
-        f"(goal: at most 0.5), and runs {speed[HEADLINE] / speed['dense'] - 1:+.0%} images a second (goal: +67 %); "
-        f"against all patches through the same kernels, {speed[HEADLINE] / speed['keep 1.0'] - 1:+.0%}.",
+        f"- At {HEADLINE}, with {saved:.0%} fewer multiply-adds, SaiT loses {spread(lost)} points against its own "
+        f"dense mode (goal: at most 0.5), and runs {speed[HEADLINE] / speed['dense'] - 1:+.0%} images a second "
+        "(goal: +67 %); "
+        f"against all patches on the same kernels, {speed[HEADLINE] / speed['keep 1.0'] - 1:+.0%}.",
         f"- Its dense mode is {signed(unified)} points from its plain twin (goal: not below it beyond noise).",
-        f"- The plain twin itself, pruned at {HEADLINE} without having been trained for it, loses {spread(after)}.",
+        f"- The plain twin, pruned at {HEADLINE} without training for it, loses {spread(after)}.",
     ]
     for other in ("SaiT, no distillation", "SaiT, column", "sparse only"):
         ahead = differences(pick(accuracy, other, HEADLINE), pruned)
@@ -151,7 +153,7 @@ def pick(rows: Sequence[Row], model: str, case: str) -> list[Row]:
 
 
 def differences(better: Sequence[Row], worse: Sequence[Row]) -> list[float]:
-    """Points of accuracy by which one is ahead of the other, seed by seed; seeds that one lacks are left out."""
+    """Points of accuracy by which one is ahead of the other, seed by seed; only seeds that both have."""
     by_seed = {row["seed"]: row["accuracy"] for row in worse}
     return [100 * (row["accuracy"] - by_seed[row["seed"]]) for row in better if row["seed"] in by_seed]
 

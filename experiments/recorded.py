@@ -1,4 +1,4 @@
-"""results.json: rows, appended run by run, so that the experiments can be split over several sittings."""
+"""results.json: rows, appended run by run, so that experiments can be split over several sittings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """What is done in one piece."""
+    """One unit of work."""
 
     experiment: str
     variant: str
@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The document; an empty one where there is no file yet."""
+    """The document; an empty one if there is no file yet."""
     if not path.exists():
         return {"rows": []}
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -41,7 +41,7 @@ def done(document: dict[str, Any]) -> set[Run]:
 
 
 def append(path: Path, run: Run, rows: Iterable[Row]) -> None:
-    """Adds the rows of a run that is finished, in the place of older ones, while no other process does."""
+    """Adds the rows of a finished run, replacing older ones, while no other process writes."""
     known = environment()
     told = {"date": known["date"], "device": known["device"], "threads": known["threads"]}
     new = [{**run._asdict(), **row, **told} for row in rows]
@@ -58,7 +58,7 @@ def append(path: Path, run: Run, rows: Iterable[Row]) -> None:
 
 
 def as_text(document: dict[str, Any]) -> str:
-    """JSON with a line for each row."""
+    """JSON with one line for each row."""
     head = json.dumps({key: value for key, value in document.items() if key != "rows"}, indent=1)
     rows = ",\n".join(f"  {json.dumps(row)}" for row in document["rows"])
     return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'

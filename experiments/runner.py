@@ -1,4 +1,4 @@
-"""The command line of an experiment that is done run by run, over as many sittings as it takes."""
+"""The command line of an experiment that is done run by run, over several sittings if needed."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the command line has to know.
+    """What the command line needs to know about an experiment.
 
     Attributes:
         name: of the package, of its folder in experiments/ and of its report docs/<name>.md.
-        about: what it says of itself under --help.
+        about: the text under --help.
         full, quick: its two sizes, any objects.
-        runs: all that there is to do at a size.
-        rows: does one run at a size; trainings may be left in the folder.
-        markdown: the report, of what results.json holds.
-        plots: draws what it shows into the folder of the report.
-        prepare: fetches what runs need; it ends the process where that cannot be had.
-        groups: parts the runs into those that wait for others.
-        timed: experiments that measure time: done one by one, when all else is done.
+        runs: all runs of a size.
+        rows: does one run of a size; it may leave trainings in the folder.
+        markdown: makes the report from the contents of results.json.
+        plots: draws the report's plots into its folder.
+        prepare: fetches what runs need, or ends the process if it cannot.
+        groups: splits the runs into groups, each of which waits for the one before.
+        timed: experiments that measure time: done one by one, after everything else.
     """
 
     name: str
@@ -50,19 +50,19 @@ class Experiment:
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
-    """Does what is not done yet, and writes the report of what there is."""
+    """Does the runs that are not done yet, and writes the report from all results."""
     here, name = ROOT / "experiments" / experiment.name, experiment.name
     parser = argparse.ArgumentParser(prog=name, description=experiment.about)
-    parser.add_argument("--quick", action="store_true", help="a small size, which proves the chain and no figure")
+    parser.add_argument("--quick", action="store_true", help="a small size, to test the chain, not for figures")
     parser.add_argument("--results", type=Path, help=f"by default experiments/{name}/results.json")
     parser.add_argument("--runs", type=Path, help=f"folder of the trainings; by default runs/{name}")
     parser.add_argument("--out", type=Path, help="folder of the report; by default docs")
     parser.add_argument("--only", action="append", help="experiment, experiment/variant or experiment/variant/seed")
-    parser.add_argument("--minutes", type=float, help="begin no run later than this")
+    parser.add_argument("--minutes", type=float, help="start no run after this time")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on its share of the cores")
-    parser.add_argument("--list", action="store_true", help="only say which runs there are, and which are done")
+    parser.add_argument("--list", action="store_true", help="only list the runs, and which are done")
     parser.add_argument("--report", action="store_true", help="only write the report")
-    parser.add_argument("--no-report", action="store_true", help="write none")
+    parser.add_argument("--no-report", action="store_true", help="do not write the report")
     options = parser.parse_args(arguments)
     options.runs = options.runs or ROOT / "runs" / (f"{name}-quick" if options.quick else name)
     options.results = options.results or (options.runs if options.quick else here) / "results.json"
@@ -90,7 +90,7 @@ def matches(run: Run, only: str) -> bool:
 
 
 def begin_all(experiment: Experiment, wanted: Sequence[Run], options: argparse.Namespace) -> None:
-    """Each run that is not done, ``options.jobs`` at once, in processes of their own where these are several."""
+    """Does each run that is not done, ``options.jobs`` at once, in separate processes if these are several."""
     start, failed = time.monotonic(), []
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
     size = experiment.quick if options.quick else experiment.full

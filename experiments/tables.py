@@ -24,7 +24,7 @@ def header(columns: Sequence[str]) -> str:
 
 
 def about(document: dict[str, Any]) -> str:
-    """What the rows were measured with."""
+    """The versions that the rows were measured with."""
     versions = ", ".join(f"{name} {version}" for name, version in document.get("versions", {}).items())
     return f"{versions}, commit {str(document.get('commit'))[:10]}."
 

@@ -1,8 +1,7 @@
 """What whole models are compared with: dense engines, and other ways to have fewer tokens, on the weights of one ViT.
 
-Each file here is a peer, or several: it has PEERS, by name. A method is written from the description in its paper, and
-given the setting whose arithmetic is closest to ours, so that what is compared is how fast it runs. None of them makes
-accuracy comparable.
+Each file here has one or several peers in PEERS, by name. A method is written from the description in its paper, with
+the setting whose arithmetic is closest to ours, so that speed is compared. Accuracy cannot be compared this way.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What one would use where each image keeps a number of patches of its own: an engine, or plain torch with a mask.
+"""What one would use if each image keeps another number of patches: an engine, or plain torch with a mask.
 
-All of them are told the numbers. Who used them would have to find these first, by a sort and a cumulative sum of the
-scores, and a wait for the result; ours does so inside its figure.
+All of them are told the numbers. In practice one would have to find these first, by a sort and a cumulative sum of the
+scores, and wait for the result; in our figure this is included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peers.engines import OpenVino
 
 
 class OfCount(OpenVino):
-    """PlainPruning in OpenVINO, where the number of patches is an input beside the images: one model for any number."""
+    """PlainPruning in OpenVINO, with the number of patches as an input beside the images: one model for any number."""
 
     def inputs(self, example: Tensor) -> tuple[Tensor, ...]:
         return example, torch.tensor(1)
@@ -33,7 +33,7 @@ class OfCount(OpenVino):
 
 
 class Padded(PlainPruning):
-    """Each image keeps a number of patches of its own, padded to the largest; nobody attends to the padding.
+    """Each image keeps its own number of patches, padded to the largest; a mask hides the padding from attention.
 
     Args:
         vit, block: see PlainPruning; a head that reads the prefix only.
@@ -64,7 +64,7 @@ def counts_of(setting: Setting) -> tuple[int, ...]:
 
 
 def _rows(setting: Setting, kept: float) -> list[Rows]:
-    """Of an image that keeps so many patches, with attention for all rows of the block that prunes."""
+    """For an image that keeps so many patches, with attention for all rows of the block that prunes."""
     prefix: int = family_of(type(setting.vit)).num_prefix(setting.vit)  # type: ignore[union-attr]
     rows = cost.plan_rows(setting.vit, Plan([Stage(setting.block, mass=setting.mass)]), [prefix + kept])
     at = rows[setting.block]

@@ -1,6 +1,6 @@
-"""The dense model, and the same pruning in plain torch, in engines that convert a model once and run that.
+"""The dense model, and the same pruning in plain torch, in engines that convert a model once and then run it.
 
-Both are converted for any batch: their user does not know it beforehand either.
+Both are converted for any batch size, since a user does not know it beforehand either.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class EngineModule(nn.Module):
 
     Args:
         module: images (B, 3, height, width) -> logits.
-        images: some, of the dtype that it is to compute in.
+        images: examples, in the dtype to compute in.
         streams: threads that will call this at once; each call then has torch's number of threads.
 
     Raises:
@@ -49,13 +49,13 @@ class EngineModule(nn.Module):
             wanted = " or ".join({torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype] for dtype in self.dtypes)
             raise RuntimeError(f"expected {wanted}, got {images.dtype}")
         self.version, self.streams = found.__version__.partition("-")[0], streams
-        # Outside inference mode: a tracer wants tensors that autograd could follow. What it warns of, values that it
-        # takes for constants, are sizes.
+        # Outside inference mode: a tracer needs tensors that autograd could follow. It warns of values that it takes
+        # for constants; these are sizes.
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings(action="ignore"):
             self.convert(copy.deepcopy(module).float().eval(), images.float().clone(), images.dtype)
 
     def convert(self, module: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
-        """Makes what forward runs, computing in ``dtype``."""
+        """Makes the model that forward runs, computing in ``dtype``."""
         raise NotImplementedError
 
 
@@ -77,11 +77,11 @@ class OpenVino(EngineModule):
         self.compiled, self.of_thread = formats.openvino_core().compile_model(traced, "CPU", options), threading.local()
 
     def inputs(self, example: Tensor) -> tuple[Tensor, ...]:
-        """What the module takes, images first."""
+        """The module's inputs, images first."""
         return (example,)
 
     def forward(self, images: Tensor, *others: Tensor) -> Tensor:
-        if not hasattr(self.of_thread, "request"):  # one serves one call at a time
+        if not hasattr(self.of_thread, "request"):  # a request handles one call at a time
             self.of_thread.request = self.compiled.create_infer_request()
         inputs = [images.float().numpy(), *(other.numpy() for other in others)]
         return torch.from_numpy(self.of_thread.request.infer(inputs, share_inputs=True)[0])
@@ -109,7 +109,7 @@ class OnnxRuntime(EngineModule):
 
 
 class Named(nn.Module):
-    """A module whose argument has the name that the engine is given."""
+    """A module whose argument has the name that the engine uses."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

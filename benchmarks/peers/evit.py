@@ -1,4 +1,4 @@
-"""EViT, in plain torch and of ours."""
+"""EViT, in plain torch and on our kernels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sait_kernels.selection import rate_to_count
 class Evit(PlainViT):
     """EViT (arXiv 2202.07800): at some blocks the patches that the class token attends to least become one token.
 
-    The attention matrix is materialised, for its class row, the mean over heads, is the score. After the attention of
-    such a block ceil(keep * patches) of them stay, and the sum of the others, weighted by their scores, is appended.
+    The attention matrix is materialised, since its class row, averaged over heads, is the score. After the attention of
+    such a block ceil(keep * patches) patches stay, and the sum of the others, weighted by their scores, is appended.
 
     Args:
         vit: see PlainViT.
         blocks: where this happens.
-        keep: a share of the tokens behind the prefix that are left by then.
+        keep: a share of the tokens after the prefix that are left by then.
     """
 
     def __init__(self, vit: Any, blocks: Sequence[int], keep: float) -> None:
@@ -64,7 +64,7 @@ class Evit(PlainViT):
 
 
 def _chosen(setting: Setting) -> tuple[tuple[int, ...], float, str]:
-    """(blocks, keep, both in words), of which the arithmetic is closest to that of our plan."""
+    """(blocks, keep, both in words): the setting whose arithmetic is closest to our plan's."""
     quarter = len(setting.vit.blocks) // 4
     blocks = (quarter, 2 * quarter, 3 * quarter)
     shares = [share_ / 20 for share_ in range(1, 21)]

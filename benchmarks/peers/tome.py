@@ -1,4 +1,4 @@
-"""ToMe, in plain torch and of ours."""
+"""ToMe, in plain torch and on our kernels."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.nn import functional as F
 
 
 class Tome(PlainViT):
-    """Token merging (arXiv 2210.09461): after the attention of each block the r most alike pairs become one token each.
+    """Token merging (arXiv 2210.09461): after the attention of each block the r most similar pairs are merged.
 
-    Tokens at even places, the class token the first of them, look for the most alike at odd places, by the cosine of
-    their keys, the mean over heads. Of the r best of these pairs the first goes into the second, as a mean weighted by
-    the patches that each stands for; a token of size s counts s times in every softmax: log s is added to its logits.
-    Prefix tokens have their places, but neither go nor take in.
+    Each token at an even place, the class token being the first, is paired with the most similar token at an odd place,
+    by the cosine of their keys averaged over heads. In the r best pairs the first token is merged into the second, as a
+    mean weighted by the patches that each stands for. A token of size s counts s times in every softmax: log s is added
+    to its logits. Prefix tokens have places, but are not merged and take no others in.
 
     Args:
         vit: see PlainViT.
-        r: pairs of a block, as many as there are.
+        r: pairs of a block, at most as many as there are.
     """
 
     def __init__(self, vit: Any, r: int) -> None:
@@ -74,7 +74,7 @@ def merge(x: Tensor, size: Tensor, metric: Tensor, pairs: int, prefix: int) -> t
 
 
 def _r(setting: Setting) -> int:
-    """Of which the arithmetic is closest to that of our plan."""
+    """The r whose arithmetic is closest to our plan's."""
     most = setting.vit.patch_embed.num_patches // 2
     return int(setting.closest(range(most + 1), lambda r: Tome.rows(setting.vit, r)))
 

@@ -8,7 +8,7 @@ KIND = "exports"
 
 
 def table(document: Document) -> str:
-    """A line for each format, with its error and its speed at each batch."""
+    """A row for each format, with its error and its speed at each batch size."""
     rows = document["rows"]
     batches = unique(row["batch"] for row in rows)
     header = ["", "error", *(f"batch {batch}" for batch in batches)]

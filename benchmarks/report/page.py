@@ -1,7 +1,7 @@
-"""Writes the tables of the README, docs/performance.md and docs/deploy.md from what was measured, and the plots.
+"""Writes the tables of the README, docs/performance.md and docs/deploy.md from results files, and the plots.
 
-``make report``. Speed comes from the newest results file of each device, those of ops and those of whole models against
-their peers; accuracy from what ``make photographs`` found.
+``make report``. Speed comes from the newest results files of each device, for ops and for whole models against their
+peers; accuracy from the results of ``make photographs``.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ NO_SERVING_YET = "Not measured yet: `make end-to-end-serving report`."
 
 
 def newest(folder: Path, kind: str | None = None) -> list[Document]:
-    """The latest results document of each device and part, of one kind; those that are no part first.
+    """The latest results document of one kind for each device and part; those without a part first.
 
-    ValueError for a schema that is not this script's.
+    ValueError for another schema than this script's.
     """
     latest: dict[tuple[str, str], Document] = {}
     for path in sorted(folder.rglob("*.json")):  # runs on a GPU have folders of their own
@@ -41,12 +41,13 @@ def newest(folder: Path, kind: str | None = None) -> list[Document]:
 
 
 def whole(documents: Sequence[Document]) -> list[Document]:
-    """Those that are no part: the floor is of these."""
+    """Those without a part: the roofline bound is shown for these."""
     return [document for document in documents if "part" not in document]
 
 
 def headlined(documents: Sequence[Document]) -> list[Document]:
-    """Of each device the newest with ours against the same pruning elsewhere, be it a part; else its whole one."""
+    """For each device the newest that has ours against the same pruning elsewhere, even if it is a part; else its whole
+    one."""
     chosen = {document["device"]: document for document in whole(documents)}
     for document in sorted(documents, key=lambda document: document["date"]):
         if any("vs_best_pruned" in row for row in document["rows"] if row.get("model") == performance.MODEL):
@@ -55,14 +56,14 @@ def headlined(documents: Sequence[Document]) -> list[Document]:
 
 
 def sections(documents: Sequence[Document], written: Callable[[Document], str]) -> str:
-    """Of each device what ``written`` makes of its document, CPUs first."""
+    """What ``written`` makes of each document, CPUs first."""
     cpus = [written(document) for document in documents if not on_gpu(document)]
     gpus = [written(document) for document in documents if on_gpu(document)]
     return "\n\n".join([*(cpus or [NOTHING_YET]), *(gpus or [NO_GPU_YET])])
 
 
 def markdown(document: Document) -> str:
-    """The tables of models and ops, and where they were measured."""
+    """The tables of models and ops, and what they were measured on."""
     measured = [row for row in document["rows"] if "error" not in row]
     models = [row for row in measured if row["name"] == "model"]
     ops = [row for row in measured if row["name"] != "model"]
@@ -83,7 +84,7 @@ def no_figures(row: Row) -> str:
 
 
 def with_models(documents: Sequence[Document]) -> list[Document]:
-    """Those that have models at several densities: a run on a GPU may have ops alone."""
+    """Those that have models at several densities; a run on a GPU may have ops only."""
     return [document for document in documents if performance.density_rows(document)]
 
 
@@ -123,13 +124,13 @@ def op_table(rows: Sequence[Row]) -> str:
 
 
 def ratio(row: Row) -> str:
-    """A goal that is missed stands beside the figure."""
+    """With the goal beside the figure if it is missed."""
     missed = "goal" in row and row["ratio"] < row["goal"]
     return f"{row['ratio']:.2f}" + (f" (goal {row['goal']:g})" if missed else "")
 
 
 def insert(readme: str, name: str, block: str) -> str:
-    """The README with the block between the markers of its name. ValueError if they are missing."""
+    """The README with the block between the markers of that name. ValueError if they are missing."""
     first, last = (marker.format(name) for marker in MARKERS)
     before, begin, rest = readme.partition(first)
     _, end, after = rest.partition(last)
@@ -139,7 +140,7 @@ def insert(readme: str, name: str, block: str) -> str:
 
 
 def updated(readme: str, results: Path, photographs: Path) -> str:
-    """The README with the newest results of a folder, and what ``make photographs`` found."""
+    """The README with the newest results of a folder, and those of ``make photographs``."""
     documents = newest(results, performance.KIND)
     first = headlined(documents)
     of_devices = [[document, *(d for d in documents if d["device"] == document["device"])] for document in first]

@@ -23,21 +23,21 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "× timm eager": lambda row: number(row["ratio"], 2),
     "× best dense": lambda row: number(row["vs_best_dense"], 2),
     "of FLOP ratio": lambda row: f"{row['flop_share']:.0%}" if "flop_share" in row else "",
-    "of floor": lambda row: f"{row['of_floor']:.0%}",
+    "of roofline bound": lambda row: f"{row['of_floor']:.0%}",
     "peak MiB": lambda row: number(row["peak_mib"], 1) if "peak_mib" in row else "",
     "launches": lambda row: number(row["launches"], 0) if "launches" in row else "",
-    "host µs": lambda row: number(row["host_us"], 0) if "host_us" in row else "",
+    "CPU overhead, µs": lambda row: number(row["host_us"], 0) if "host_us" in row else "",
 }
-# Of a GPU those in a graph, too.
+# On a GPU also those in a CUDA graph.
 CONTENDERS = (
     "ours",
     "ours-optimized",
     "ours-graphed",
     "ours-optimized-graphed",
-)  # the best of them is held against the best dense peer
-BY_MASS = ("ours-mass", "ours-optimized-mass")  # the best of them is held against the best adaptive peer
+)  # the fastest of them is compared with the fastest dense peer
+BY_MASS = ("ours-mass", "ours-optimized-mass")  # the fastest of them is compared with the fastest adaptive peer
 HEADLINE_COLUMNS = ("img/s", "× best pruned", "× timm eager", "× best dense")
-# What the README shows: label, model, dtype, and which of its batches.
+# What the README shows: label, model, dtype, and which batch.
 FRONT: tuple[tuple[str, str, str, Callable[..., int]], ...] = (
     ("DeiT-S", MODEL, "bf16", max),
     ("DeiT-S", MODEL, "fp32", max),
@@ -45,14 +45,14 @@ FRONT: tuple[tuple[str, str, str, Callable[..., int]], ...] = (
     ("DINOv2-S", "vit_small_patch14_dinov2@224", "bf16", max),
     ("DINOv3-S", "vit_small_patch16_dinov3", "bf16", max),
 )
-STYLE = "tableau-colorblind10"  # whose colours everybody can tell apart
+STYLE = "tableau-colorblind10"  # colours that everybody can tell apart
 MARKERS = "osD^v"
-PEERS_SHOWN = ("timm", "openvino", "ours-dense", "ours")  # of the peers: whose floor is shown by stages
+PEERS_SHOWN = ("timm", "openvino", "ours-dense", "ours")  # whose roofline bound is shown stage by stage
 
 
 def front(documents: Sequence[Document]) -> str:
-    """The table of the README: the fastest of CONTENDERS in each setting of FRONT, beside timm, the best dense peer and
-    the best that prunes alike. Of several documents of a device the first that has a setting is shown."""
+    """The table of the README: the fastest of CONTENDERS in each setting of FRONT, beside timm, the fastest dense peer
+    and the fastest peer with the same pruning. If several documents of a device have a setting, the first is shown."""
     lines, machines = [], []
     for label, model, dtype, which in FRONT:
         found = ((document, of_setting(document, model, dtype, which)) for document in documents)
@@ -70,14 +70,14 @@ def front(documents: Sequence[Document]) -> str:
 
 
 def of_setting(document: Document, model: str, dtype: str, which: Callable[..., int]) -> list[Row]:
-    """The fastest of CONTENDERS at the largest batch, or the smallest, of a model in a dtype; none where none ran."""
+    """The fastest of CONTENDERS for a model and dtype, at the largest or smallest batch; empty if none ran."""
     rows = [row for row in document["rows"] if (row["model"], row["dtype"]) == (model, dtype)]
     batch = which((row["batch"] for row in rows), default=0)
     return best_of_ours([row for row in rows if row["batch"] == batch])
 
 
 def everything(document: Document) -> str:
-    """What comes out in each setting, then a table of each: of a model, batch and dtype."""
+    """An overview of all settings (model, batch and dtype), then a table of each."""
     return "\n\n".join([provenance(document), *overview(document), *tables(document)])
 
 
@@ -90,8 +90,8 @@ def tables(document: Document) -> list[str]:
 
 
 def adaptive(document: Document) -> str:
-    """Images that keep different numbers: the fastest of BY_MASS in each setting beside the fastest adaptive peer, then
-    a table of each."""
+    """Images that keep different numbers of patches: the fastest of BY_MASS in each setting beside the fastest adaptive
+    peer, then a table of each setting."""
     lines = []
     for rows in settings(document):
         for ours in best_of_ours(rows, BY_MASS):
@@ -115,14 +115,14 @@ def settings(document: Document) -> list[list[Row]]:
 
 
 def best_of_ours(rows: Sequence[Row], contenders: Sequence[str] = CONTENDERS) -> list[Row]:
-    """The fastest of them in one setting; none where none ran."""
+    """The fastest of them in one setting; empty if none ran."""
     ran = [row for row in rows if row["peer"] in contenders and "error" not in row]
     return sorted(ran, key=lambda row: row["ours_us"])[:1]
 
 
 def overview(document: Document) -> list[str]:
-    """One table of the fastest of CONTENDERS in each setting, beside the fastest peer that prunes alike and the fastest
-    dense one; or none where none ran."""
+    """One table of the fastest of CONTENDERS in each setting, beside the fastest peer with the same pruning and the
+    fastest dense one; empty if none ran."""
     lines = []
     for rows in settings(document):
         for ours in best_of_ours(rows):
@@ -165,7 +165,7 @@ def title(rows: Sequence[Row], *more: str) -> str:
 
 
 def peer_table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
-    """One table of some of COLUMNS, or none where nothing ran."""
+    """One table with some of COLUMNS; empty if nothing ran."""
     found = [row for row in rows if "error" not in row]
     dtypes = unique(row["dtype"] for row in found)
     columns = [column for column in columns if any(COLUMNS[column](row) for row in found)]
@@ -186,23 +186,23 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 
 def density(document: Document) -> str:
-    """Where the plot is; the figures themselves are in the README."""
+    """The plot."""
     return f"{provenance(document)}\n\n![images per second against the share of tokens kept]({picture(document)})"
 
 
 def floor(document: Document) -> str:
-    """The stages of the floor, of the largest batch of each model."""
+    """The roofline bound of each stage, for the largest batch of each model."""
     parts = [provenance(document)]
     for model, dtype in unique((row["model"], row["dtype"]) for row in document["rows"]):
         rows = shown(document, model, dtype)
         if rows:
-            header = [f"{model}, {dtype}, batch {rows[0]['batch']}: floor, µs", *(row["case"] for row in rows)]
+            header = [f"{model}, {dtype}, batch {rows[0]['batch']}: roofline bound, µs", *(row["case"] for row in rows)]
             stages = unique(stage for row in rows for stage in row["floor_parts_us"])
             lines = [[stage, *(number(row["floor_parts_us"][stage], 0) for row in rows)] for stage in stages]
             lines.append(["**all**", *(f"**{number(row['floor_us'], 0)}**" for row in rows)])
             lines.append(["measured", *(number(row["ours_us"], 0) for row in rows)])
             parts.append(render(header, lines))
-    return "\n\n".join([*parts, f"![the floor by stages, as a share of the time measured]({picture(document)})"])
+    return "\n\n".join([*parts, f"![roofline bound by stage, as a share of the time measured]({picture(document)})"])
 
 
 def shown(document: Document, model: str, dtype: str) -> list[Row]:
@@ -223,7 +223,7 @@ def density_rows(document: Document) -> list[Row]:
 
 
 def density_lines(document: Document) -> dict[tuple[str, int, str, str], list[Row]]:
-    """Rows by model, batch, dtype and how it runs ("" or "optimized"), each from the fewest tokens to the most."""
+    """Rows by model, batch, dtype and how they run ("" or "optimized"), each from the fewest tokens to the most."""
     lines: dict[tuple[str, int, str, str], list[Row]] = {}
     for row in sorted(density_rows(document), key=lambda row: row["tokens"]):
         how = row["case"].partition(", ")[2]
@@ -232,7 +232,7 @@ def density_lines(document: Document) -> dict[tuple[str, int, str, str], list[Ro
 
 
 def plot_density(document: Document, out: Path) -> None:
-    """Throughput against the share of tokens that are kept, a line for each dtype, batch, and way to run."""
+    """Throughput against the share of tokens kept: a line for each dtype, batch, and way to run."""
     figure, axes = new_figure()
     lines, colours = density_lines(document), {}
     for marker, ((model, batch, dtype, how), line) in zip(cycle(MARKERS), lines.items()):
@@ -258,7 +258,7 @@ def plot_density(document: Document, out: Path) -> None:
 
 
 def plot_floor(document: Document, out: Path) -> None:
-    """A bar for each peer shown: the floor of its stages as a share of the time that it took."""
+    """A bar for each peer shown: the roofline bounds of its stages as shares of the time measured."""
     rows = [row for row in document["rows"] if row["model"] == document["rows"][0]["model"]]
     bars = [row for dtype in unique(row["dtype"] for row in rows) for row in shown(document, rows[0]["model"], dtype)]
     figure, axes = new_figure()
@@ -268,7 +268,7 @@ def plot_floor(document: Document, out: Path) -> None:
         widths = [row["floor_parts_us"][stage] / row["ours_us"] for row in bars]
         axes.barh(labels, widths, left=left, label=stage)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set_xlabel("floor, as a share of the time measured")
+    axes.set_xlabel("roofline bound, as a share of the time measured")
     axes.set_xlim(0, max(1.0, *left) if left else 1.0)
     axes.invert_yaxis()
     save(figure, axes, out / picture(document), columns=4)

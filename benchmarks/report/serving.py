@@ -1,4 +1,4 @@
-"""Tables of what medians do not tell: the slowest requests, two streams at once, a busy core."""
+"""Tables of what medians do not show: the slowest requests, two streams at once, a busy core."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
 
 
 def condition(name: str) -> Callable[[Document], str]:
-    """What a document has of one condition: a table for each model, batch and dtype."""
+    """The tables of a document for one condition: one for each model, batch and dtype."""
 
     def written(document: Document) -> str:
         cores = document.get("cores", document["threads"])
@@ -52,12 +52,12 @@ def condition(name: str) -> Callable[[Document], str]:
 
 
 def with_costs(row: Row, cores: int) -> Row:
-    """With the slow-down that the competitor's share of the time costs at least, of so many cores."""
+    """With the least slow-down that the competitor's share of the time causes on so many cores."""
     return row | {"costs": cores / (cores - row["competitor"])} if "competitor" in row else row
 
 
 def table(rows: Sequence[Row], columns: dict[str, Callable[[Row], str]]) -> list[str]:
-    """One, or none where nothing ran."""
+    """One table, or none if nothing ran."""
     found = [row for row in rows if "error" not in row]
     names = [name for name in columns if any(columns[name](row) for row in found)]
     lines = [[row["case"], *(columns[name](row) for name in names)] for row in found]
@@ -65,5 +65,5 @@ def table(rows: Sequence[Row], columns: dict[str, Callable[[Row], str]]) -> list
 
 
 def of_condition(documents: Sequence[Document], name: str) -> list[Document]:
-    """Those that have rows of it."""
+    """The documents that have rows of it."""
     return [document for document in documents if any(row["condition"] == name for row in document["rows"])]

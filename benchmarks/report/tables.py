@@ -1,4 +1,4 @@
-"""What the reports share: Markdown tables, and where figures come from."""
+"""What the reports share: Markdown tables, and what was measured where."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def provenance(document: Document) -> str:
 
 
 def on_gpu(document: Document) -> bool:
-    """torch calls every GPU that the kernels serve "NVIDIA" and its model."""
+    """torch names every GPU that the kernels run on "NVIDIA" and its model."""
     return document["device"].startswith("NVIDIA")
 
 
@@ -31,7 +31,7 @@ def number(value: float, digits: int) -> str:
 
 
 def render(header: Sequence[str], lines: Iterable[Sequence[str]], text: int = 1) -> str:
-    """A Markdown table; all but the first ``text`` columns to the right."""
+    """A Markdown table; all but the first ``text`` columns are right-aligned."""
     rule = ["---"] * text + ["---:"] * (len(header) - text)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 

@@ -1,7 +1,7 @@
 """Fine-tunes every method at every density that is not done yet, measures it, and writes docs/comparison.md.
 
 ``make comparison``, or ``PYTHONPATH=experiments python -m comparison``. A run is one method, what it saves, and a seed,
-of two minutes; its rows are in results.json when it is finished, and it is not repeated. "speed" comes last and wants a
+of two minutes; when it is finished its rows are in results.json, and it is not repeated. "speed" comes last and needs a
 machine to itself.
 """
 
@@ -18,7 +18,7 @@ from comparison.settings import FULL, QUICK, Settings
 
 
 def runs(settings: Settings) -> Iterator[Run]:
-    """All that there is to do: everything of a seed, then the next seed."""
+    """All runs: everything for one seed, then for the next."""
     for seed in range(settings.seeds):
         yield Run("comparison", tuned.DENSE, seed)
         for name in settings.methods:

@@ -22,12 +22,12 @@ def markdown(document: dict[str, Any]) -> str:
     found, timed = of(document["rows"], "comparison"), of(document["rows"], "speed")
     parts = [
         "# Methods, fine-tuned in the same budget\n",
-        "Every method that drops, merges or skips tokens and can be fine-tuned as a classifier, from one model that "
-        "was trained dense on canvas (`checkpoints/plain-canvas.safetensors`): the same images, epochs and learning "
-        "rate; parts that begin with nothing learn at ten times that rate. Each at the setting whose arithmetic, of "
-        "the model as it was, is closest to what it is to save; what it computes after training is in the table. SaiT "
-        "trains dense and sparse epochs in turns, with a teacher's attention; all others train by what they drop. HoT "
-        "is not among them: a head that reads the class token has nothing to recover (`make recover` has its task).\n",
+        "Every method that drops, merges or skips tokens and can be fine-tuned as a classifier. All start from one "
+        "model that was trained dense on canvas (`checkpoints/plain-canvas.safetensors`), with the same images, epochs "
+        "and learning rate; new parts learn at ten times that rate. Each method has the setting that comes closest to "
+        "the wanted saving on the model before fine-tuning; the table has what it computes after training. SaiT "
+        "alternates dense and sparse epochs, with a teacher's attention; all others train with their own dropping. HoT "
+        "is left out: a head that reads the class token has nothing to recover (`make recover` has its task).\n",
     ]
     if not found:
         parts.append("Not run yet: `make comparison`.\n")
@@ -44,7 +44,7 @@ def table(found: Sequence[Row], timed: Sequence[Row], saved: float) -> str:
     first = found[0]
     columns = ["method", "setting", "accuracy, %", "ahead of SaiT", "its dense mode, %", "GMAC", "tokens", "seeds"]
     columns += [f"{dtype} × dense" for dtype in ("fp32", "bf16")] if rates else []
-    which = "test images; mean and deviation of the seeds; differences image by image, with intervals of 95 %."
+    which = "test images; mean and deviation of the seeds; differences image by image, with 95 % intervals."
     lines = [f"{first['images']} {which}\n", header(columns)]
     for variant in [DENSE, *ranked(found, saved)]:
         rows = pick(found, variant, DENSE if variant == DENSE else "pruned")
@@ -63,13 +63,13 @@ def table(found: Sequence[Row], timed: Sequence[Row], saved: float) -> str:
 
 
 def ranked(found: Sequence[Row], saved: float) -> list[str]:
-    """The variants that were to save so much, the most accurate first."""
+    """The variants of one saving, the most accurate first."""
     names = dict.fromkeys(row["variant"] for row in found if row.get("saved") == saved)
     return sorted(names, key=lambda name: -statistics.mean(row["accuracy"] for row in pick(found, name, "pruned")))
 
 
 def verdict(found: Sequence[Row], saved: float) -> str:
-    """Where SaiT stands, in words: who is ahead of it by more than the interval."""
+    """Which methods are ahead of SaiT by more than the interval."""
     mine, others = name_of(OURS, saved), []
     if not pick(found, mine, "pruned"):
         return ""
@@ -78,7 +78,7 @@ def verdict(found: Sequence[Row], saved: float) -> str:
         if lead is not None and lead.low > 0:
             others.append(f"{pick(found, variant, 'pruned')[0]['method']} by {lead}")
     if not others:
-        return "Nobody is ahead of SaiT by more than the interval.\n"
+        return "No method is ahead of SaiT by more than the interval.\n"
     return f"SaiT is not the best: ahead of it by more than the interval are {'; '.join(others)} points.\n"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from sait import Plan, methods
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKPOINT = ROOT / "checkpoints" / "plain-canvas.safetensors"  # what all start from: trained dense
+CHECKPOINT = ROOT / "checkpoints" / "plain-canvas.safetensors"  # the dense-trained model that all start from
 SAVED = (0.25, 0.40, 0.55)  # of the dense model's multiply-adds
 DEPTH = 8  # of the model
 SHARES = [round(share / 200, 3) for share in range(4, 200)]
@@ -21,8 +21,8 @@ class TunedMethod:
     """One method, with one setting that decides how much it computes.
 
     Attributes:
-        plan: of a setting, as an untrained model runs it.
-        settings: to choose from, from the least arithmetic to the most.
+        plan: makes the plan of a setting, as an untrained model runs it.
+        settings: those to choose from, from the least arithmetic to the most.
         config: keys of sait.train.Config for a setting.
     """
 
@@ -32,22 +32,22 @@ class TunedMethod:
     config: Callable[[Any], dict[str, Any]]
 
 
-LEARNS = {"lr": 3e-3}  # of parts that begin with nothing; all else of the model at 0.1 times that, as in TUNING
+LEARNS = {"lr": 3e-3}  # for new parts; the rest of the model learns at 0.1 times that, as in TUNING
 
 
 def of_method(name: str, **more: Any) -> Callable[[Any], dict[str, Any]]:
-    """Trained by the plan of a published method, whose setting is a share."""
+    """A published method, trained by its plan; the setting is a share."""
     return lambda share: {"method": name, "keep": share, **more}
 
 
 def of_kwargs(name: str, argument: str, **more: Any) -> Callable[[Any], dict[str, Any]]:
-    """The same, whose setting is another argument of its call."""
+    """The same, with another argument of the method's call as the setting."""
     return lambda value: {"method": name, "keep": None, "method_kwargs": {argument: value}, **more}
 
 
 THRESHOLDS = [round(0.2 * 0.96**i, 6) for i in range(160)]
 METHODS = (
-    # Its own training: dense and sparse epochs in turns, and attention that is taught.
+    # Its own training: alternating dense and sparse epochs, and distillation of attention.
     TunedMethod("SaiT", methods.sait, SHARES, lambda share: {"keep": share, "teacher": str(CHECKPOINT)}),
     TunedMethod(
         "SaiT, mass",
@@ -57,7 +57,7 @@ METHODS = (
     ),
     TunedMethod("SaiT, sparse only", methods.sait, SHARES, of_method("sait")),
     TunedMethod("EViT", methods.evit, SHARES, of_method("evit")),
-    # Drops a lot where nobody bounds it: from later blocks on, if need be.
+    # Drops a lot if it is not limited: it may start from later blocks.
     TunedMethod(
         "ATS",
         lambda setting: methods.ats(*setting),
@@ -82,7 +82,7 @@ class Settings:
         seeds: of each method at each of ``saved``.
         tuning: keys of sait.train.Config of every fine-tuning: the budget.
         test_images: the same for every model.
-        sample: test images that say what a setting computes.
+        sample: test images on which a setting's arithmetic is counted.
         repeats: samples of each time.
     """
 

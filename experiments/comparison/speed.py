@@ -1,4 +1,4 @@
-"""Images a second of every fine-tuned model of seed 0, all of them measured in turns."""
+"""Images a second of every fine-tuned model of seed 0, all measured in turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH = 16
 
 
 def rows(settings: Settings, runs: Path) -> Iterator[Row]:
-    """A batch of each; dense is all tokens through the kernels. What was not trained is, first."""
+    """One batch of each; dense is all tokens through the kernels. Models not trained yet are trained first."""
     variants = [tuned.DENSE, *(tuned.name_of(name, saved) for name in settings.methods for saved in settings.saved)]
     models = [sait.load(tuned.trained(variant, 0, settings, runs)) for variant in variants]
     found: list[Row] = [{"of": variant, "batch": BATCH} for variant in variants]
@@ -35,7 +35,7 @@ def rows(settings: Settings, runs: Path) -> Iterator[Row]:
 
 
 def ready(model: Any, variant: str, dtype: torch.dtype) -> Any:
-    """A model of its own under sait.optimize."""
+    """A separate model with sait.optimize."""
     found = copy.deepcopy(model).to(dtype).eval()
     if variant == tuned.DENSE:
         sait.sparsify(found, block=2, keep=1.0)

@@ -1,4 +1,4 @@
-"""One fine-tuning: the setting that has the arithmetic, the training, and what it gives on test images."""
+"""One fine-tuning: choose the setting with the wanted arithmetic, train, and measure on test images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows(variant: str, seed: int, settings: Settings, runs: Path) -> Iterator[Ro
     """Trains a variant and measures it: dense, and by its plan.
 
     Args:
-        variant: "dense", or the name of a method and what it saves, as ``name_of`` has it.
+        variant: "dense", or the name of a method and its saving, as ``name_of`` writes it.
         runs: folder of the trainings.
     """
     path = trained(variant, seed, settings, runs)
@@ -49,7 +49,7 @@ def name_of(method: str, saved: float) -> str:
 
 
 def told(variant: str, settings: Settings) -> Row:
-    """The method of a variant, what it is to save, and the setting for that."""
+    """The method of a variant, the wanted saving, and the setting for it."""
     if variant == DENSE:
         return {"method": DENSE}
     name, _, saved = variant.rpartition(", -")
@@ -58,7 +58,7 @@ def told(variant: str, settings: Settings) -> Row:
 
 
 def trained(variant: str, seed: int, settings: Settings, runs: Path) -> Path:
-    """The checkpoint after the last epoch. One that was interrupted begins anew: it takes a minute."""
+    """The checkpoint after the last epoch. An interrupted training starts again: it takes a minute."""
     config = config_of(variant, seed, settings, runs)
     path = Path(config.out) / MODEL
     if path.exists() and checkpoint.read(path).metadata["metrics"][-1]["epoch"] == config.epochs:
@@ -77,7 +77,7 @@ def config_of(variant: str, seed: int, settings: Settings, runs: Path) -> Config
 
 @functools.cache
 def setting_of(name: str, saved: float, sample: int) -> Any:
-    """The setting whose multiply-adds, of the model as it was, are closest to those wanted."""
+    """The setting whose multiply-adds, on the model before fine-tuning, are closest to those wanted."""
     model = sait.restore(sait.load(CHECKPOINT)).eval()
     images, _ = pictures(sample)
     method, wanted = method_of(name), (1 - saved) * macs(model)

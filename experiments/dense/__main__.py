@@ -1,7 +1,7 @@
-"""Trains the segmenters that are not there yet, measures them, and writes docs/dense.md from what there is.
+"""Trains and measures the segmenters that are not done yet, and writes docs/dense.md from all results.
 
-``make dense``, or ``PYTHONPATH=experiments python -m dense``. A run is one variant and seed, of a few minutes; its rows
-are in results.json when it is finished, and it is not repeated. "speed" comes last and wants a machine to itself.
+``make dense``, or ``PYTHONPATH=experiments python -m dense``. A run is one variant and seed, of a few minutes; when it
+is finished its rows are in results.json, and it is not repeated. "speed" comes last and needs a machine to itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dense.settings import FULL, QUICK, VARIANTS, Settings
 
 
 def runs(settings: Settings) -> Iterator[Run]:
-    """All that there is to do: every variant of a seed, then the next seed."""
+    """All runs: every variant of one seed, then of the next."""
     for seed in range(settings.seeds):
         for variant in VARIANTS:
             yield Run("segmentation", variant, seed)

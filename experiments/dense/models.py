@@ -20,7 +20,7 @@ ALIKE = 0.05  # shares of parameters by which models may differ
 
 
 class Maps(NamedTuple):
-    """What the stem makes of images."""
+    """The stem's feature maps of images."""
 
     half: Tensor  # (B, 24, S/2, S/2)
     quarter: Tensor  # (B, 48, S/4, S/4)
@@ -48,7 +48,7 @@ class Stem(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two convolutions around which the input goes: 18 C^2 weights; a block of a ViT has 12 C^2."""
+    """Two convolutions with a residual connection: 18 C^2 weights; a block of a ViT has 12 C^2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ class Residual(nn.Module):
 
 
 class PrunedViT(nn.Module):
-    """(B, 96, n, n) -> (B, CHANNELS, n, n): a ViT whose patches are the pixels of the stem's map; what it drops goes
-    home as it was at the stage."""
+    """(B, 96, n, n) -> (B, CHANNELS, n, n): a ViT whose patches are the pixels of the stem's map; dropped
+    patches are scattered back to the full map as they were at the stage."""
 
     def __init__(self, depth: int, plan: Plan | None) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class PrunedViT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder's map enlarged twice beside the stem's, to logits (B, CLASSES, S, S)."""
+    """The encoder's map, enlarged twice and joined with the stem's maps, to logits (B, CLASSES, S, S)."""
 
     def __init__(self, quarter: int = 48, half: int = 24) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Segmenter(nn.Module):
 
     Args:
         variant: one of settings.VARIANTS.
-        depth: blocks of the ViT; the convolutional encoder has two thirds as many, of the same number of weights.
+        depth: blocks of the ViT; the convolutional encoder has two thirds as many, with the same number of weights.
     """
 
     def __init__(self, variant: str, depth: int) -> None:
@@ -139,7 +139,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def check_alike(depth: int) -> int:
-    """The hybrid's number of parameters; an error where the convolutional model's differs by more than ALIKE."""
+    """The hybrid's number of parameters. Raises if the convolutional model's differs by more than ALIKE."""
     hybrid, conv = (parameters(Segmenter(variant, depth)) for variant in (next(iter(HYBRIDS)), CONV))
     if abs(conv / hybrid - 1) > ALIKE:
         raise ValueError(
@@ -151,7 +151,7 @@ def check_alike(depth: int) -> int:
 
 @torch.inference_mode()
 def cost(model: Segmenter) -> float:
-    """Multiply-adds of an image, at the encoder's present plan."""
+    """Multiply-adds of an image, with the encoder's current plan."""
     image = torch.zeros(1, 3, IMG_SIZE, IMG_SIZE)
     with FlopCounterMode(display=False) as counter:
         maps = model.stem(image)

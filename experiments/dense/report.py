@@ -16,7 +16,7 @@ from dense.settings import BLOCK, CONV, DENSITIES, HYBRIDS, VARIANTS
 
 BUDGET = -1.0  # points of overlap that dropping may cost
 PREDICTED = Path(__file__).with_name("predicted.md")
-# What is held against what: (variant, density) twice, and what the first is to reach at least, if anything.
+# What is compared: (variant, density) twice, and the least difference that is the goal, if there is one.
 CASES: tuple[tuple[tuple[str, str], tuple[str, str], float | None], ...] = (
     (("hybrid, keep 0.7", "keep 0.7"), ("hybrid", "dense"), BUDGET),
     (("hybrid, keep 0.45", "keep 0.45"), ("hybrid", "dense"), BUDGET),
@@ -34,11 +34,12 @@ def markdown(document: dict[str, Any]) -> str:
     found, timed = of(document["rows"], "segmentation"), of(document["rows"], "speed")
     parts = [
         "# Dense prediction with dropped tokens\n",
-        "Pictures of canvas, 64 pixels: which pixels show the digit, and which digit it is. A convolutional stem, an "
-        "encoder at an eighth of the side (8 x 8 tokens), a decoder that sees the stem's maps beside the encoder's. "
-        f"The encoder is convolutions, or a ViT of as many parameters, which drops patches at block {BLOCK} and sends "
-        "its rows home for the decoder (`sait.full_maps`): a dropped patch is there as it was at the stage. All "
-        "variants have the same stem, decoder, steps and, seed by seed, the same images, after 2210.12599.\n",
+        "The task, on pictures of canvas of 64 pixels: which pixels show the digit, and which digit is it? The model, "
+        "after 2210.12599, is a convolutional stem, an encoder at an eighth of the side (8 x 8 tokens), and a decoder "
+        "that reads the stem's maps and the encoder's. The encoder is convolutional, or a ViT with as many parameters, "
+        f"which drops patches at block {BLOCK}; for the decoder its rows are scattered back to the full map "
+        "(`sait.full_maps`), where a dropped patch is as it was at the stage. All variants have the same stem, "
+        "decoder, steps and, for each seed, the same images.\n",
     ]
     if not found:
         parts.append("Not run yet: `make dense`.\n")
@@ -56,20 +57,20 @@ def overlaps(found: Sequence[Row]) -> list[str]:
     return [
         "## Overlap\n",
         f"{first['steps']} steps of {first['batch']} new images, {first['images']} test images; seeds: {told}. IoU: "
-        "pixels found and named rightly, of all that are a digit's or are taken for one's, the mean over images. IoU "
-        "over classes: of each class over all images, nothing among them. In %, mean and deviation of the seeds. Ink "
-        "kept: the share of the digits' pixels that lie in patches which stayed. Parameters are alike within 5 %.\n",
+        "pixels with the right class, over all pixels that are a digit's or are taken for one, the mean over images. "
+        "IoU over classes: of each class over all images, background included. In %, mean and deviation of the seeds. "
+        "Ink kept: the share of the digits' pixels in patches that stay. Parameters are equal within 5 %.\n",
         table(found),
         "\n## What was claimed\n",
-        "Differences in points of IoU, paired image by image, with intervals of 95 % by bootstrap over the test "
-        "images; what another training would bring is in the deviation above, not in the interval.\n",
+        "Differences in points of IoU, paired image by image, with 95 % intervals by bootstrap over the test images. "
+        "The interval does not cover the variation between trainings, which the deviation above shows.\n",
         "\n".join(lines(found)),
         "",
     ]
 
 
 def table(found: Sequence[Row]) -> str:
-    columns = ["trained", "answers at", "IoU", "IoU over classes", "ink kept", "GMAC", "parameters"]
+    columns = ["trained", "tested at", "IoU", "IoU over classes", "ink kept", "GMAC", "parameters"]
     made = [header(columns)]
     for variant in VARIANTS:
         own = HYBRIDS.get(variant, "dense")
@@ -118,9 +119,9 @@ def speeds(timed: Sequence[Row], found: Sequence[Row]) -> str:
     whole = next(row for row in timed if row["model"] == "hybrid")
     made = [
         f"Images a second, batch {first['batch']}, {first['dtype']}, {first['device']}, {first['threads']} threads; "
-        "answering, where the ViT runs under sait.optimize, and learning: a step of AdamW. × is against the hybrid "
+        "inference, where the ViT runs with sait.optimize, and training: a step of AdamW. × is against the hybrid "
         "that drops nothing.\n",
-        header(["model", "GMAC", "answering, img/s", "×", "learning, img/s", "×"]),
+        header(["model", "GMAC", "inference, img/s", "×", "training, img/s", "×"]),
     ]
     for row in timed:
         cells = [row["model"]]

@@ -1,4 +1,4 @@
-"""Trains a segmenter on canvas, and measures the overlap of what it finds with what is there."""
+"""Trains a segmenter on canvas, and measures the overlap of its masks with the true ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rows(variant: str, seed: int, settings: Settings) -> Iterator[Row]:
 
 
 def trained(variant: str, seed: int, settings: Settings) -> Segmenter:
-    """AdamW on new images in every step: of a seed all variants see the same ones."""
+    """AdamW on new images in every step, the same ones for all variants of a seed."""
     torch.manual_seed(seed)
     model = Segmenter(variant, settings.depth).train().to(memory_format=torch.channels_last)
     canvas = Canvas("train", settings.steps * settings.batch, (seed, 1))
@@ -59,7 +59,7 @@ def trained(variant: str, seed: int, settings: Settings) -> Segmenter:
 
 
 def loss_of(logits: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
-    """Cross-entropy of the pixels, and one minus the soft overlap: what ``overlaps`` says, of shares for answers.
+    """Cross-entropy of the pixels, plus one minus the soft overlap: ``overlaps`` with probabilities for classes.
 
     Args:
         logits: (B, CLASSES, S, S) float32.
@@ -74,8 +74,8 @@ def loss_of(logits: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
 
 
 def overlaps(found: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
-    """(B,) in [0, 1]: pixels of the digit that are found and named rightly, of all pixels that are a digit's or are
-    taken for one's.
+    """(B,) in [0, 1]: pixels of the digit with the right class, over all pixels that are a digit's or are taken for
+    one.
 
     Args:
         found: (B, S, S) int64, 0 for no digit, 1 + digit for one.
@@ -85,7 +85,7 @@ def overlaps(found: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
 
 
 def class_overlap(confusion: Tensor) -> float:
-    """The mean over classes of intersection over union, of (CLASSES, CLASSES) pixels of a class that got an answer."""
+    """The mean IoU over classes, from the (CLASSES, CLASSES) numbers of pixels of a class that got an answer."""
     both = confusion.diagonal()
     either = confusion.sum(0) + confusion.sum(1) - both
     there = either > 0
@@ -94,7 +94,7 @@ def class_overlap(confusion: Tensor) -> float:
 
 @torch.inference_mode()
 def measured(model: Segmenter, settings: Settings) -> Row:
-    """Overlaps on the test images, and which share of the digits' pixels lies in patches that stayed."""
+    """Overlaps on the test images, and the share of the digits' pixels in patches that stayed."""
     canvas = Canvas("test", settings.test_images, TEST_SEED)
     of_images, held = [], []
     confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
@@ -117,7 +117,7 @@ def measured(model: Segmenter, settings: Settings) -> Row:
 
 
 def ink_kept(model: Segmenter, masks: Tensor) -> Tensor:
-    """(B,) the share of the digit's pixels that lie in patches which no stage dropped."""
+    """(B,) the share of the digit's pixels in patches that no stage dropped."""
     if not isinstance(model.encoder, PrunedViT) or not sait.selections(model.encoder.vit):
         return torch.ones(len(masks))
     kept, _ = sait.kept_mask(model.encoder.vit)

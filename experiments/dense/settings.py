@@ -19,8 +19,8 @@ class Settings:
 
     Attributes:
         seeds: of each variant.
-        steps, batch: of a training, the same for every variant; each batch is of new images.
-        lr: of AdamW at its highest.
+        steps, batch: of a training, the same for every variant; each batch has new images.
+        lr: the highest learning rate of AdamW.
         depth: blocks of the Vision Transformer.
         test_images: the same for every model.
         repeats: samples of each time.
@@ -40,7 +40,7 @@ QUICK = replace(FULL, seeds=1, steps=2, batch=4, depth=3, test_images=8, repeats
 
 
 def kept(share: float) -> Plan:
-    """The patches that get the most attention stay: there is no class token whose attention could say it."""
+    """The patches that receive the most attention stay: there is no class token whose attention could rank them."""
     return sait.methods.sait(keep=share, blocks=BLOCK, score="column")
 
 
@@ -61,4 +61,4 @@ HYBRIDS = {
     "hybrid, random 0.45": "random 0.45",
 }
 VARIANTS = (CONV, *HYBRIDS)
-DENSITIES = ("dense", "keep 0.7", "keep 0.45", "keep 0.25")  # what every hybrid is measured at, beside its own
+DENSITIES = ("dense", "keep 0.7", "keep 0.45", "keep 0.25")  # what every hybrid is measured at, besides its own

@@ -1,4 +1,4 @@
-"""Images a second of every segmenter, answering and learning, interleaved."""
+"""Images a second of every segmenter, in inference and training, interleaved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dense.settings import VARIANTS, Settings
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """Weights as they start: how long a fixed share takes does not depend on them."""
+    """Initial weights: the time of a fixed share does not depend on them."""
     calls: dict[str, list[Callable[[], object]]] = {
         "images_per_s": [answer(variant, settings) for variant in VARIANTS],
         "trained_images_per_s": [step(variant, settings) for variant in VARIANTS],
@@ -31,7 +31,7 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 
 def answer(variant: str, settings: Settings) -> Callable[[], object]:
-    """A forward in bfloat16, the ViT under sait.optimize."""
+    """A forward in bfloat16, the ViT with sait.optimize."""
     model = Segmenter(variant, settings.depth).eval().to(torch.bfloat16, memory_format=torch.channels_last)
     if isinstance(model.encoder, PrunedViT):
         sait.optimize(model.encoder.vit)
@@ -41,7 +41,7 @@ def answer(variant: str, settings: Settings) -> Callable[[], object]:
 
 
 def step(variant: str, settings: Settings) -> Callable[[], object]:
-    """One step of AdamW, as in the trainings."""
+    """One step of AdamW, as in training."""
     model = Segmenter(variant, settings.depth).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     images, labels, masks = Canvas("test", settings.batch, TEST_SEED).batch_with_masks(range(settings.batch))

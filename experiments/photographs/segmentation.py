@@ -1,4 +1,4 @@
-"""Segmentation of the objects of stamps: a pruned encoder whose rows are sent home, under the package's decoder."""
+"""Segmentation of the objects of stamps: a pruned encoder, its rows scattered back to the full map, and a decoder."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from photographs.settings import KEEPS, Settings, fold_of
 
 BATCH = 16
 KEEP = (0.3, 0.7)  # drawn for each sparse batch
-# Whose encoder it is, and whether every second batch is pruned.
+# The encoder, and whether every second batch is pruned.
 VARIANTS = ("sait", "dense only", "conv only")
-CONV = "resnet34"  # about as many multiply-adds; its weights start at random, for none can be had
+CONV = "resnet34"  # about as many multiply-adds; its weights start at random, since no trained ones were available
 
 
 class Segmenter(nn.Module):
@@ -54,7 +54,7 @@ class Segmenter(nn.Module):
 
 
 def rows(variant: str, seed: int, settings: Settings) -> Iterator[Row]:
-    """Trains a variant and measures it at every density that it has."""
+    """Trains a variant and measures it at each of its densities."""
     model = trained(variant, seed, settings)
     densities = [Density(), *map(Density, KEEPS)] if model.is_vit else [Density()]
     for density in densities:
@@ -62,7 +62,7 @@ def rows(variant: str, seed: int, settings: Settings) -> Iterator[Row]:
 
 
 def trained(variant: str, seed: int, settings: Settings) -> Segmenter:
-    """Binary cross-entropy and one minus the soft overlap, in bfloat16; "sait" prunes every second batch."""
+    """Binary cross-entropy plus one minus the soft overlap, in bfloat16; "sait" prunes every second batch."""
     random_seed(seed)
     keys = settings.tuning
     model = Segmenter(variant, settings.img_size).train()

@@ -14,7 +14,7 @@ KEEPS = (0.7, 0.45, 0.3)
 
 
 def fold_of(seed: int) -> int:
-    """Which fifth of the objects is the test's: each seed has another, so that five seeds test every object once."""
+    """Which fifth of the objects is for the test: each seed has another, so five seeds test every object once."""
     return seed % FOLDS
 
 
@@ -76,5 +76,5 @@ QUICK = replace(
     photos=3,
     repeats=1,
 )
-# What a fine-tuned model is evaluated at; for each mass also the fixed number of patches that is its mean.
+# Densities at which a fine-tuned model is evaluated; for each mass also its mean number of patches, fixed.
 DENSITIES = (Density(), *map(Density, KEEPS), Density(mass=0.9), Density(mass=0.8))

@@ -1,4 +1,4 @@
-"""What is lost without training: features and saliency of the pruned model against those of the dense one."""
+"""What pruning loses without training: features and saliency of the pruned model against the dense one's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class CropResults(NamedTuple):
-    """What a model makes of the crops."""
+    """A model's results on the crops."""
 
     classes: Tensor  # (n, C) class tokens
     patches: Tensor  # (n, C, rows, columns)
@@ -71,7 +71,7 @@ def built(side: int) -> tuple[Any, SaliencyDecoder]:
 
 @functools.cache
 def compared_with(side: int, photos: int | None) -> tuple[Tensor, np.ndarray, CropResults]:
-    """(crops (n, 3, side, side), the number of the photograph of each, what the dense model makes of them)."""
+    """(crops (n, 3, side, side), the number of the photograph of each, the dense model's results on them)."""
     crops, photo_of = crops_of(side, photos)
     return crops, photo_of, look(*built(side), crops, Density())
 
@@ -92,7 +92,7 @@ def crops_of(side: int, photos: int | None) -> tuple[Tensor, np.ndarray]:
 
 @torch.inference_mode()
 def look(model: Any, decoder: SaliencyDecoder, crops: Tensor, density: Density) -> CropResults:
-    """What an optimized model makes of the crops at a density, in float32."""
+    """An optimized model's results on the crops at a density, in float32."""
     sait.set_density(model, **asdict(density))
     found, cost = [], 0.0
     for images in crops.split(BATCH):
@@ -118,7 +118,7 @@ def compared(seen: CropResults, dense: CropResults) -> dict[str, np.ndarray]:
         "cosine_patches": (cosines * kept).sum(1) / kept.sum(1),  # of those that are kept
         "saliency_mae": (ours - theirs).abs().mean(1),
         "saliency_correlation": F.cosine_similarity(ours - ours.mean(1, True), theirs - theirs.mean(1, True)),
-        # NaN of a crop in which nothing is salient
+        # NaN for a crop in which nothing is salient
         "salient_kept": (of_patch * kept).sum(1) / of_patch.sum(1),
     }
     return {name: values.double().numpy() for name, values in found.items()}
@@ -139,7 +139,7 @@ def described(density: Density, seen: CropResults, values: dict[str, np.ndarray]
 
 
 def per_photo(values: np.ndarray, photo_of: np.ndarray) -> np.ndarray:
-    """The mean of each photograph's crops, which are no independent images."""
+    """The mean over each photograph's crops, since these are not independent images."""
     return np.array([np.nanmean(values[photo_of == number]) for number in np.unique(photo_of)])
 
 

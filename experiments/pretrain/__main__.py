@@ -1,7 +1,7 @@
-"""Pre-trains and fine-tunes what has not been yet, and writes docs/pretrain.md from what there is.
+"""Does the pre-trainings and fine-tunings that are not done yet, and writes docs/pretrain.md from all results.
 
 ``make pretrain``, or ``PYTHONPATH=experiments python -m pretrain``. A run is one variant and seed, of a few minutes;
-its rows are in results.json when it is finished, and it is not repeated. "speed" comes last and wants a machine to
+when it is finished its rows are in results.json, and it is not repeated. "speed" comes last and needs a machine to
 itself.
 """
 
@@ -18,7 +18,7 @@ from pretrain.settings import FULL, QUICK, VARIANTS, Settings
 
 
 def runs(settings: Settings) -> Iterator[Run]:
-    """All that there is to do: every variant of a seed, then the next seed."""
+    """All runs: every variant of one seed, then of the next."""
     for seed in range(settings.seeds):
         for variant in VARIANTS:
             yield Run("accuracy", variant, seed)

@@ -22,11 +22,12 @@ def markdown(document: dict[str, Any]) -> str:
         "# Pre-training without labels\n",
         f"Pictures of canvas, {IMG_SIZE} pixels, with digits of {round(DIGITS[0] * IMG_SIZE)} to "
         f"{round(DIGITS[1] * IMG_SIZE)}. **replaced** (2104.09694, `sait.train.replaced`): 15 % of the patches of an "
-        f"image come from other images; of all patches {KEEP:.0%} are kept by chance, ahead of block 0, and each that "
-        "is left says whether it was replaced. **replaced, nothing dropped** keeps all. **MASK token**: a learned "
-        f"token stands for {MASKED:.0%} of the patches, and the model tells their pixels (SimMIM 2111.09886). "
-        "**scratch** is not pre-trained; **scratch, longer** spends on the labelled images what the others spend on "
-        "pre-training. Then all are fine-tuned alike, whole, on few labelled images.\n",
+        f"image come from other images; a random {KEEP:.0%} of all patches stay, ahead of block 0, and for each of "
+        "them the model says whether it was replaced. **replaced, nothing dropped** keeps all. **MASK token**: a "
+        f"learned token stands for {MASKED:.0%} of the patches, and the model predicts their pixels (SimMIM "
+        "2111.09886). **scratch** is not pre-trained; **scratch, longer** spends on the labelled images the compute "
+        "that the others spend on pre-training. Then all are fine-tuned in the same way, with all their parameters, on "
+        "few labelled images.\n",
     ]
     if not found:
         parts.append("Not run yet: `make pretrain`.\n")
@@ -42,12 +43,13 @@ def accuracies(found: Sequence[Row]) -> list[str]:
     told = "; ".join(f"{name}: {count}" for name, count in counts.items())
     return [
         "## Accuracy\n",
-        f"{found[0]['images']} test images; seeds: {told}. In %, mean and deviation of the seeds. Pre-trainings have "
-        f"the same multiply-adds within {EQUAL:.0%}: forward and backward, by `sait.macs`, in 10^12 (TMAC).\n",
+        f"{found[0]['images']} test images; seeds: {told}. In %, mean and deviation of the seeds. All "
+        f"pre-trainings have the same multiply-adds within {EQUAL:.0%}: forward and backward, by `sait.macs`, in 10^12 "
+        "(TMAC).\n",
         table(found),
         "\n## What was claimed\n",
-        "Differences in points of accuracy, paired image by image, with intervals of 95 % by bootstrap over the test "
-        "images; what another training would bring is in the deviation above, not in the interval.\n",
+        "Differences in points of accuracy, paired image by image, with 95 % intervals by bootstrap over the test "
+        "images. The interval does not cover the variation between trainings, which the deviation above shows.\n",
         "\n".join(lines(found)),
         "",
     ]
@@ -76,7 +78,7 @@ def table(found: Sequence[Row]) -> str:
 
 
 def lines(found: Sequence[Row]) -> list[str]:
-    """What replaced patches are ahead of the others by, for each number of labels."""
+    """By how much replaced patches are ahead of the other variants, for each number of labels."""
     made = []
     for number in labels_of(found):
         for other in VARIANTS:

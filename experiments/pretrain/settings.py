@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 IMG_SIZE, PATCH = 48, 8
-# Of canvas itself: with 0.5 and 0.5, as for brighter pictures, 25,000 images did not teach to find replaced patches.
+# Of canvas itself. With 0.5 and 0.5, as for brighter pictures, 25,000 images did not suffice to learn the task.
 MEAN, STD = (0.14, 0.14, 0.14), (0.19, 0.19, 0.19)
-# Sides of the digits, in shares of the image: of 28 to 44 pixels of 64, 2,000 labels taught nothing in a few minutes.
+# Sides of the digits, as shares of the image. With 28 to 44 of 64 pixels, 2,000 labels taught nothing in a few minutes.
 DIGITS = (36 / 48, 44 / 48)
 KEEP = 0.5  # of the patches, while replaced ones are looked for
-MASKED = 0.6  # of the patches, where a MASK token stands for them (SimMIM 2111.09886)
+MASKED = 0.6  # of the patches, when a MASK token stands for them (SimMIM 2111.09886)
 MODEL = "vit_tiny_patch16_224"
-# No class token, which a loss of the patches would not teach: the head reads the mean of the patches.
+# No class token, since a loss on the patches would not train it: the head reads the mean of the patches.
 KWARGS: dict[str, Any] = {
     "img_size": IMG_SIZE,
     "patch_size": PATCH,
@@ -23,9 +23,9 @@ KWARGS: dict[str, Any] = {
     "global_pool": "avg",
     "num_classes": 10,
 }
-# What is done ahead of the fine-tuning.
+# What is done before fine-tuning.
 VARIANTS = ("scratch", "scratch, longer", "replaced", "replaced, nothing dropped", "MASK token")
-EQUAL = 0.03  # by how much of it the multiply-adds of pre-trainings may differ
+EQUAL = 0.03  # relative difference that the multiply-adds of pre-trainings may have
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Settings:
     Attributes:
         seeds: of each variant.
         depth: blocks of the model.
-        steps: of "replaced"; the others have as many as cost the same multiply-adds.
-        batch, lr: of pre-training; each batch is of new images, without their labels.
+        steps: of "replaced"; the others have as many as take the same multiply-adds.
+        batch, lr: of pre-training; each batch has new images, without labels.
         labels: how many labelled images there are.
         tuning_steps, tuning_batch, tuning_lr: of fine-tuning on them.
         test_images: the same for every model.

@@ -1,4 +1,4 @@
-"""What a model learns: labels, which patches were replaced, or what is behind a MASK token; and what each costs."""
+"""What a model learns: labels, which patches were replaced, or the pixels behind a MASK token; and what each costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build(depth: int) -> Any:
 
 
 class Task(nn.Module):
-    """The loss of a batch of images and labels, which a task without labels does not read."""
+    """The loss of a batch of images and labels; a task without labels does not read these."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Labels(Task):
 
 
 class ReplacedPatches(Task):
-    """Every token that is left says whether it was replaced; the others were dropped by chance ahead of block 0."""
+    """Every token that is left is classified as replaced or not; the others were dropped at random ahead of block 0."""
 
     def __init__(self, encoder: Any, keep: float) -> None:
         super().__init__(sait.sparsify(encoder, sait.methods.random(keep=keep)))
@@ -71,7 +71,7 @@ class ReplacedPatches(Task):
 class MaskToken(Task):
     """The mean distance of pixels, in patches that a MASK token stands for (SimMIM 2111.09886).
 
-    The token is learned as a patch of pixels: the patch embedding is linear, and makes any token of one.
+    The token is learned as a patch of pixels: the patch embedding is linear, and can make any token from one.
     """
 
     def __init__(self, encoder: Any) -> None:
@@ -104,7 +104,7 @@ def training_macs(task: Task, steps: int, batch: int) -> int:
 
 
 def steps_of(variant: str, settings: Settings) -> tuple[int, int]:
-    """(steps of a variant's pre-training, their multiply-adds); "scratch" has none, and those of "scratch, longer" are
+    """(steps of a variant's pre-training, their multiply-adds); "scratch" has none, and "scratch, longer" uses them as
     further steps of its fine-tuning.
 
     Raises:

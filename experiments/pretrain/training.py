@@ -1,4 +1,4 @@
-"""Pre-trains a model as its variant says, fine-tunes it with few labels, and measures its answers."""
+"""Pre-trains a model as its variant says, fine-tunes it with few labels, and measures its accuracy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def pictures(split: str, size: int, seed: int | tuple[int, ...]) -> Canvas:
 
 
 def pretrained(model: Any, variant: str, steps: int, seed: int, settings: Settings) -> list[float]:
-    """The losses of a pre-training; the model is plain and whole afterwards."""
+    """Pre-trains and returns the losses; the model is plain and unpruned afterwards."""
     if not steps:
         return []
     task = task_of(variant, model).train()
@@ -73,7 +73,7 @@ def pretrained(model: Any, variant: str, steps: int, seed: int, settings: Settin
 
 
 def tuned(model: Any, labels: int, steps: int, seed: int, settings: Settings) -> None:
-    """Learns the first images of a set, of which all variants of a seed have the same ones, in the same order."""
+    """Trains on the first images of a set: all variants of a seed have the same ones, in the same order."""
     canvas, task = pictures("train", labels, (seed, LABELLED)), Labels(model).train()
     chance = np.random.default_rng([seed, labels])
     order = np.concatenate([chance.permutation(labels) for _ in range(-(-steps * settings.tuning_batch // labels))])
@@ -88,7 +88,7 @@ def tuned(model: Any, labels: int, steps: int, seed: int, settings: Settings) ->
 
 @torch.inference_mode()
 def answers(model: Any, settings: Settings) -> np.ndarray:
-    """(n,) bool: which test images are answered rightly."""
+    """(n,) bool: which test images are classified correctly."""
     model.eval()
     right = []
     for images, labels in pictures("test", settings.test_images, TEST_SEED).batches(settings.batch):

@@ -1,4 +1,4 @@
-"""Runs what is not done yet, and writes docs/recover.md from what there is.
+"""Does the runs that are not done yet, and writes docs/recover.md from all results.
 
 ``PYTHONPATH=experiments:.:python python -m recover``. A run is one variant and seed; its row is in results.json when it
 is finished, and it is not repeated.
@@ -21,12 +21,12 @@ from recover.settings import FULL, QUICK, ROOT
 def main(arguments: Sequence[str] | None = None) -> None:
     here = ROOT / "experiments" / "recover"
     parser = argparse.ArgumentParser(prog="recover", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a small size, which proves the chain and no figure")
+    parser.add_argument("--quick", action="store_true", help="a small size, to test the chain, not for figures")
     parser.add_argument("--results", type=Path, help=f"by default {here.relative_to(ROOT) / 'results.json'}")
     parser.add_argument("--out", type=Path, help="folder of the report; by default docs")
     parser.add_argument("--only", action="append", help="a variant, or variant/seed; repeatable")
-    parser.add_argument("--minutes", type=float, help="begin no run later than this")
-    parser.add_argument("--list", action="store_true", help="only say which runs there are, and which are done")
+    parser.add_argument("--minutes", type=float, help="start no run after this time")
+    parser.add_argument("--list", action="store_true", help="only list the runs, and which are done")
     parser.add_argument("--report", action="store_true", help="only write the report")
     options = parser.parse_args(arguments)
     settings, quick = (QUICK, ROOT / "runs" / "recover-quick") if options.quick else (FULL, None)

@@ -20,7 +20,7 @@ TEST_SEED = 1000  # of all variants and seeds
 
 
 def row(variant: str, seed: int, settings: Settings) -> Row:
-    """Mean errors in pixels, over all test frames, and over those that stay and those that do not."""
+    """Mean errors in pixels: over all test frames, over those that stay, and over those that do not."""
     torch.manual_seed(seed)
     model, began = build(variant, settings), time.monotonic()
     loss = train(model, variant, seed, settings)
@@ -33,7 +33,7 @@ def row(variant: str, seed: int, settings: Settings) -> Row:
 
 
 def build(variant: str, settings: Settings) -> Any:
-    """timm's VisionTransformer on a tall image, each patch of which is a frame; its head gives each token a place."""
+    """timm's VisionTransformer on a tall image, each patch of which is a frame; the head predicts frames' places."""
     model = VisionTransformer(
         img_size=(settings.frames * settings.side, settings.side),
         patch_size=settings.side,
@@ -63,8 +63,8 @@ def located(model: Any, variant: str, sequences: Tensor, settings: Settings) -> 
 
 
 def interpolated(places: Tensor, kept: Tensor, frames: int) -> Tensor:
-    """(B, t, 2) places of frames ``kept`` (B, t), ascending -> (B, frames, 2): on straight lines between them, and
-    before the first and behind the last as there."""
+    """(B, t, 2) places of frames ``kept`` (B, t), ascending -> (B, frames, 2): linear interpolation between them,
+    constant before the first and after the last."""
     every = torch.arange(frames, device=kept.device).repeat(len(kept), 1)
     after = torch.searchsorted(kept.contiguous(), every)
     low, high = (after - 1).clamp_min(0), after.clamp_max(kept.shape[1] - 1)
@@ -78,8 +78,8 @@ def interpolated(places: Tensor, kept: Tensor, frames: int) -> Tensor:
 
 
 def train(model: Any, variant: str, seed: int, settings: Settings) -> float:
-    """AdamW, cosine schedule, no sequence twice; the loss is the mean distance in pixels over the frames. The mean of
-    the last tenth of the steps."""
+    """AdamW, cosine schedule, no sequence twice; the loss is the mean distance in pixels over the frames. Returns the
+    mean loss of the last tenth of the steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=settings.warmup)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, settings.steps - settings.warmup))

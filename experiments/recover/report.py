@@ -28,15 +28,15 @@ def as_text(document: dict[str, Any], settings: Settings) -> str:
     lines = [
         "# Prune and recover, on a dense task",
         written if rows else "Not run yet: `make recover`.",
-        f"Where is the digit in each of {s.frames} frames of {s.side} x {s.side} pixels? It swings over a still, "
-        "dimmed photo, and a tenth of the frames does not show it. Digits and photos are those of "
+        f"The task: where is the digit in each of {s.frames} frames of {s.side} x {s.side} pixels? It swings over a "
+        "still, dimmed photo, and a tenth of the frames does not show it. Digits and photos are those of "
         "`sait.data.Canvas`, with its splits. A frame is a token of timm's VisionTransformer: "
         f"{s.depth} blocks, {s.width} channels. Errors are mean distances to the true centre over {s.test} test "
         f"sequences; mean of the seeds ± their deviation. Every variant has the same {s.steps} steps of {s.batch} "
         "sequences.",
-        "`hot`: `sait.methods.hot`, density peaks ahead of one block, learned queries behind the last. `interpolated`: "
-        "the same choice at the same block, and straight lines between the places of the frames that stay, in training "
-        "and test.",
+        "`hot`: `sait.methods.hot`, density peaks ahead of one block, learned queries after the last. `interpolated`: "
+        "the same choice at the same block, then linear interpolation between the places of the frames that stay, in "
+        "training and test.",
         *([table] if rows else []),
     ]
     if compared := [text for keep in s.keeps for text in compare(rows, keep)]:
@@ -59,7 +59,7 @@ def line(variant: str, rows: Sequence[Row], settings: Settings) -> str:
 
 
 def compare(rows: Sequence[Row], keep: int) -> list[str]:
-    """By how many pixels recovery is ahead of interpolation, and behind full length."""
+    """The error of recovery, in pixels, against interpolation and against full length."""
     found = []
     for other in (f"interpolated {keep}", "full"):
         theirs = {row["seed"]: row["pixels"] for row in of(rows, other)}
@@ -67,7 +67,7 @@ def compare(rows: Sequence[Row], keep: int) -> list[str]:
         differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
         if differences:
             each = ", ".join(f"{difference:+.3f}" for difference in differences)
-            found.append(f"- hot {keep} less {other}: {spread(differences)} pixels; each {each}.")
+            found.append(f"- hot {keep} minus {other}: {spread(differences)} pixels; seed by seed {each}.")
     return found
 
 

@@ -10,9 +10,12 @@ import torch
 from sait.data.canvas import SPLITS, Canvas, Placements
 from torch import Tensor
 
-HIDDEN = 0.1  # of the frames show no digit, at random: there only the others tell where it is
+HIDDEN = 0.1  # of the frames, at random, show no digit: only the other frames tell where it is
 DIGIT_SIDE = (10 / 32, 14 / 32)
-SWINGS = ((0.6, 0.3, 1.5), (0.4, 1.0, 4.0))  # of a path: share of the room, least and greatest number in a sequence
+SWINGS = (
+    (0.6, 0.3, 1.5),
+    (0.4, 1.0, 4.0),
+)  # of a path: share of the space, least and greatest number in a sequence
 
 
 class MovingDigits:

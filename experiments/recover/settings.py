@@ -36,7 +36,7 @@ class Settings:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Full length, and for each number of frames the two ways back to it."""
+        """Full length, and for each number of frames the two ways to restore it."""
         return "full", *(f"{way} {keep}" for keep in self.keeps for way in ("hot", "interpolated"))
 
 

@@ -248,7 +248,7 @@ def test_goals_of_ops(tmp_path: Path) -> None:
     assert "Goals: 1 of 8 met, 5 not measured." in written  # those of the model
     assert [line for line in written.splitlines() if line.startswith("| some_op, N=99")] == [
         "| some_op, N=99 | other | 1.30 | 0.70 | missed |",
-        "| some_op, N=99 | the floor | 0.85 | 0.80 | missed |",
+        "| some_op, N=99 | the roofline bound | 0.85 | 0.80 | missed |",
         "| some_op, N=99 | torch | 1.50 | 2.00 | met |",
     ]
     assert "- other_op, bf16-99: AssertionError: off by 3" in written

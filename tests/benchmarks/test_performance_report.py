@@ -148,7 +148,7 @@ def test_where_nothing_ran_there_are_reasons_only() -> None:
 
 def test_floor_by_stages() -> None:
     written = performance.floor(document(*ROWS)).split("\n")
-    assert f"| {MODEL}, bf16, batch 16: floor, µs | timm eager | ours |" in written
+    assert f"| {MODEL}, bf16, batch 16: roofline bound, µs | timm eager | ours |" in written
     assert "| proj | 300 | 300 |" in written
     assert "| **all** | **320** | **320** |" in written
     assert "| measured | 800 | 800 |" in written
@@ -206,4 +206,4 @@ def test_images_that_keep_different_numbers() -> None:
     lines = performance.adaptive(document(*rows, kind="adaptive")).split("\n")
     found = "OpenVINO, image by image | timm eager | 110–130, mean 122 | 20.0 | 1.40 | 0.50 |"
     assert f"| {MODEL} | 16 | bf16 | ours optimized, mass | {found}" in lines
-    assert "|  | GMAC | img/s | × best adaptive | × timm eager | × best dense | of floor |" in lines
+    assert "|  | GMAC | img/s | × best adaptive | × timm eager | × best dense | of roofline bound |" in lines

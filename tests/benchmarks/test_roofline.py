@@ -108,5 +108,5 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     roofs = ["--copy-tbps", "4.3", "--matmul-tflops", "790"]
     run = CliRunner().invoke(app, ["--keep", "1", "--batch", "256", *roofs])
     assert run.exit_code == 0, run.output
-    for words in ("3 attention", "total", "4.60 GMAC an image", "memory", "products"):
+    for words in ("3 attention", "total", "4.60 GMAC an image", "memory", "GEMMs"):
         assert words in run.output

@@ -35,7 +35,7 @@ def test_from_runs_to_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert f"| {row['variant']}, seeds 1 |" in text
         assert f"{row['pixels']:.3f}" in text
     difference = found["hot 3"]["pixels"] - found["interpolated 3"]["pixels"]
-    assert f"hot 3 less interpolated 3: {difference:.3f} pixels" in text
+    assert f"hot 3 minus interpolated 3: {difference:.3f} pixels" in text
     command.main([*words, "--list"])
     assert capsys.readouterr().out.splitlines() == [f"done  {v}/0" for v in ("full", "hot 3", "interpolated 3")]
 
