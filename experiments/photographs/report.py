@@ -413,14 +413,16 @@ def plot(rows: Sequence[Row], out: Path) -> None:
 
     def accuracy(axes: Any) -> None:
         tuned = of(rows, "finetune")
-        for variant in dict.fromkeys(row["variant"] for row in tuned):
+        variants = list(dict.fromkeys(row["variant"] for row in tuned))
+        for at, variant in enumerate(variants):
+            beside = 0.012 * (at - (len(variants) - 1) / 2)  # intervals at the same cost stand side by side
             cases = [
                 c for c in dict.fromkeys(row["density"] for row in tuned) if c == "dense" or c.startswith("keep 0.")
             ]
             found = [pick(tuned, variant, case) for case in cases]
             scores = [interval(100 * pooled(rows, [of_objects(row) for row in rows])) for rows in found]
             axes.errorbar(
-                [statistics.mean(row["gmac"] for row in of_case) for of_case in found],
+                [beside + statistics.mean(row["gmac"] for row in of_case) for of_case in found],
                 [score.mean for score in scores],
                 [[s.mean - s.low for s in scores], [s.high - s.mean for s in scores]],
                 marker="o",
