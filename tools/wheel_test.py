@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import wheels
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "wheel-test"
+VERSION = runpy.run_path(str(ROOT / "sait_kernels" / "version.py"))["__version__"]  # dist/ may hold older ones, too
 COMPILERS = ("gcc", "g++", "cc", "c++", "clang", "nvcc", "ninja")
 
 
@@ -37,7 +39,7 @@ def check(version: str, packages: list[str], dist: Path, keep: bool) -> None:
     python = next((found for found in wheels.interpreters() if wheels.runs(found, version)), None)
     if python is None:
         raise SystemExit(f"wheel-test: this machine has no Python {version}")
-    (wheel,) = dist.glob(f"sait_kernels-*-cp{version.replace('.', '')}-*.whl")
+    (wheel,) = dist.glob(f"sait_kernels-{VERSION}-cp{version.replace('.', '')}-*.whl")
     folder = WORK / f"{version}-{packages[0].replace('=', '')}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -60,7 +62,7 @@ def check(version: str, packages: list[str], dist: Path, keep: bool) -> None:
 def check_source(dist: Path) -> None:
     """The source distribution alone makes a library that loads: nothing that it needs is left out."""
     print("== the source distribution", flush=True)
-    (archive,) = dist.glob("sait_kernels-*.tar.gz")
+    (archive,) = dist.glob(f"sait_kernels-{VERSION}.tar.gz")
     shutil.rmtree(WORK / "source", ignore_errors=True)
     shutil.unpack_archive(archive, WORK / "source")
     (folder,) = (WORK / "source").iterdir()
