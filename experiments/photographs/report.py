@@ -22,6 +22,7 @@ FASTER, FEWER = (0.67, 0.91), (0.39, 0.43)  # the paper's images a second, and m
 BLOCK = 3  # the block of the plot
 EXPERIMENTS = ("untrained", "finetune", "adaptive", "segmentation", "speed", "cost")
 PREDICTED = Path(__file__).with_name("predicted.md")
+FOUND = Path(__file__).with_name("found.md")  # written by hand, of the results that are committed
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -51,6 +52,7 @@ def markdown(document: dict[str, Any]) -> str:
     if untrained:
         parts += without_training(untrained)
     parts += ["## What was predicted\n", PREDICTED.read_text(encoding="utf-8")]
+    parts += ["## What came\n", FOUND.read_text(encoding="utf-8")]
     return "\n".join(parts)
 
 
