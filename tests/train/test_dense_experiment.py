@@ -41,7 +41,7 @@ def test_from_runs_to_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             assert (row["ink_kept"] == 1) == (row["density"] == "dense")
     text = (out / "dense.md").read_text()
     assert "Not run yet" not in text
-    for wanted in (*VARIANTS, "not below -1.0", "fewer multiply-adds", "learning, img/s", "What was predicted"):
+    for wanted in (*VARIANTS, "not below -1.0", "fewer multiply-adds", "training, img/s", "What was predicted"):
         assert wanted in text
 
     before = path.read_bytes()
