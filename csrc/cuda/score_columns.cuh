@@ -86,7 +86,7 @@ struct TileGemm {
   const E *a, *b;
   int64_t a_stride, b_stride;
   int first, n, chunks;  // the first row; how many rows and columns; 16-byte chunks of a row
-  float sign;            // of the scale: multiplied by it, the logit with the greatest exponent is the greatest logit
+  float sign;  // of the scale: multiplied by it, the logit with the greatest exponent is the greatest logit
 
   // visit(column, logits) for every 64 columns.
   template <typename Visit>
@@ -127,7 +127,7 @@ struct Place {
 
 struct ColumnParams {
   ScoreTokensParams score;  // head_sums: (2, heads, total), the statistics of the rows
-  int blocks;               // of an image
+  int blocks;  // of an image
 };
 
 // Block (rows, head).
