@@ -12,6 +12,9 @@
 #               run by run: DENSE="--minutes 60", "--jobs 2", "--list", "--quick", "--help"
 # make pretrain without labels, by replaced patches or a MASK token, then with few labels: docs/pretrain.md; run by run,
 #               as make dense: PRETRAIN="--help"
+# make recover  HoT, which recovers what it dropped, on sequences of frames: docs/recover.md; RECOVER="--help"
+# make comparison    every method that can be fine-tuned, in the same budget at the same arithmetic: docs/comparison.md;
+#               COMPARISON="--help"
 # make aot      every Triton kernel, compiled without a GPU: registers, spills, instructions
 # make sass     every CUDA kernel as it was compiled: registers, spills, instructions
 # make emulate  the CUDA kernels on the host, thread for thread, under sanitizers: their tests without a GPU
@@ -30,8 +33,6 @@
 # make families   models of every family: errors, and speed beside their own library's forward; docs/families.md
 # make exports    pruned models as ONNX, OpenVINO, torch.export, TorchScript, AOTInductor: errors, and speed beside ours
 # make docs     the documentation as a site: build/site, to open in a browser
-# make comparison    every method that can be fine-tuned, in the same budget at the same arithmetic: docs/comparison.md
-# make recover  HoT, which recovers what it dropped, on sequences of frames: docs/recover.md
 # make clean    remove what was built (not .venv)
 #
 # PYTHON and VENV may be set: `make demo PYTHON=python3.12 VENV=/somewhere/venv`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import sait
@@ -29,7 +29,8 @@ def row(variant: str, seed: int, settings: Settings) -> Row:
     found = {"pixels": errors.mean().item(), "pixels_hidden": errors[hidden].mean().item()}
     if not stays.all():
         found |= {"pixels_kept": errors[stays].mean().item(), "pixels_dropped": errors[~stays].mean().item()}
-    return {**found, "mmac": macs(model) / 1e6, "train_loss": loss, "seconds": seconds}
+    known = {"mmac": macs(model) / 1e6, "train_loss": loss, "seconds": seconds}
+    return {**found, **known, "settings": asdict(settings)}
 
 
 def build(variant: str, settings: Settings) -> Any:

@@ -10,20 +10,16 @@ from typing import Any
 from recorded import Row
 from tables import about, header
 
-from recover.settings import ROOT, Settings
+from recover.settings import FULL, Settings
 
+PREDICTED = Path(__file__).with_name("predicted.md")
 COLUMNS = ("", "frames in the later blocks", "M multiply-adds", "error, pixels", "of frames kept", "dropped", "hidden")
 
 
-def write(document: dict[str, Any], settings: Settings, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recover.md").write_text(as_text(document, settings), encoding="utf-8")
-
-
-def as_text(document: dict[str, Any], settings: Settings) -> str:
+def markdown(document: dict[str, Any]) -> str:
     rows: list[Row] = document["rows"]
-    s, wanted = settings, len(settings.variants) * settings.seeds
-    written = f"*Written by `make recover` from results.json, {len(rows)} of {wanted} runs. {about(document)}*"
+    s = Settings(**rows[0]["settings"]) if rows else FULL
+    written = f"*Written by `make recover` from results.json. {about(document)}*"
     table = "\n".join([header(COLUMNS), *(line(variant, rows, s) for variant in s.variants if of(rows, variant))])
     lines = [
         "# Prune and recover, on a dense task",
@@ -41,8 +37,8 @@ def as_text(document: dict[str, Any], settings: Settings) -> str:
     ]
     if compared := [text for keep in s.keeps for text in compare(rows, keep)]:
         lines += ["## Compared, seed by seed", "\n".join(compared)]
-    predicted = (ROOT / "experiments" / "recover" / "predicted.md").read_text(encoding="utf-8").strip()
-    return "\n\n".join([*lines, "## Predicted", predicted]) + "\n"
+    predicted = PREDICTED.read_text(encoding="utf-8").strip()
+    return "\n\n".join([*lines, "## What was predicted", predicted]) + "\n"
 
 
 def of(rows: Sequence[Row], variant: str) -> list[Row]:

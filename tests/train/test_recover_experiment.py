@@ -16,11 +16,11 @@ from recover.settings import FULL, QUICK
 
 def test_from_runs_to_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--quick", "--results", str(tmp_path / "results.json"), "--out", str(tmp_path / "docs")]
-    command.main([*words, "--only", "full"])
+    command.main([*words, "--only", "pixels/full"])
     first = json.loads((tmp_path / "results.json").read_text())["rows"]
     command.main(words)
     printed = capsys.readouterr().out
-    assert printed.count("full/0: ") == 1, "what is done is not repeated"
+    assert printed.count("pixels/full/0: ") == 1, "what is done is not repeated"
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert first == [row for row in rows if row["variant"] == "full"]
     found = {row["variant"]: row for row in rows}
@@ -37,12 +37,13 @@ def test_from_runs_to_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     difference = found["hot 3"]["pixels"] - found["interpolated 3"]["pixels"]
     assert f"hot 3 minus interpolated 3: {difference:.3f} pixels" in text
     command.main([*words, "--list"])
-    assert capsys.readouterr().out.splitlines() == [f"done  {v}/0" for v in ("full", "hot 3", "interpolated 3")]
+    assert capsys.readouterr().out.splitlines() == [f"done  pixels/{v}/0" for v in QUICK.variants]
 
 
 def test_a_report_of_nothing_yet() -> None:
-    text = report.as_text({"rows": []}, FULL)
+    text = report.markdown({"rows": []})
     assert "Not run yet: `make recover`." in text
+    assert f"{FULL.frames} frames" in text
     assert "| error, pixels |" not in text
     assert "Compared" not in text
 
