@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-HEAD = """# Methods that need no training
+from comparison.report import PLOT, summary
+from recorded import read
 
-*Written by `make methods` from methods.json. {about}*
+Row = dict[str, Any]
+HEAD = """# Methods
 
 Each method is one call that returns a plan. All of them run in the same loop, on the same kernels:
 
@@ -27,11 +28,32 @@ model = sait.sparsify(timm.create_model("deit_small_patch16_224"), sait.methods.
 | `tome(r)` | cosine of the keys averaged over heads | all but r | is merged in pairs, with their sizes | every block |
 | `random(keep)` | chance | a random share | is dropped | ahead of block 0 |
 
+These have parts that are [trained](training.md#methods-that-are-trained):
+
+| call | what is learned | keeps | the rest | default blocks |
+|---|---|---|---|---|
+| `ltp_learned(threshold)` | the thresholds | those whose column attention is above | is dropped | every block |
+| `dynamicvit(keep)` | predictors | the best | is dropped | at each quarter |
+| `cagevit(keep)` | a small CNN, a fusion | the best of the CNN's map | becomes four rows | ahead of block 0 |
+| `adavit(keep)` | gates of tokens, heads, sub-layers | what gates leave on | passes the block by | all but block 0 |
+| `hot(keep)` | a query for each patch | peaks of density | comes back by its query | at 3/8 of the depth |
+"""
+WITHOUT_TRAINING = """## Without training
+
+*Written by `make methods` from methods.json. {about}*
+
 No model below was trained for pruning by the method measured, with one exception: the canvas checkpoint was trained by
 SaiT at block {block}, so SaiT has an advantage there. DINOv2-S was never trained for pruning. The tables compare
 methods at equal multiply-adds. Of two methods with the same arithmetic, the one with fewer stages is faster: each stage
 has work that multiply-adds do not count, and where a stage merges or fuses rows, blocks are called one by one.
 """
+FINE_TUNED = """## Fine-tuned
+
+Every method fine-tuned on canvas from one model that was trained dense, in the same budget; accuracy at three savings
+of multiply-adds, mean and deviation of the seeds. [The whole comparison](comparison.md) has settings, intervals, dense
+modes and speed, and says which claims of the papers held.
+"""
+COMPARISON = Path(__file__).with_name("comparison") / "results.json"
 
 
 def write(document: dict[str, Any], out: Path) -> None:
@@ -43,10 +65,13 @@ def markdown(document: dict[str, Any]) -> str:
     rows = rows_of(document, "methods")
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     about = f"{document['device']}, {document['threads']} threads; {versions}; commit {document['commit'][:10]}."
-    parts = [HEAD.format(about=about, block=document["trained_block"])]
+    parts = [HEAD, WITHOUT_TRAINING.format(about=about, block=document["trained_block"])]
     for subject in dict.fromkeys(row["subject"] for row in rows):
         parts += section(subject, [row for row in rows if row["subject"] == subject])
-    parts += ["![quality against arithmetic](methods.png)\n", twins(rows_of(document, "twin"))]
+    parts.append("![quality against arithmetic](methods.png)\n")
+    if tuned := summary(read(COMPARISON)):
+        parts += [FINE_TUNED, tuned, f"![accuracy of the fine-tuned methods]({PLOT})\n"]
+    parts.append(twins(rows_of(document, "twin")))
     return "\n".join(parts)
 
 
@@ -69,7 +94,7 @@ def section(subject: str, rows: Sequence[Row]) -> list[str]:
         ran = sorted((row for row in of_share if "error" not in row), key=lambda row: -row[quality])
         lines += [line(row, dense, quality, f"-{saved:.0%}") for row in ran]
     return [
-        f"## {subject.capitalize()}\n",
+        f"### {subject.capitalize()}\n",
         f"{told}, ± the standard error over images. Tokens are those left after the last stage. Speed is for a batch "
         "of 16 with sait.optimize; the dense row runs all tokens through the same kernels; runs are interleaved.\n",
         "\n".join(lines),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from intervals import Interval
@@ -32,3 +33,15 @@ def about(document: dict[str, Any]) -> str:
 def judged(found: Interval, least: float) -> str:
     """Whether a difference is above ``least``."""
     return "shown" if found.low >= least else "refuted" if found.high < least else "not resolved"
+
+
+def by_hand(experiment: Path, ran: bool) -> list[str]:
+    """The sections that are written by hand: what was predicted, and what came of it.
+
+    Args:
+        experiment: its folder, which has predicted.md and, once its results are committed, found.md.
+        ran: whether there are results.
+    """
+    texts = {"What was predicted": "predicted.md", **({"What came": "found.md"} if ran else {})}
+    paths = {title: experiment / name for title, name in texts.items()}
+    return [f"## {title}\n\n{path.read_text(encoding='utf-8')}" for title, path in paths.items() if path.exists()]

@@ -14,16 +14,16 @@ import runner
 from recorded import Row, Run
 
 from comparison import report, speed, tuned
-from comparison.settings import FULL, QUICK, Settings
+from comparison.settings import DENSE, FULL, QUICK, Settings, name_of
 
 
 def runs(settings: Settings) -> Iterator[Run]:
     """All runs: everything for one seed, then for the next."""
     for seed in range(settings.seeds):
-        yield Run("comparison", tuned.DENSE, seed)
+        yield Run("comparison", DENSE, seed)
         for name in settings.methods:
             for saved in settings.saved:
-                yield Run("comparison", tuned.name_of(name, saved), seed)
+                yield Run("comparison", name_of(name, saved), seed)
     yield Run("speed", "all", 0)
 
 
@@ -33,7 +33,7 @@ def rows(run: Run, settings: Settings, folder: Path) -> Iterator[Row]:
     return tuned.rows(run.variant, run.seed, settings, folder)
 
 
-EXPERIMENT = runner.Experiment("comparison", __doc__, FULL, QUICK, runs, rows, report.markdown)
+EXPERIMENT = runner.Experiment("comparison", __doc__, FULL, QUICK, runs, rows, report.markdown, report.plots)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

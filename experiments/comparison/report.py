@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from intervals import Interval, ahead, unpack
 from recorded import Row
-from tables import about, header, of, spread
+from tables import about, by_hand, header, of, spread
 
-from comparison.tuned import DENSE, name_of
+from comparison.settings import DENSE, SAVED, name_of
 
 OURS = "SaiT"
-PREDICTED = Path(__file__).with_name("predicted.md")
+PLOT = "comparison.png"
+MARKERS = "os^vD<>PX*hd"  # one for each method, since there are more methods than colours
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -35,7 +36,8 @@ def markdown(document: dict[str, Any]) -> str:
         parts.append(f"*Written by `make comparison` from results.json. {about(document)}*\n")
         for saved in sorted({row["saved"] for row in found if "saved" in row}):
             parts += [f"## {saved:.0%} fewer multiply-adds\n", table(found, timed, saved), verdict(found, saved)]
-    parts += ["## What was predicted\n", PREDICTED.read_text(encoding="utf-8")]
+        parts.append(f"![accuracy against multiply-adds, and against speed]({PLOT})\n")
+    parts += by_hand(Path(__file__).parent, bool(found))
     return "\n".join(parts)
 
 
@@ -60,6 +62,68 @@ def table(found: Sequence[Row], timed: Sequence[Row], saved: float) -> str:
                 cells.append(f"{rates[variant][key] / rates[DENSE][key]:.2f}" if variant in rates else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def summary(document: dict[str, Any]) -> str:
+    """For docs/methods.md: a row for each method, with its accuracy at each saving; empty if nothing was run."""
+    found = of(document["rows"], "comparison")
+    if not found:
+        return ""
+    names = list(dict.fromkeys(row["method"] for row in found if row["method"] != DENSE))
+    lines = [header(["method", *(f"-{saved:.0%}, %" for saved in SAVED)])]
+
+    def cells(name: str) -> list[str]:
+        every = [pick(found, name_of(name, saved), "pruned") for saved in SAVED]
+        return [accuracy(rows) if rows else "" for rows in every]
+
+    dense = accuracy(pick(found, DENSE, DENSE))
+    lines.append("| " + " | ".join(["trained dense, nothing dropped", *[dense] * len(SAVED)]) + " |")
+    lines += ["| " + " | ".join([name, *cells(name)]) + " |" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def plots(document: dict[str, Any], out: Path) -> None:
+    """Accuracy of each method against multiply-adds, and against images a second."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found, timed = of(document["rows"], "comparison"), of(document["rows"], "speed")
+    if not found:
+        return
+    rates = {row["of"]: row["images_per_s_bf16"] for row in timed}
+    places = [("GMAC of an image", lambda rows: statistics.mean(row["gmac"] for row in rows))]
+    if rates:
+        places.append(("img/s, bf16, batch 16", lambda rows: rates[rows[0]["variant"]]))
+    with pyplot.style.context("tableau-colorblind10"):
+        figure, every = pyplot.subplots(
+            1, len(places), figsize=(7 * len(places), 5), dpi=150, squeeze=False, sharey=True
+        )
+    for axes, (label, place) in zip(every[0], places, strict=True):
+        for marker, name in zip(MARKERS, dict.fromkeys(row["method"] for row in found), strict=False):
+            case = DENSE if name == DENSE else "pruned"
+            variants = dict.fromkeys(row["variant"] for row in found if row["method"] == name)
+            points = [pick(found, variant, case) for variant in variants]
+            spreads = [[100 * row["accuracy"] for row in rows] for rows in points]
+            axes.errorbar(
+                [place(rows) for rows in points],
+                [statistics.mean(values) for values in spreads],
+                [statistics.stdev(values) if len(values) > 1 else 0.0 for values in spreads],
+                marker=marker,
+                markersize=5,
+                linewidth=1,
+                capsize=2,
+                linestyle="--" if name == "random" else "-",
+                label=name,
+            )
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    every[0][0].set(ylabel="accuracy, %; mean and deviation of the seeds")
+    every[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.tight_layout()
+    figure.savefig(out / PLOT)
+    pyplot.close(figure)
 
 
 def ranked(found: Sequence[Row], saved: float) -> list[str]:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "checkpoints" / "plain-canvas.safetensors"  # the dense-trained model that all start from
 SAVED = (0.25, 0.40, 0.55)  # of the dense model's multiply-adds
 DEPTH = 8  # of the model
+DENSE = "dense"  # the variant that drops nothing
 SHARES = [round(share / 200, 3) for share in range(4, 200)]
 
 
@@ -130,3 +131,8 @@ QUICK = replace(
 
 def method_of(name: str) -> TunedMethod:
     return next(method for method in METHODS if method.name == name)
+
+
+def name_of(method: str, saved: float) -> str:
+    """The variant of a method that saves a share of the multiply-adds."""
+    return f"{method}, -{saved:.0%}"

@@ -14,14 +14,14 @@ from recorded import Row
 from sait.bench import measure
 
 from comparison import tuned
-from comparison.settings import Settings
+from comparison.settings import DENSE, Settings, name_of
 
 BATCH = 16
 
 
 def rows(settings: Settings, runs: Path) -> Iterator[Row]:
     """One batch of each; dense is all tokens through the kernels. Models not trained yet are trained first."""
-    variants = [tuned.DENSE, *(tuned.name_of(name, saved) for name in settings.methods for saved in settings.saved)]
+    variants = [DENSE, *(name_of(name, saved) for name in settings.methods for saved in settings.saved)]
     models = [sait.load(tuned.trained(variant, 0, settings, runs)) for variant in variants]
     found: list[Row] = [{"of": variant, "batch": BATCH} for variant in variants]
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
@@ -37,6 +37,6 @@ def rows(settings: Settings, runs: Path) -> Iterator[Row]:
 def ready(model: Any, variant: str, dtype: torch.dtype) -> Any:
     """A separate model with sait.optimize."""
     found = copy.deepcopy(model).to(dtype).eval()
-    if variant == tuned.DENSE:
+    if variant == DENSE:
         sait.sparsify(found, block=2, keep=1.0)
     return sait.optimize(found)

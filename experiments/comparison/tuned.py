@@ -23,11 +23,10 @@ from sait.train.processes import Processes
 from sait.train.trainer import MODEL
 from torch import Tensor
 
-from comparison.settings import CHECKPOINT, Settings, TunedMethod, method_of
+from comparison.settings import CHECKPOINT, DENSE, Settings, TunedMethod, method_of
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 BATCH = 64
-DENSE = "dense"
 
 
 def rows(variant: str, seed: int, settings: Settings, runs: Path) -> Iterator[Row]:
@@ -42,10 +41,6 @@ def rows(variant: str, seed: int, settings: Settings, runs: Path) -> Iterator[Ro
     plan = sait.density(model) if variant != DENSE else None
     for case, how in ((DENSE, None), *([] if plan is None else [("pruned", plan)])):
         yield {"case": case, **told(variant, settings), **measured(model, how, settings)}
-
-
-def name_of(method: str, saved: float) -> str:
-    return f"{method}, -{saved:.0%}"
 
 
 def told(variant: str, settings: Settings) -> Row:

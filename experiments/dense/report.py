@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from intervals import Interval, ahead, unpack_shares
 from recorded import Row
-from tables import about, header, judged, of, spread
+from tables import about, by_hand, header, judged, of, spread
 
 from dense.settings import BLOCK, CONV, DENSITIES, HYBRIDS, VARIANTS
 
 BUDGET = -1.0  # points of overlap that dropping may cost
-PREDICTED = Path(__file__).with_name("predicted.md")
 # What is compared: (variant, density) twice, and the least difference that is the goal, if there is one.
 CASES: tuple[tuple[tuple[str, str], tuple[str, str], float | None], ...] = (
     (("hybrid, keep 0.7", "keep 0.7"), ("hybrid", "dense"), BUDGET),
@@ -46,7 +45,7 @@ def markdown(document: dict[str, Any]) -> str:
     else:
         parts += [f"*Written by `make dense` from results.json. {about(document)}*\n", *overlaps(found)]
         parts += ["## Speed\n", speeds(timed, found) if timed else "Not run yet: `make dense`.\n"]
-    parts += ["## What was predicted\n", PREDICTED.read_text(encoding="utf-8")]
+    parts += by_hand(Path(__file__).parent, bool(found))
     return "\n".join(parts)
 
 

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 from intervals import Interval, ahead, unpack
 from recorded import Row
-from tables import about, header, judged, of, spread
+from tables import about, by_hand, header, judged, of, spread
 
 from pretrain.settings import DIGITS, EQUAL, IMG_SIZE, KEEP, MASKED, VARIANTS
-
-PREDICTED = Path(__file__).with_name("predicted.md")
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -34,7 +32,7 @@ def markdown(document: dict[str, Any]) -> str:
     else:
         parts += [f"*Written by `make pretrain` from results.json. {about(document)}*\n", *accuracies(found)]
         parts += ["## Speed\n", speeds(timed) if timed else "Not run yet: `make pretrain`.\n"]
-    parts += ["## What was predicted\n", PREDICTED.read_text(encoding="utf-8")]
+    parts += by_hand(Path(__file__).parent, bool(found))
     return "\n".join(parts)
 
 

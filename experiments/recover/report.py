@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from recorded import Row
-from tables import about, header
+from tables import about, by_hand, header
 
 from recover.settings import FULL, Settings
 
-PREDICTED = Path(__file__).with_name("predicted.md")
 COLUMNS = ("", "frames in the later blocks", "M multiply-adds", "error, pixels", "of frames kept", "dropped", "hidden")
 
 
@@ -37,8 +36,8 @@ def markdown(document: dict[str, Any]) -> str:
     ]
     if compared := [text for keep in s.keeps for text in compare(rows, keep)]:
         lines += ["## Compared, seed by seed", "\n".join(compared)]
-    predicted = PREDICTED.read_text(encoding="utf-8").strip()
-    return "\n\n".join([*lines, "## What was predicted", predicted]) + "\n"
+    lines += (text.strip() for text in by_hand(Path(__file__).parent, bool(rows)))
+    return "\n\n".join(lines) + "\n"
 
 
 def of(rows: Sequence[Row], variant: str) -> list[Row]:

@@ -9,7 +9,7 @@ import numpy as np
 import runner
 from comparison import __main__ as command
 from comparison import report, tuned
-from comparison.settings import FULL, METHODS, QUICK
+from comparison.settings import DENSE, FULL, METHODS, QUICK, name_of
 from intervals import pack
 from sait.methods import PUBLISHED
 from tiers import full_only
@@ -20,14 +20,14 @@ def test_every_method_is_a_config_of_its_own_arithmetic(tmp_path: Path) -> None:
     configs = {}
     for method in METHODS:
         for saved in (0.25, 0.55):
-            variant = tuned.name_of(method.name, saved)
+            variant = name_of(method.name, saved)
             configs[variant] = tuned.config_of(variant, 0, QUICK, tmp_path)
     assert {config.method for config in configs.values() if config.method} | {"hot"} == set(PUBLISHED)
     assert len({config.out for config in configs.values()}) == len(configs)
     for method in METHODS:
         few, many = (tuned.setting_of(method.name, saved, QUICK.sample) for saved in (0.55, 0.25))
         assert method.settings.index(few) < method.settings.index(many), method.name
-    assert tuned.config_of(tuned.DENSE, 0, QUICK, tmp_path).mode == "dense"
+    assert tuned.config_of(DENSE, 0, QUICK, tmp_path).mode == "dense"
 
 
 @full_only(lambda: True)  # a minute
