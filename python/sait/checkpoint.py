@@ -57,7 +57,11 @@ def save(
     state = state_of(model, "save")
     recipe = sparse_family(model).recipe(model) if name is None else (name, kwargs or {})
     if recipe is None:
-        raise TypeError("save: name: expected what timm.create_model built the model from, got none.")
+        built = getattr(model, "pretrained_cfg", None) or {}
+        raise TypeError(
+            "save: name: expected what timm.create_model built the model from, got none. Write sait.save(model, path, "
+            f"name={built.get('architecture', 'vit_base_patch16_224')!r}, kwargs={{...}}), with what else it was given."
+        )
     metadata = {
         "format": FORMAT,
         "model": recipe[0],

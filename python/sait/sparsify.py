@@ -53,7 +53,8 @@ def sparsify(
         model: a timm VisionTransformer, VisionTransformerDistilled or Eva; or of transformers a ViT, DeiT, Dinov2,
             Dinov2WithRegisters, DINOv3ViT, CLIPVision or SiglipVision model, alone or in a head for classification.
         plan: what to drop where; or, for one stage, the other arguments instead:
-        block: 0-based; its attention sees all tokens, its kept rows go on.
+        block: 0-based; its attention sees all tokens, its kept rows go on. By default at a quarter of the depth: block
+            3 of 12, as SaiT does.
         keep: a float in (0, 1], a share of the patches, or an int, their number.
         mass: cumulative score (top-p): the fewest patches of each image whose cumulative score reaches this share;
             exactly one of keep and mass.
@@ -69,11 +70,8 @@ def sparsify(
             and the model is as it was.
     """
     if plan is None:
-        if block is None:
-            raise ValueError(
-                "sparsify: expected a Plan, or block and one of keep and mass: sparsify(model, block=3, keep=0.45)."
-            )
-        plan = Plan((Stage(block, keep, mass=mass, max_keep=max_keep, static=static),), score)
+        if (block, keep, mass) == (None, None, None):
+            raise ValueError("sparsify: expected a Plan, or one of keep and mass: sparsify(model, keep=0.45).")
     elif not isinstance(plan, Plan):
         raise TypeError(
             f"sparsify: plan: expected a sait.Plan, got {plan!r}. Write sait.Plan([sait.Stage(block=3, keep=0.45)])."
@@ -96,6 +94,9 @@ def sparsify(
         family.check(model)
         for i, module in enumerate(family.blocks(model)):
             family.check_block(path_of(model, module, i), module)
+    if plan is None:
+        at = len(family.blocks(model)) // 4 if block is None else block
+        plan = Plan((Stage(at, keep, mass=mass, max_keep=max_keep, static=static),), score)
     plan = fitted(model, plan, family)
     check_plan(model, plan, family)
     state = State(plan, active=plan)

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import sait
+import timm
 import zoo
 from sait import Plan, Stage
 
@@ -75,8 +76,9 @@ def test_plans_are_values():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "expected a Plan, or block and one of keep and mass"),
-        ({"keep": 0.5}, ValueError, "expected a Plan, or block"),
+        ({}, ValueError, "expected a Plan, or one of keep and mass"),
+        ({"score": "column"}, ValueError, "expected a Plan, or one of keep and mass"),
+        ({"keep": 0.5, "mass": 0.9}, ValueError, "exactly one of keep and mass"),
         ({"plan": 0.5}, TypeError, "plan: expected a sait.Plan, got 0.5"),
         ({"plan": Plan([Stage(1, 0.5)]), "keep": 0.5}, ValueError, "either a plan or block"),
         ({"plan": Plan([Stage(1, 0.5)]), "score": "column"}, ValueError, "either a plan or block"),
@@ -104,6 +106,14 @@ def test_sparsify_makes_the_plan_of_one_stage():
     stage = {"block": 1, "mass": 0.9, "max_keep": 9, "static": True}
     model = sait.sparsify(zoo.build("vit"), **stage, score="column")
     assert model._sait.plan == model._sait.active == Plan([Stage(**stage)], "column")
+
+
+def test_sparsify_drops_at_a_quarter_of_the_depth_unless_told_where():
+    model = zoo.build("vit")
+    assert sait.sparsify(model, keep=0.5)._sait.plan == Plan([Stage(len(model.blocks) // 4, keep=0.5)])
+    assert sait.sparsify(model, mass=0.9, score="column")._sait.plan.stages[0].block == 1
+    deep = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=12)
+    assert sait.sparsify(deep, keep=0.5)._sait.plan == sait.methods.sait(keep=0.5).for_depth(12)
 
 
 def test_set_density_refuses_bad_arguments():

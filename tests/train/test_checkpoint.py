@@ -220,6 +220,13 @@ def test_a_dense_model_is_no_sparse_one(tmp_path):
         saved(tmp_path / "model", timm.create_model(small.NAME, **small.KWARGS))
 
 
+def test_a_model_without_a_name_is_told_how_to_give_one(tmp_path):
+    model = sait.sparsify(timm.create_model("deit_tiny_patch16_224", depth=2, img_size=32), keep=0.5)
+    with pytest.raises(TypeError, match=r"Write sait\.save\(model, path, name='deit_tiny_patch16_224', kwargs="):
+        sait.save(model, tmp_path / "model.safetensors")
+    sait.save(model, tmp_path / "model.safetensors", name="deit_tiny_patch16_224", kwargs={"depth": 2, "img_size": 32})
+
+
 def test_tensors_are_the_state_dict(tmp_path):
     model = small.build()
     tensors = load_file(saved(tmp_path / "model.safetensors", model))
