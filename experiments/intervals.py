@@ -10,6 +10,7 @@ import numpy as np
 DRAWS = 10_000
 LEVEL = 0.95
 SHARE_STEPS = 65535
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # quantiles of Student's t for LEVEL, by the number of seeds
 
 
 class Interval(NamedTuple):
@@ -35,13 +36,28 @@ def interval(of_objects: np.ndarray) -> Interval:
 
 
 def ahead(better: Mapping[int, np.ndarray], worse: Mapping[int, np.ndarray]) -> Interval | None:
-    """By how many points one side is ahead of the other, over the images of a test set: {seed: (n,) shares in [0, 1]}.
+    """By how many points one side is ahead of the other: {seed: (n,) shares in [0, 1] of the images of a test set}.
 
-    For each image the mean over the seeds that both sides have is taken; None if they have none in common. The interval
-    does not cover the variation between trainings: the spread of the seeds shows that.
+    Taken over the seeds that both sides have; None if they have none in common. The interval covers the choice of the
+    test images, by bootstrap over the means of the seeds, and the variation between trainings, by Student's t over the
+    seeds' differences: each end is as far away as the root of the sum of both squares. With a single seed it knows
+    nothing of trainings, and covers the images alone.
     """
     both = sorted(better.keys() & worse.keys())
-    return interval(100 * np.mean([better[seed] - worse[seed] for seed in both], axis=0)) if both else None
+    if not both:
+        return None
+    of_seeds = 100 * np.array([better[seed] - worse[seed] for seed in both])
+    mean, low, high = interval(of_seeds.mean(0))
+    if len(both) == 1:
+        return Interval(mean, low, high)
+    of_trainings = STUDENT[len(both)] * of_seeds.mean(1).std(ddof=1) / len(both) ** 0.5
+    return Interval(mean, mean - np.hypot(mean - low, of_trainings), mean + np.hypot(high - mean, of_trainings))
+
+
+def seed_by_seed(better: Mapping[int, np.ndarray], worse: Mapping[int, np.ndarray]) -> str:
+    """The differences of ``ahead``, of one seed after the other."""
+    found = (100 * (better[seed] - worse[seed]).mean() for seed in sorted(better.keys() & worse.keys()))
+    return ", ".join(f"{difference:+.2f}" for difference in found)
 
 
 def pack(right: np.ndarray) -> str:

@@ -14,7 +14,7 @@ from sait_cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-RUN = ("index.md", "start.md", "density.md", "models.md", "ops.md")  # whose examples are whole
+RUN = ("index.md", "start.md", "hour.md", "density.md", "models.md", "ops.md")  # whose examples are whole
 EXAMPLES = [
     (page, example)
     for page in RUN

@@ -46,8 +46,11 @@ def table(found: Sequence[Row], timed: Sequence[Row], saved: float) -> str:
     first = found[0]
     columns = ["method", "setting", "accuracy, %", "ahead of SaiT", "its dense mode, %", "GMAC", "tokens", "seeds"]
     columns += [f"{dtype} × dense" for dtype in ("fp32", "bf16")] if rates else []
-    which = "test images; mean and deviation of the seeds; differences image by image, with 95 % intervals."
-    lines = [f"{first['images']} {which}\n", header(columns)]
+    told_first = (
+        f"{first['images']} test images; mean and deviation of the seeds. By how many points a method is ahead of "
+        "SaiT, with a 95 % interval that covers test images and trainings.\n"
+    )
+    lines = [told_first, header(columns)]
     for variant in [DENSE, *ranked(found, saved)]:
         rows = pick(found, variant, DENSE if variant == DENSE else "pruned")
         cells = [rows[0]["method"], told(rows[0].get("setting")), accuracy(rows)]

@@ -107,7 +107,10 @@ def bench(
                 of_methods = published.of_trained(context, loaded, of_methods)
     size = loaded.patch_embed.img_size if model.endswith(".safetensors") else None
     images, pictured = options.load_images(loaded, batch, size)
-    densities = [Density(), *([Density(keep=1.0)] if of_methods else options.densities(keep, mass, max_keep, static))]
+    densities = [
+        Density(),
+        *([Density(keep=1.0)] if of_methods else options.densities(context, keep, mass, max_keep, static)),
+    ]
     options.check_prunable(loaded, block, score, densities)
     if file is None:
         published.check_plans(loaded, of_methods)
@@ -142,7 +145,7 @@ def bench(
         for name, why in failed.items():
             console.print(f"{name}: no figures: {why}")
         rows += throughput.rows(figures, model=model, batch=batch, dtype=kind.value, block=block, score=score)
-    if mass and not of_methods and described.startswith("random"):
+    if any(one.mass is not None for one in densities) and described.startswith("random"):
         console.print(NEAR_UNIFORM)
     document = measure.results(rows, place)
     console.print(environment_line(document))

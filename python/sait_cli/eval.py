@@ -66,7 +66,7 @@ def evaluate(
     options.check_device(device, None)
     file = plans.read(context, plan)
     of_methods = published.of_methods(context, method or [], keep, pairs, threshold)
-    densities = [] if of_methods or file else options.densities(keep, mass, max_keep, static)
+    densities = [] if of_methods or file else options.densities(context, keep, mass, max_keep, static)
     with training(device) as processes:
         assert processes is not None
         if json is not None and processes.first:

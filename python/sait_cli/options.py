@@ -111,17 +111,33 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def densities(keep: list[float], mass: list[float], max_keep: int | None, static: bool = False) -> list[Density]:
-    """One for each --keep, then one for each --mass, with what bounds it."""
+def is_given(context: typer.Context, option: str) -> bool:
+    """Whether an option of the command is on the command line, and not by default."""
+    source = context.get_parameter_source(option) if option in context.params else None
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def densities(
+    context: typer.Context, keep: list[float], mass: list[float], max_keep: int | None, static: bool = False
+) -> list[Density]:
+    """One for each --keep, then one for each --mass, with what bounds it. Those that are given stand in place of all
+    that are there by default."""
     from sait.state import Density
 
-    if not mass and (max_keep is not None or static):
-        option = "--static" if max_keep is None else "--max-keep"
-        bad(option, "expected a --mass that it goes with, got none; add one such as --mass 0.9.")
+    if is_given(context, "keep") != is_given(context, "mass"):
+        keep, mass = (keep, []) if is_given(context, "keep") else ([], mass)
+    check_limits(bool(mass), max_keep, static)
     return [
         *(Density(keep=share) for share in keep),
         *(Density(mass=share, max_keep=max_keep, static=static) for share in mass),
     ]
+
+
+def check_limits(mass: bool, max_keep: int | None, static: bool) -> None:
+    """Ends the command where there is a limit of --mass, and no mass."""
+    if not mass and (max_keep is not None or static):
+        option = "--static" if max_keep is None else "--max-keep"
+        bad(option, "expected a --mass that it goes with, got none; add one such as --mass 0.9.")
 
 
 def check_device(name: str, backend: Backend | None) -> torch.device:

@@ -34,7 +34,7 @@ def of_methods(
         if name not in PUBLISHED:
             options.bad("--method", f"expected one of {', '.join(PUBLISHED)}, got {name!r}.")
         option, some = OPTION.get(name, "keep"), [{}]  # type: str | None, list[dict[str, Any]]
-        if option is not None and _is_given(context, option):
+        if option is not None and options.is_given(context, option):
             some = [{{"pairs": "r"}.get(option, option): value} for value in given[option]]
         try:
             found += [PUBLISHED[name](**setting) for setting in some]
@@ -43,17 +43,12 @@ def of_methods(
     return found
 
 
-def _is_given(context: typer.Context, option: str) -> bool:
-    source = context.get_parameter_source(option)
-    return source is not None and source.name == "COMMANDLINE"
-
-
 def _check_no_idle_option(context: typer.Context, method: list[str]) -> None:
     """Ends the command where an option is given that none of the methods takes."""
     takes = {OPTION.get(name, "keep") for name in method}
     idle = ("keep", "pairs", "threshold", "mass", "max_keep", "static", "block", "score") if method else ()
     for option in idle or ("pairs", "threshold"):
-        if option not in takes and option in context.params and _is_given(context, option):
+        if option not in takes and options.is_given(context, option):
             needs = {
                 "pairs": "--method tome",
                 "threshold": "--method ltp",
@@ -76,7 +71,7 @@ def of_trained(context: typer.Context, model: Any, plans: Sequence[Plan]) -> lis
         if len(own.stages) == 1 and not own.learned():
             return []
         for option in ("keep", "mass", "max_keep", "static"):
-            if option in context.params and _is_given(context, option):
+            if options.is_given(context, option):
                 cure = f"expected --method with it, for {own.name} is no plan of one share; or leave it out."
                 options.bad(f"--{option.replace('_', '-')}", cure)
         return [own]

@@ -52,14 +52,14 @@ class Wanted:
 def check_needed(context: typer.Context) -> None:
     """Ends the command where an option of --search is given without it."""
     for option in NEEDED:
-        if _is_given(context, option):
+        if options.is_given(context, option):
             options.bad(f"--{option.replace('_', '-')}", "it goes with --search FILE; add that, or leave it out.")
 
 
 def run(context: typer.Context, wanted: Wanted) -> None:
     """Searches, reports, and writes the file."""
     for option in IDLE:
-        if _is_given(context, option):
+        if options.is_given(context, option):
             cure = "a search chooses densities for itself; leave it out"
             options.bad(f"--{option.replace('_', '-')}", f"got it with --search: {cure}.")
     options.check_writable(wanted.out, "--search")
@@ -211,8 +211,3 @@ def report(file: PlanFile) -> Iterator[str]:
             "budget: the search images flatter a plan that was chosen by them. More of them (--images), "
             "--sure, or a smaller budget, help."
         )
-
-
-def _is_given(context: typer.Context, option: str) -> bool:
-    source = context.get_parameter_source(option) if option in context.params else None
-    return source is not None and source.name == "COMMANDLINE"

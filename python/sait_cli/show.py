@@ -94,7 +94,7 @@ def show(
         of_methods = published.of_trained(context, loaded, of_methods)
     for part in (part for one in of_methods for part in one.learned().values()):
         part.to(place, dtype.as_torch())
-    densities = [] if of_methods else options.densities(keep, mass, max_keep)
+    densities = [] if of_methods else options.densities(context, keep, mass, max_keep)
     options.check_prunable(loaded, block, ranks, densities)
     published.check_plans(loaded, of_methods)
     decoder = options.load_decoder(weights)

@@ -38,7 +38,7 @@ def sparse_model(asked: Mapping[str, Any]) -> tuple[Any, str]:
     options.check_keep([] if keep is None else [keep])
     options.check_mass([] if mass is None else [mass])
     static = asked.get("static", False)
-    options.densities([], [] if mass is None else [mass], asked["max_keep"], static)
+    options.check_limits(mass is not None, asked["max_keep"], static)
     density = Density(keep, mass, asked["max_keep"], static)
     if name is not None and name.endswith(".safetensors"):
         return _checkpoint(name, density, asked)

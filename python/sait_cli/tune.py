@@ -172,7 +172,7 @@ def tune(
     place = options.check_device(device, None)
     if json is not None:
         options.check_writable(json, "--json")
-    densities = options.densities(keep, mass, max_keep, static)
+    densities = options.densities(context, keep, mass, max_keep, static)
     plans = published.of_methods(context, method or [], keep, pairs, threshold)
     if agreement is not None:
         given = [Path(model)] if model is not None and are_images(model) else []

@@ -156,6 +156,24 @@ def test_show_bounds_what_a_mass_keeps(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(drawn) == ["photo", "keep 0.5: 50 of 100 patches", "mass 1.0, max_keep 20: 20 of 100 patches"]
 
 
+@pytest.mark.parametrize(
+    ("given", "densities"),
+    [
+        ("--keep 0.5", ["keep 0.5"]),
+        ("--mass 0.8 --mass 0.6", ["mass 0.8", "mass 0.6"]),
+        ("--mass 1.0 --keep 0.2", ["keep 0.2", "mass 1.0"]),
+        ("--max-keep 20", ["keep 0.7", "keep 0.45", "keep 0.3", "mass 0.9, max_keep 20"]),
+    ],
+)
+def test_densities_that_are_given_replace_the_default_ones(
+    given: str, densities: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {}
+    monkeypatch.setattr(photos, "sheet", lambda rows, title: drawn.update(rows[0]) or Image.new("RGB", (1, 1)))
+    run(f"show {SMALL} {given} --out {tmp_path}")
+    assert [head.partition(":")[0] for head in drawn] == ["photo", *densities]
+
+
 def test_show_keeps_photos_of_one_name_apart(tmp_path: Path) -> None:
     paths = [tmp_path / folder / "photo.png" for folder in ("one", "two")]
     for path in paths:

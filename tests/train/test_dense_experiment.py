@@ -181,8 +181,24 @@ def test_differences_over_seeds_are_paired() -> None:
     found = intervals.ahead(better, worse)
     assert found is not None
     assert found.mean == pytest.approx(20)
-    assert (found.low, found.high) == (pytest.approx(20), pytest.approx(20))  # both images gain as much
+    t, deviation = 12.706, 20 / 2**0.5  # of one degree of freedom, and of 10 and 30 points
+    assert (found.high - 20, 20 - found.low) == pytest.approx((t * deviation / 2**0.5,) * 2)  # images gain alike
     assert intervals.ahead(better, {3: np.array([0.0, 0.0])}) is None
+
+
+def test_an_interval_covers_images_and_trainings() -> None:
+    images = np.random.default_rng(0).random(400) / 10
+    nothing = {seed: np.zeros(400) for seed in range(3)}
+    alone = intervals.ahead({0: images}, nothing)
+    alike = intervals.ahead({seed: images for seed in range(3)}, nothing)
+    assert alone == alike == intervals.interval(100 * images), "trainings that do not differ add nothing"
+    apart = intervals.ahead({seed: images + seed / 100 for seed in range(3)}, nothing)
+    assert alone is not None
+    assert apart is not None
+    assert apart.mean == pytest.approx(alone.mean + 1)
+    of_trainings = 4.303 / 3**0.5  # seeds 0, 1 and 2 points ahead deviate by one
+    assert apart.high - apart.mean == pytest.approx(np.hypot(alone.high - alone.mean, of_trainings))
+    assert apart.mean - apart.low == pytest.approx(np.hypot(alone.mean - alone.low, of_trainings))
 
 
 def test_shares_survive_packing_and_others_are_refused() -> None:
