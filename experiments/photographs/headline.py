@@ -21,5 +21,5 @@ def summary(document: dict[str, Any]) -> str:
     return (
         f"Accuracy at {HEADLINE} against the dense mode of the same weights: {lost} points, at {saved:.0%} fewer "
         f"multiply-adds: DINOv2-S fine-tuned with SaiT, {objects} photographed objects unseen in training, "
-        f"{len(dense)} seeds; interval of 95 % ([more](docs/photographs.md))."
+        f"{len(dense)} seeds; interval of 95 %, over objects ([more](docs/photographs.md))."
     )
