@@ -25,10 +25,12 @@ def markdown(document: dict[str, Any]) -> str:
         "# Methods, fine-tuned in the same budget\n",
         "Every method that drops, merges or skips tokens and can be fine-tuned as a classifier. All start from one "
         "model that was trained dense on canvas (`checkpoints/plain-canvas.safetensors`), with the same images, epochs "
-        "and learning rate; new parts learn at ten times that rate. Each method has the setting that comes closest to "
-        "the wanted saving on the model before fine-tuning; the table has what it computes after training. SaiT "
-        "alternates dense and sparse epochs, with a teacher's attention; all others train with their own dropping. HoT "
-        "is left out: a head that reads the class token has nothing to recover (`make recover` has its task).\n",
+        "and learning rate; new parts learn at ten times that rate. Each method is trained with the setting that comes "
+        "closest to the wanted saving on the model before. Where the images decide how many tokens stay, training "
+        "changes that, so the setting is chosen again for the trained model, without labels; AdaViT and learned "
+        "thresholds compute what they have learned to, and the table has what that is. SaiT alternates dense and "
+        "sparse epochs, with a teacher's attention; all others train with their own dropping. HoT is left out: a head "
+        "that reads the class token has nothing to recover (`make recover` has its task).\n",
     ]
     if not found:
         parts.append("Not run yet: `make comparison`.\n")
@@ -53,7 +55,7 @@ def table(found: Sequence[Row], timed: Sequence[Row], saved: float) -> str:
     lines = [told_first, header(columns)]
     for variant in [DENSE, *ranked(found, saved)]:
         rows = pick(found, variant, DENSE if variant == DENSE else "pruned")
-        cells = [rows[0]["method"], told(rows[0].get("setting")), accuracy(rows)]
+        cells = [rows[0]["method"], told([row.get("setting") for row in rows]), accuracy(rows)]
         lead = None if variant == DENSE else difference(found, variant, name_of(OURS, saved))
         cells += ["" if lead is None or rows[0]["method"] == OURS else str(lead)]
         cells += ["" if variant == DENSE else accuracy(pick(found, variant, DENSE))]
@@ -162,14 +164,13 @@ def pick(found: Sequence[Row], variant: str, case: str) -> list[Row]:
     return [row for row in found if (row["variant"], row["case"]) == (variant, case)]
 
 
-def told(setting: Any) -> str:
-    """Of ATS a share, and the blocks from which on it drops."""
-    if setting is None:
-        return ""
-    if not isinstance(setting, list):
-        return str(setting)
-    share, blocks = setting
-    return str(share) if blocks is None else f"{share}, from block {blocks[0]}"
+def told(settings: Sequence[Any]) -> str:
+    """Of the seeds; of ATS a share, and the blocks from which on it drops."""
+    found = []
+    for setting in settings:
+        share, blocks = setting if isinstance(setting, list) else (setting, None)
+        found.append(str(share) if blocks is None else f"{share}, from block {blocks[0]}")
+    return "" if settings[0] is None else " / ".join(dict.fromkeys(found))
 
 
 def accuracy(rows: Sequence[Row]) -> str:

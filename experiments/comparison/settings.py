@@ -25,12 +25,15 @@ class TunedMethod:
         plan: makes the plan of a setting, as an untrained model runs it.
         settings: those to choose from, from the least arithmetic to the most.
         config: keys of sait.train.Config for a setting.
+        by_image: whether the images decide how many tokens stay, so that training changes the arithmetic of a setting;
+            for the trained model it is chosen again.
     """
 
     name: str
     plan: Callable[[Any], Plan]
     settings: Sequence[Any]
     config: Callable[[Any], dict[str, Any]]
+    by_image: bool = False
 
 
 LEARNS = {"lr": 3e-3}  # for new parts; the rest of the model learns at 0.1 times that, as in TUNING
@@ -55,6 +58,7 @@ METHODS = (
         lambda mass: methods.sait(mass=mass),
         SHARES,
         lambda mass: {"keep": None, "mass": mass, "teacher": str(CHECKPOINT)},
+        by_image=True,
     ),
     TunedMethod("SaiT, sparse only", methods.sait, SHARES, of_method("sait")),
     TunedMethod("EViT", methods.evit, SHARES, of_method("evit")),
@@ -64,8 +68,9 @@ METHODS = (
         lambda setting: methods.ats(*setting),
         [*((keep, None) for keep in SHARES), *((1.0, tuple(range(block, DEPTH))) for block in range(2, DEPTH))],
         lambda setting: {"method": "ats", "keep": setting[0], "blocks": setting[1] and list(setting[1])},
+        by_image=True,
     ),
-    TunedMethod("LTP", methods.ltp, THRESHOLDS, of_kwargs("ltp", "threshold")),
+    TunedMethod("LTP", methods.ltp, THRESHOLDS, of_kwargs("ltp", "threshold"), by_image=True),
     TunedMethod("LTP, learned", methods.ltp, THRESHOLDS, of_kwargs("ltp_learned", "threshold", **LEARNS)),
     TunedMethod("ToMe", methods.tome, list(range(32, 0, -1)), of_kwargs("tome", "r")),
     TunedMethod("DynamicViT", methods.dynamicvit, SHARES, of_method("dynamicvit", **LEARNS)),

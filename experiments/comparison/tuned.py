@@ -23,7 +23,7 @@ from sait.train.processes import Processes
 from sait.train.trainer import MODEL
 from torch import Tensor
 
-from comparison.settings import CHECKPOINT, DENSE, Settings, TunedMethod, method_of
+from comparison.settings import CHECKPOINT, DENSE, DEPTH, Settings, TunedMethod, method_of
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 BATCH = 64
@@ -36,11 +36,24 @@ def rows(variant: str, seed: int, settings: Settings, runs: Path) -> Iterator[Ro
         variant: "dense", or the name of a method and its saving, as ``name_of`` writes it.
         runs: folder of the trainings.
     """
-    path = trained(variant, seed, settings, runs)
-    model = sait.load(path)
-    plan = sait.density(model) if variant != DENSE else None
-    for case, how in ((DENSE, None), *([] if plan is None else [("pruned", plan)])):
-        yield {"case": case, **told(variant, settings), **measured(model, how, settings)}
+    model, known = sait.load(trained(variant, seed, settings, runs)), told(variant, settings)
+    own = None if variant == DENSE else sait.density(model)
+    yield {"case": DENSE, **known, **measured(model, None, settings)}
+    if own is None:
+        return
+    setting, plan = tested(model, own, known, settings.sample)
+    if setting != known["setting"]:
+        yield {"case": "as trained", **known, **measured(model, own, settings)}
+    yield {"case": "pruned", **known, "setting": setting, **measured(model, plan, settings)}
+
+
+def tested(model: Any, own: Plan, known: Row, sample: int) -> tuple[Any, Plan]:
+    """The setting and plan by which a trained model is measured: its own of training, unless images decide."""
+    method = method_of(known["method"])
+    if not method.by_image:
+        return known["setting"], own
+    setting = chosen(method, sait.restore(share(model)), known["saved"], sample)
+    return setting, method.plan(setting).for_depth(DEPTH)
 
 
 def told(variant: str, settings: Settings) -> Row:
@@ -72,11 +85,14 @@ def config_of(variant: str, seed: int, settings: Settings, runs: Path) -> Config
 
 @functools.cache
 def setting_of(name: str, saved: float, sample: int) -> Any:
-    """The setting whose multiply-adds, on the model before fine-tuning, are closest to those wanted."""
-    model = sait.restore(sait.load(CHECKPOINT)).eval()
+    """The setting that a method is trained with: chosen for the model before fine-tuning."""
+    return chosen(method_of(name), sait.restore(sait.load(CHECKPOINT)).eval(), saved, sample)
+
+
+def chosen(method: TunedMethod, model: Any, saved: float, sample: int) -> Any:
+    """The setting whose multiply-adds, on a plain model, are closest to those wanted."""
     images, _ = pictures(sample)
-    method, wanted = method_of(name), (1 - saved) * macs(model)
-    return closest(method.settings, functools.partial(cost_of, method, model, images), wanted)
+    return closest(method.settings, functools.partial(cost_of, method, model, images), (1 - saved) * macs(model))
 
 
 @torch.inference_mode()
