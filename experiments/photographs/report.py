@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from intervals import Interval, by_object, interval, unpack
+from intervals import Interval, by_object, interval, seed_by_seed, unpack
 from recorded import Row
 from sait.data.stamps import draws
 from tables import about, header, judged, of, spread
@@ -105,7 +105,7 @@ def losses(tuned: Sequence[Row]) -> list[str]:
         sides = ("sait", case), ("sait", "dense")
         lost = difference(tuned, *sides)
         if lost is not None:
-            points, verdict = f"{lost} points ({seed_by_seed(tuned, *sides)})", judged(lost, BUDGET)
+            points, verdict = f"{lost} points ({each_seed(tuned, *sides)})", judged(lost, BUDGET)
             lines.append(f"- SaiT at {case} against its own dense mode: {points}; goal: above {BUDGET}: {verdict}.")
     return lines
 
@@ -128,13 +128,13 @@ def claims(tuned: Sequence[Row], speed: Sequence[Row]) -> list[str]:
         sides = (variant, "dense"), ("plain", "dense")
         unified = difference(tuned, *sides)
         if unified is not None:
-            points, verdict = f"{unified} points ({seed_by_seed(tuned, *sides)})", judged(unified, 0)
+            points, verdict = f"{unified} points ({each_seed(tuned, *sides)})", judged(unified, 0)
             lines.append(f"- Dense mode of {name} against its plain twin: {points}; goal: not below 0: {verdict}.")
     for variant in ("plain", "sait, no distillation", "sparse only"):
         sides = (variant, HEADLINE), ("sait", HEADLINE)
         against = difference(tuned, *sides)
         if against is not None:
-            lines.append(f"- At {HEADLINE}, {variant} against SaiT: {against} points ({seed_by_seed(tuned, *sides)}).")
+            lines.append(f"- At {HEADLINE}, {variant} against SaiT: {against} points ({each_seed(tuned, *sides)}).")
     return lines
 
 
@@ -227,11 +227,9 @@ def difference(rows: Sequence[Row], better: tuple[str, str], worse: tuple[str, s
     return paired(*sides)
 
 
-def seed_by_seed(rows: Sequence[Row], better: tuple[str, str], worse: tuple[str, str]) -> str:
+def each_seed(rows: Sequence[Row], *sides: tuple[str, str]) -> str:
     """The differences of ``difference``, of one seed after the other."""
-    ours, theirs = ({row["seed"]: of_objects(row) for row in pick(rows, *side)} for side in (better, worse))
-    found = (100 * (ours[seed] - theirs[seed]).mean() for seed in sorted(ours.keys() & theirs.keys()))
-    return ", ".join(f"{points:+.2f}" for points in found)
+    return seed_by_seed(*({row["seed"]: of_objects(row) for row in pick(rows, *side)} for side in sides))
 
 
 def paired(better: Sequence[Row], worse: Sequence[Row]) -> Interval:
