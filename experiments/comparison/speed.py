@@ -24,9 +24,8 @@ def rows(settings: Settings, runs: Path) -> Iterator[Row]:
     variants = [DENSE, *(name_of(name, saved) for name in settings.methods for saved in settings.saved)]
     models = [sait.load(tuned.trained(variant, 0, settings, runs)) for variant in variants]
     for variant, model in zip(variants, models, strict=True):
-        own = None if variant == DENSE else sait.density(model)
-        if own is not None:
-            sait.set_density(model, tuned.tested(model, own, tuned.told(variant, settings), settings.sample)[1])
+        if variant != DENSE:
+            tuned.retune(model, tuned.told(variant, settings), settings.sample)
     found: list[Row] = [{"of": variant, "batch": BATCH} for variant in variants]
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         images = tuned.pictures(BATCH)[0].to(dtype)

@@ -13,7 +13,7 @@ import torch
 from intervals import pack
 from methods import closest
 from recorded import Row
-from sait import Plan, checkpoint
+from sait import checkpoint
 from sait.bench.plain import share
 from sait.cost import macs
 from sait.data import Canvas
@@ -38,22 +38,31 @@ def rows(variant: str, seed: int, settings: Settings, runs: Path) -> Iterator[Ro
     """
     model, known = sait.load(trained(variant, seed, settings, runs)), told(variant, settings)
     own = None if variant == DENSE else sait.density(model)
-    yield {"case": DENSE, **known, **measured(model, None, settings)}
+    sait.set_density(model)
+    yield {"case": DENSE, **known, **measured(model, settings)}
     if own is None:
         return
-    setting, plan = tested(model, own, known, settings.sample)
-    if setting != known["setting"]:
-        yield {"case": "as trained", **known, **measured(model, own, settings)}
-    yield {"case": "pruned", **known, "setting": setting, **measured(model, plan, settings)}
+    sait.set_density(model, own)
+    as_trained = measured(model, settings)
+    setting = retune(model, known, settings.sample)
+    if setting == known["setting"]:
+        yield {"case": "pruned", **known, **as_trained}
+    else:
+        yield {"case": "as trained", **known, **as_trained}
+        yield {"case": "pruned", **known, "setting": setting, **measured(model, settings)}
 
 
-def tested(model: Any, own: Plan, known: Row, sample: int) -> tuple[Any, Plan]:
-    """The setting and plan by which a trained model is measured: its own of training, unless images decide."""
+def retune(model: Any, known: Row, sample: int) -> Any:
+    """Changes a trained model to the plan by which it is measured, and returns the setting of that plan.
+
+    That is the plan it was trained with, unless images decide how many tokens stay.
+    """
     method = method_of(known["method"])
     if not method.by_image:
-        return known["setting"], own
+        return known["setting"]
     setting = chosen(method, sait.restore(share(model)), known["saved"], sample)
-    return setting, method.plan(setting).for_depth(DEPTH)
+    sait.sparsify(model, method.plan(setting).for_depth(DEPTH))
+    return setting
 
 
 def told(variant: str, settings: Settings) -> Row:
@@ -117,9 +126,8 @@ def pictures(count: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def measured(model: Any, plan: Plan | None, settings: Settings) -> Row:
+def measured(model: Any, settings: Settings) -> Row:
     images, labels = pictures(settings.test_images)
-    sait.set_density(model) if plan is None else sait.set_density(model, plan)
     torch.manual_seed(0)  # of chance
     right, cost, tokens = [], 0.0, 0.0
     for some, wanted in zip(images.split(BATCH), labels.split(BATCH), strict=True):
