@@ -43,9 +43,8 @@ def test_where_images_decide_the_setting_is_chosen_for_the_trained_model(name: s
     assert found[0] != found[1]
     model(tuned.pictures(QUICK.sample)[0])
     dense = macs(sait.restore(sait.load(CHECKPOINT)))
-    assert macs(model) / dense == pytest.approx(
-        0.75, abs=0.04
-    )  # steps of the settings are up to 0.13; it began at 0.97
+    # The steps of the settings are up to 0.13, and it began at 0.97.
+    assert macs(model) / dense == pytest.approx(0.75, abs=0.04)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
