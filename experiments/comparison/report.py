@@ -16,7 +16,7 @@ from comparison.settings import DENSE, SAVED, name_of
 
 OURS = "SaiT"
 PLOT = "comparison.png"
-MARKERS = "os^vD<>PX*hdp"  # one for each method and for dense: there are more of them than colours
+MARKERS = "os^vD<>PX*hdp8"  # one for each method and for dense: there are more of them than colours
 SHOWN = 6  # points of accuracy that the plot has room for, below the best
 
 

@@ -60,6 +60,7 @@ METHODS = (
         lambda mass: {"keep": None, "mass": mass, "teacher": str(CHECKPOINT)},
         by_image=True,
     ),
+    TunedMethod("SaiT, no teacher", methods.sait, SHARES, lambda share: {"keep": share}),
     TunedMethod("SaiT, sparse only", methods.sait, SHARES, of_method("sait")),
     TunedMethod("EViT", methods.evit, SHARES, of_method("evit")),
     # Drops a lot if it is not limited: it may start from later blocks.
