@@ -49,9 +49,10 @@ has work that multiply-adds do not count, and where a stage merges or fuses rows
 """
 FINE_TUNED = """## Fine-tuned
 
-Every method fine-tuned on canvas from one model that was trained dense, in the same budget; accuracy at three savings
-of multiply-adds, mean and deviation of the seeds. [The whole comparison](comparison.md) has settings, intervals, dense
-modes and speed, and says which claims of the papers held.
+Every method fine-tuned on canvas from one model that was trained dense, in the same budget: accuracy at three savings
+of multiply-adds, mean and deviation of the seeds, and images a second beside those of all tokens through the same
+kernels. [The whole comparison](comparison.md) has settings, intervals, dense modes and the speed in fp32, and says
+which claims of the papers held.
 """
 COMPARISON = Path(__file__).with_name("comparison") / "results.json"
 

@@ -42,6 +42,7 @@ def markdown(document: dict[str, Any]) -> str:
         parts.append(
             f"![accuracy against multiply-adds, and against speed]({PLOT})\n\nWhat is further below is in the tables.\n"
         )
+    parts += left_out(of(document["rows"], "skipped"))
     parts += by_hand(Path(__file__).parent, bool(found))
     return "\n".join(parts)
 
@@ -72,20 +73,42 @@ def table(found: Sequence[Row], timed: Sequence[Row], saved: float) -> str:
     return "\n".join(lines) + "\n"
 
 
+def left_out(found: Sequence[Row]) -> list[str]:
+    """What AdaViT does not compute: its arithmetic beside its time."""
+    if not found:
+        return []
+    whole = next(row for row in found if row["on"] == "everything")
+    lines = [header(["what is on", "GMAC", "of all", "fp32, ms", "of all", "bf16, ms", "of all"])]
+    for row in found:
+        cells = [row["on"]]
+        for key, digits in (("gmac", 2), ("ms_fp32", 0), ("ms_bf16", 0)):
+            cells += [f"{row[key]:.{digits}f}", f"{row[key] / whole[key]:.0%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    told = (
+        f"DeiT-S with gates that are set by hand, drawn for each image and block, batch {whole['batch']}, "
+        f"{whole['device']}, {whole['threads']} threads; all in turn. Without gates the same modules run.\n"
+    )
+    return ["## What AdaViT leaves out\n", told, "\n".join(lines) + "\n"]
+
+
 def summary(document: dict[str, Any]) -> str:
-    """For docs/methods.md: a row for each method, with its accuracy at each saving; empty if nothing was run."""
-    found = of(document["rows"], "comparison")
+    """For docs/methods.md: a row for each method, with accuracy and speed at each saving; empty if nothing was run."""
+    found, timed = of(document["rows"], "comparison"), of(document["rows"], "speed")
     if not found:
         return ""
+    rates = {row["of"]: row["images_per_s_bf16"] for row in timed}
     names = list(dict.fromkeys(row["method"] for row in found if row["method"] != DENSE))
-    lines = [header(["method", *(f"-{saved:.0%}, %" for saved in SAVED)])]
+    titles = [(f"-{saved:.0%}, %", f"-{saved:.0%}, bf16 ×") for saved in SAVED]
+    lines = [header(["method", *(title[0] for title in titles), *(title[1] for title in titles if rates)])]
 
     def cells(name: str) -> list[str]:
-        every = [pick(found, name_of(name, saved), "pruned") for saved in SAVED]
-        return [accuracy(rows) if rows else "" for rows in every]
+        variants = [name_of(name, saved) for saved in SAVED]
+        every = [pick(found, variant, "pruned") for variant in variants]
+        speeds = [f"{rates[variant] / rates[DENSE]:.2f}" if variant in rates else "" for variant in variants if rates]
+        return [*(accuracy(rows) if rows else "" for rows in every), *speeds]
 
-    dense = accuracy(pick(found, DENSE, DENSE))
-    lines.append("| " + " | ".join(["trained dense, nothing dropped", *[dense] * len(SAVED)]) + " |")
+    dense = [*[accuracy(pick(found, DENSE, DENSE))] * len(SAVED), *["1.00"] * (len(SAVED) if rates else 0)]
+    lines.append("| " + " | ".join(["trained dense, nothing dropped", *dense]) + " |")
     lines += ["| " + " | ".join([name, *cells(name)]) + " |" for name in names]
     return "\n".join(lines) + "\n"
 

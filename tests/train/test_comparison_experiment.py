@@ -11,7 +11,7 @@ import runner
 import sait
 import torch
 from comparison import __main__ as command
-from comparison import report, tuned
+from comparison import report, skipped, tuned
 from comparison.settings import CHECKPOINT, DENSE, FULL, METHODS, QUICK, name_of
 from intervals import pack
 from sait.cost import macs
@@ -57,8 +57,9 @@ def test_from_runs_to_tables(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "results.json").read_text())
     assert {row["variant"] for row in document["rows"]} == {run.variant for run in command.runs(QUICK)}
     text = (tmp_path / "comparison.md").read_text()
-    for name in QUICK.methods:
+    for name in (*QUICK.methods, *skipped.CASES):
         assert f"| {name} |" in text
+    assert "-40%, bf16 ×" in report.summary(document)
     before = (tmp_path / "results.json").read_bytes()
     command.main(words)  # all is done
     assert (tmp_path / "results.json").read_bytes() == before
@@ -90,9 +91,21 @@ def test_the_table_says_who_is_ahead() -> None:
     assert "Not run yet" in report.markdown({"rows": []})
 
 
+def test_gates_that_are_set_by_hand_leave_out_their_share() -> None:
+    """Of what the blocks after the first compute; half of the heads leaves the MLP as it is."""
+    found = {row["on"]: row["gmac"] for row in skipped.rows(QUICK)}
+    whole, first = found["everything"], found["nothing but the first block"]
+    assert found["no gates"] == whole
+    half = (whole + first) / 2
+    assert found["half of the tokens"] == pytest.approx(half, rel=0.05)
+    assert found["half of the sub-layers"] == pytest.approx(half, rel=0.15)  # 11 blocks of 16 images
+    assert half < found["half of the heads"] < whole
+    assert first < found["half of each"] < half
+
+
 def test_each_method_has_three_densities_and_seeds() -> None:
     every = list(command.runs(FULL))
-    assert len(every) == len(set(every)) == 3 * (1 + len(METHODS) * 3) + 1
+    assert len(every) == len(set(every)) == 3 * (1 + len(METHODS) * 3) + 2
     assert [run.name for run in every if runner.matches(run, "comparison/EViT, -40%")] == [
         f"comparison/EViT, -40%/{seed}" for seed in range(3)
     ]
