@@ -318,3 +318,25 @@ def test_graphed_model(model: torch.nn.Module, images: Tensor) -> None:
         sait.set_density(model, **density)
         for batch in (images[:1], images, images.flip(0)):
             torch.testing.assert_close(fast(batch), model(batch))
+
+
+def test_graphed_model_under_autocast() -> None:
+    """Replayed after autocast has ended and its memory has gone to others."""
+    import sait
+    import timm
+
+    model = timm.create_model("deit_tiny_patch16_224", depth=3, img_size=64, num_classes=5).cuda().eval()
+    images = torch.randn(2, 3, 64, 64, device="cuda")
+    sait.sparsify(model, block=1, keep=0.5)
+    with torch.autocast("cuda", torch.bfloat16):
+        fast = sait.graphed(model, images)
+    others = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]
+    with torch.autocast("cuda", torch.bfloat16):
+        with torch.no_grad():
+            want = model(images)
+        got = fast(images)
+    assert got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images), model(images))
+    del others

@@ -119,6 +119,31 @@ def test_any_mode_at_any_call(model: Any, captures: list[Any], captured: str, ca
     assert len(captures) == 1
 
 
+def test_a_graph_for_each_autocast(model: Any, captures: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none reads casts of weights from autocast's cache, whose memory is free when autocast ends."""
+    caches, capture = [], graphs.capture
+
+    def watched(run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], object]]:
+        caches.append(torch.is_autocast_cache_enabled())
+        return capture(run, pool)
+
+    monkeypatch.setattr(graphs, "capture", watched)
+    with torch.inference_mode():
+        plain = model(images(2, 1))
+    fast = sait.graphed(model, images(2))
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            with torch.no_grad():
+                want = model(images(2, 1))
+            got = fast(images(2, 1))
+            assert torch.is_autocast_cache_enabled()
+        assert got.dtype == want.dtype == dtype
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert torch.equal(fast(images(2, 1)), plain)
+    assert len(captures) == 3
+    assert caches == [False] * 3
+
+
 def test_inputs_made_in_inference_mode(model: Any, captures: list[Any]) -> None:
     with torch.inference_mode():
         example, x = images(2), images(2, 1)

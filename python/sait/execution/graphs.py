@@ -23,7 +23,7 @@ class _Graph(NamedTuple):
 
 
 class Graphed:
-    """A model as captured CUDA graphs, one for each shape and density; made by ``graphed``."""
+    """A model as captured CUDA graphs, one for each shape, density and autocast; made by ``graphed``."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -31,11 +31,12 @@ class Graphed:
         self._pool: Any = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The model's logits, in new memory. Captures a graph with the first call of a shape, dtype and density."""
+        """The model's logits, in new memory. Captures a graph with the first call of a shape, dtype, density and
+        autocast."""
         check(self.model, images)
         state = getattr(self.model, "_sait", None)
         plan = state.active if isinstance(state, State) else None
-        key = (images.shape, images.dtype, images.device, plan)
+        key = (images.shape, images.dtype, images.device, plan, autocast_of(images.device.type))
         graph = self._graphs.get(key)
         if graph is None:
             check_plan(plan)
@@ -55,16 +56,20 @@ class Graphed:
         taken = images.clone()
         if self._pool is None:
             self._pool = new_pool()
-        logits, replay = capture(lambda: self.model(taken), self._pool)
+        dtype = autocast_of(images.device.type)
+        # Without autocast's cache: a graph would read the casts of weights in it, which go when autocast ends.
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
+            logits, replay = capture(lambda: self.model(taken), self._pool)
         return _Graph(taken, logits, replay, state.last if isinstance(state, State) else None)
 
 
 def graphed(model: nn.Module, example: Tensor) -> Graphed:
     """Inference of a model on a GPU by CUDA graphs: one replay in place of some hundred launches.
 
-    What batch 1 needs, whose launches take longer than its kernels. A graph belongs to a shape, a dtype and a density:
-    the example's is captured at once, others with their first call, and ``sait.set_density`` changes between them. The
-    graphs read the model's own weights, so a change in place is seen; a weight that is replaced is not.
+    What batch 1 needs, whose launches take longer than its kernels. A graph belongs to a shape, a dtype, a density and
+    the autocast of the call: the example's is captured at once, others with their first call, and ``sait.set_density``
+    changes between them. The graphs read the model's own weights, so a change in place is seen; a weight that is
+    replaced is not.
 
     >>> fast = graphed(model, images)                                       # doctest: +SKIP
     >>> logits = fast(images)                                               # doctest: +SKIP
@@ -83,6 +88,11 @@ def graphed(model: nn.Module, example: Tensor) -> Graphed:
     fast = Graphed(model)
     fast(example)
     return fast
+
+
+def autocast_of(device: str) -> torch.dtype | None:
+    """The dtype of autocast on a kind of device, or None where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def check(model: nn.Module, images: Tensor) -> None:
