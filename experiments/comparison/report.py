@@ -16,8 +16,9 @@ from comparison.settings import DENSE, SAVED, name_of
 
 OURS = "SaiT"
 PLOT = "comparison.png"
-MARKERS = "os^vD<>PX*hdp8"  # one for each method and for dense: there are more of them than colours
-SHOWN = 6  # points of accuracy that the plot has room for, below the best
+COLOURS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#000000")  # of Okabe and Ito; OURS has their blue
+BLUE, MARKERS = "#0072B2", "o^vD<>Xhd"  # there are more methods than colours
+SHOWN = 6  # points of accuracy that the plot has room for, below dense
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -127,37 +128,38 @@ def plots(document: dict[str, Any], out: Path) -> None:
     places = [("GMAC of an image", lambda rows: statistics.mean(row["gmac"] for row in rows))]
     if rates:
         places.append(("img/s, bf16, batch 16", lambda rows: rates[rows[0]["variant"]]))
-    names = list(dict.fromkeys(row["method"] for row in found))
-    assert len(names) <= len(MARKERS)
-    best = 100 * max(row["accuracy"] for row in found)
-    with pyplot.style.context("tableau-colorblind10"):
-        figure, every = pyplot.subplots(
-            1, len(places), figsize=(7 * len(places), 5), dpi=150, squeeze=False, sharey=True
-        )
+    names = list(dict.fromkeys(row["method"] for row in found if row["method"] != DENSE))
+    dense = statistics.mean(100 * row["accuracy"] for row in pick(found, DENSE, DENSE))
+    figure, every = pyplot.subplots(1, len(places), figsize=(7 * len(places), 6), dpi=150, squeeze=False, sharey=True)
     for axes, (label, place) in zip(every[0], places, strict=True):
-        for marker, name in zip(MARKERS, names, strict=False):
-            case = DENSE if name == DENSE else "pruned"
+        axes.axhline(dense, color="black", linestyle=":", label="dense")
+        for name, look in looks(names).items():
             variants = dict.fromkeys(row["variant"] for row in found if row["method"] == name)
-            points = [pick(found, variant, case) for variant in variants]
+            points = [pick(found, variant, "pruned") for variant in variants]
             spreads = [[100 * row["accuracy"] for row in rows] for rows in points]
-            axes.errorbar(
-                [place(rows) for rows in points],
-                [statistics.mean(values) for values in spreads],
-                [statistics.stdev(values) if len(values) > 1 else 0.0 for values in spreads],
-                marker=marker,
-                markersize=5,
-                linewidth=1,
-                capsize=2,
-                linestyle="--" if name == "random" else "-",
-                label=name,
-            )
-        axes.set(xlabel=label, ylim=(best - SHOWN, best + 0.5))
+            where, means = [place(rows) for rows in points], [statistics.mean(values) for values in spreads]
+            axes.plot(where, means, label=name, **look)
+            deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in spreads]
+            axes.errorbar(where, means, deviations, fmt="none", ecolor=look["color"], capsize=2, alpha=0.35)
+        axes.set(xlabel=label, ylim=(dense - SHOWN, dense + 0.5))
         axes.grid(alpha=0.3)
     every[0][0].set(ylabel="accuracy, %; mean and deviation of the seeds")
     every[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(out / PLOT)
     pyplot.close(figure)
+
+
+def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour and a marker for each method; ours are blue squares with lines of their own."""
+    ours, others = ([name for name in names if name.startswith(OURS) is mine] for mine in (True, False))
+    found: dict[str, dict[str, Any]] = {}
+    for i, name in enumerate(others):
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        found[name] = {"color": colour, "marker": marker, "linewidth": 1, "markersize": 5}
+    for name, line in zip(ours, ("-", "--", "-.", ":"), strict=False):
+        found[name] = {"color": BLUE, "marker": "s", "linestyle": line, "linewidth": 1.8, "markersize": 6}
+    return found
 
 
 def ranked(found: Sequence[Row], saved: float) -> list[str]:
