@@ -28,7 +28,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        **_revision(),
+        **revision(Path(__file__).resolve().parents[2]),
         "versions": versions,
     }
 
@@ -43,12 +43,11 @@ def device_name(device: torch.device | str = "cpu") -> str:
     return f"{name} {library.module.isa()}" if library.module is not None else name
 
 
-def _revision() -> dict[str, Any]:
-    """commit and dirty of the source tree that this file is in; nothing for an installed copy.
+def revision(root: Path) -> dict[str, Any]:
+    """commit and dirty of a source tree; nothing for the folder of an installed copy.
 
-    Results that other measurements wrote are no change of what is measured.
+    Results and pages that other measurements wrote are no change of what is measured.
     """
-    root = Path(__file__).resolve().parents[2]
     if not (root / "setup.py").exists():
         return {}
 
@@ -57,7 +56,8 @@ def _revision() -> dict[str, Any]:
             ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    others = ("--", ".", ":(exclude)benchmarks/results", ":(exclude)experiments/*/results.json")
+    written = ("benchmarks/results", "experiments/*/results.json", "docs")
+    others = ("--", ".", *(f":(exclude){path}" for path in written))
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", *others))}
     except (OSError, subprocess.CalledProcessError):  # no git, or a source tree without history
