@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,6 +13,7 @@ from recorded import Row
 from sait import Plan, Stage
 from sait.bench import measure
 from sait.methods.base import On, Seen
+from torch import nn
 
 from comparison.settings import Settings
 
@@ -45,21 +47,22 @@ class SetGates:
 
 def rows(settings: Settings) -> Iterator[Row]:
     """Milliseconds of a batch at each of CASES, in turn, and of the model without gates, by the same modules."""
-    model = timm.create_model(MODEL).eval()
-    found: list[Row] = [{"on": "no gates"}, *({"on": name} for name in CASES)]
+    plain = timm.create_model(MODEL).eval()
+    models = [plain, *(gated(plain, shares) for shares in CASES.values())]
+    images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    found: list[Row] = [{"on": name, "batch": BATCH} for name in ("no gates", *CASES)]
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(dtype)
-        plain = timm.create_model(MODEL).eval().to(dtype)
-        models = [plain, *(gated(model, shares).to(dtype) for shares in CASES.values())]
+        calls = [partial(model.to(dtype), images.to(dtype)) for model in models]
         with torch.inference_mode():
-            seconds = measure.interleave([partial(one, images) for one in models], settings.repeats)
-        for row, one, taken in zip(found, models, seconds, strict=True):
-            row |= {"batch": BATCH, "gmac": round(sait.macs(one) / 1e9, 4), f"ms_{name}": round(1e3 * taken, 3)}
-    yield from found
+            seconds = measure.interleave(calls, settings.repeats)
+        for row, taken in zip(found, seconds, strict=True):
+            row[f"ms_{name}"] = round(1e3 * taken, 3)
+    for row, model in zip(found, models, strict=True):
+        yield {**row, "gmac": round(sait.macs(model) / 1e9, 4)}
 
 
-def gated(model: torch.nn.Module, shares: tuple[float, float, float]) -> torch.nn.Module:
-    found = timm.create_model(MODEL).eval()
-    found.load_state_dict(model.state_dict())
+def gated(model: nn.Module, shares: tuple[float, float, float]) -> nn.Module:
+    """A copy of a timm ViT, all of whose blocks after the first have gates."""
+    found = copy.deepcopy(model)
     stages = [Stage(block, gates=SetGates(shares, block)) for block in range(1, len(found.blocks))]
-    return sait.sparsify(found, Plan(tuple(stages)))
+    return sait.sparsify(found, Plan(stages))
